@@ -1,0 +1,21 @@
+"""The errors that the package raises on bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class SpftError(ValueError):
+    """Bad input: the message names the key or file, the value, the rule and the remedy."""
+
+
+class SpftConfigError(SpftError):
+    """One or several problems of a configuration, reported together."""
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = tuple(problems)
+        super().__init__("spft configuration: " + "; ".join(self.problems))
+
+
+class SpftFileError(SpftError):
+    """An adapter or mask file that is damaged or belongs to another base model."""

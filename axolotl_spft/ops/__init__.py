@@ -1,0 +1,1 @@
+"""Pure tensor functions: the sparse mask in CSR, and the linear layer with a sparse delta."""

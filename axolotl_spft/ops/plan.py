@@ -1,0 +1,46 @@
+"""What the backward pass needs to know about a mask, worked out once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from axolotl_spft.ops.csr import Mask, used_columns, used_rows
+
+# the dense block of the weight gradient that is alive at a time: 2**24 entries are 32 MiB in bf16
+BLOCK_ENTRIES = 2**24
+# above this share of used columns the slice of x costs about as much as x, which neighbours often keep anyway
+SAVE_COLUMNS_UP_TO = 0.5
+
+
+class Plan(NamedTuple):
+    """Rows and columns that hold an entry, cut into blocks of rows.
+
+    Attributes:
+        rows: used rows, int64, ascending.
+        columns: used columns, int64, ascending.
+        row_stops: for each block, the index into ``rows`` where it ends.
+        value_stops: for each block, the index into the values where it ends.
+        save_columns: whether backward keeps x[..., columns] rather than x.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    row_stops: list[int]
+    value_stops: list[int]
+    save_columns: bool
+
+    def area(self, out_features: int, in_features: int) -> float:
+        """Share of the weight's entries that lie on a used row and a used column."""
+        return self.rows.numel() * self.columns.numel() / (out_features * in_features)
+
+
+def make_plan(mask: Mask, in_features: int, block_entries: int = BLOCK_ENTRIES) -> Plan:
+    """The plan of ``mask`` (nnz >= 1) for a weight with ``in_features`` columns."""
+    rows, columns = used_rows(mask), used_columns(mask, in_features)
+    rows_per_block = max(1, block_entries // columns.numel())
+    row_stops = [*range(rows_per_block, rows.numel(), rows_per_block), rows.numel()]
+    ends = mask.row_offsets[1:][rows].tolist() if len(row_stops) > 1 else None
+    value_stops = [ends[stop - 1] for stop in row_stops] if ends else [mask.nnz]
+    return Plan(rows, columns, row_stops, value_stops, columns.numel() <= SAVE_COLUMNS_UP_TO * in_features)

@@ -1,0 +1,62 @@
+"""A mask on disk: safetensors with ``<module>.spft_columns`` and ``<module>.spft_row_offsets`` per matrix."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from axolotl_spft.errors import SpftFileError
+from axolotl_spft.files import atomic_path, check_safetensors
+from axolotl_spft.ops.csr import Mask, problems_of
+
+_COLUMNS, _ROW_OFFSETS = ".spft_columns", ".spft_row_offsets"
+
+
+def save_masks(path: str | os.PathLike, masks: Mapping[str, Mask], source: Mapping) -> None:
+    """Write ``masks`` (name -> mask) and where they came from; the file appears complete or not at all."""
+    tensors = {}
+    for name, mask in masks.items():
+        tensors[name + _COLUMNS] = mask.columns.cpu()
+        tensors[name + _ROW_OFFSETS] = mask.row_offsets.cpu()
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "mask_source": json.dumps(dict(source))})
+
+
+def load_masks(path: str | os.PathLike, shapes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Mask], dict]:
+    """Read masks for matrices of the given shapes: name -> (out_features, in_features).
+
+    Both a mask file and an adapter's ``adapter_model.safetensors`` can be read.
+
+    Raises:
+        SpftFileError: the file is damaged or does not fit these matrices.
+    """
+    check_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        keys = {_bare(key): key for key in file.keys()}  # noqa: SIM118
+        source = json.loads((file.metadata() or {}).get("mask_source", "{}"))
+        given = {key.removesuffix(_COLUMNS) for key in keys if key.endswith(_COLUMNS)}
+        problems = [f"{name}: not in the file" for name in shapes.keys() - given]
+        problems += [f"{name}: the model has no such targeted module" for name in given - shapes.keys()]
+        masks = {}
+        for name in (name for name in shapes if name in given):
+            if name + _ROW_OFFSETS not in keys:
+                problems.append(f"{name}: spft_row_offsets missing")
+                continue
+            mask = Mask(*(file.get_tensor(keys[name + ending]) for ending in (_COLUMNS, _ROW_OFFSETS)))
+            problems += [f"{name}: {text}" for text in problems_of(mask, torch.zeros(mask.nnz), *shapes[name])]
+            masks[name] = mask
+    if problems:
+        raise SpftFileError(
+            f"mask file {path} is damaged or belongs to another model: {'; '.join(sorted(problems)[:5])}. "
+            "Delete it to compute the mask anew, or name another `mask_path`"
+        )
+    return masks, source
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix("base_model.model.")

@@ -1,0 +1,14 @@
+"""The PEFT method `SPFT`: importing this package registers it."""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from axolotl_spft.config import SpftConfig
+from axolotl_spft.peft_type import SPFT
+from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.model import SpftModel
+
+if SPFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name="spft", config_cls=SpftConfig, model_cls=SpftModel, prefix="spft_")
+
+__all__ = ["SpftConfig", "SpftLinear", "SpftModel"]

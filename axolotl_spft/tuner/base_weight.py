@@ -1,0 +1,231 @@
+"""Access to the base layer's weight: plain, quantized, shared or stored transposed.
+
+A plain weight that belongs to one layer alone holds W + S itself: the entries of the mask are assigned, which needs no
+copy and can be repeated, and reverting assigns the original entries back, bit for bit. Any other weight is made afresh
+for each use: dequantized or cloned, S added, dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.csr import Mask, positions, row_indices
+
+
+class Written(NamedTuple):
+    """The sparse delta that a plain weight holds at the moment."""
+
+    mask: Mask
+    originals: Tensor
+    values: Tensor
+
+
+class Replaced(NamedTuple):
+    """The base layer, its parameters and its quantization state from before a merge."""
+
+    base_layer: nn.Module
+    parameters: dict[str, nn.Parameter | None]
+    state: object
+
+
+class BaseWeight:
+    """Mixin of a tuner layer: W, W + S, and the way back to W.
+
+    The layer provides ``get_base_layer()``, ``quantization_backend``, ``in_features`` and ``out_features``.
+    """
+
+    quantization_backend: QuantizationBackend | None
+    shared_weight: bool = False
+    _written: Written | None = None
+    _undo_merge: list[Replaced | list[tuple[Tensor, Tensor]]]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in_features, out_features)."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether the weight cannot be read at all (GPTQ, AWQ, ...)."""
+        return self.quantization_backend is not None and not self.quantization_backend.supports_merge
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the weight may hold W + S itself."""
+        if self.quantization_backend is not None or self.shared_weight:
+            return False
+        weight = self.get_base_layer().weight
+        return (
+            type(weight) in (nn.Parameter, Tensor)
+            and weight.is_floating_point()
+            and weight.is_contiguous()
+            and not weight.is_meta
+        )
+
+    def _storage_positions(self, mask: Mask) -> Tensor:
+        if self.transposed:
+            return mask.columns.to(torch.int64) * self.out_features + row_indices(mask)
+        return positions(mask, self.in_features)
+
+    def _oriented(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.transposed else weight
+
+    def read_weight(self) -> Tensor:
+        """W as (out_features, in_features); do not write to it."""
+        self.revert()
+        if self.quantization_backend is not None:
+            return self.quantization_backend.get_base_weight(self.get_base_layer())
+        return self._oriented(self.get_base_layer().weight.detach())
+
+    def read_originals(self, mask: Mask) -> Tensor:
+        """(nnz) entries of W that in-place writing must put back; empty where nothing is written in place."""
+        weight = self.get_base_layer().weight if not self.forward_only else None
+        if weight is None or not self.in_place:
+            return torch.empty(0, device=mask.columns.device)
+        self.revert()
+        return weight.detach().view(-1)[self._storage_positions(mask)]
+
+    @contextmanager
+    def effective_weight(self, values: Tensor, mask: Mask, originals: Tensor, keep: bool) -> Iterator[Tensor]:
+        """W + S as (out_features, in_features), for one multiplication.
+
+        Args:
+            values, mask: the sparse delta, nnz >= 1.
+            originals: what `read_originals` gave for this mask.
+            keep: leave W + S in place afterwards; otherwise what was there before is put back.
+        """
+        if not self.in_place:
+            yield self._oriented(self._fresh_sum([(values, mask)]))
+            return
+        before = self._written
+        same = before is not None and before.mask.columns.data_ptr() == mask.columns.data_ptr()
+        if keep or not same:
+            self._write(Written(mask, originals, values))
+        try:
+            yield self._oriented(self.get_base_layer().weight.detach())
+        finally:
+            if not keep and not same:
+                self.revert()
+                if before is not None:
+                    self._write(before)
+
+    def _write(self, new: Written) -> None:
+        old = self._written
+        if old is not None and old.mask.columns.data_ptr() != new.mask.columns.data_ptr():
+            self.revert()
+        # .data: a layer may run several times before its backward pass, and assigning the same entries again is no
+        # change that autograd should refuse; it sees a change of the values by the version of `values`
+        flat = self.get_base_layer().weight.data.view(-1)
+        flat[self._storage_positions(new.mask)] = _add(new.originals, new.values.detach())
+        self._written = new
+
+    def revert(self) -> None:
+        """Put W back, bit for bit, where it holds W + S."""
+        if self._written is not None:
+            written, self._written = self._written, None
+            flat = self.get_base_layer().weight.data.view(-1)
+            flat[self._storage_positions(written.mask)] = written.originals.to(flat.dtype)
+
+    def _fresh_sum(self, deltas: list[tuple[Tensor, Mask]]) -> Tensor:
+        """A new tensor with W plus all deltas, in the layout of storage."""
+        base_layer = self.get_base_layer()
+        if self.quantization_backend is not None:
+            weight = self.quantization_backend.get_base_weight(base_layer)
+        else:
+            weight = base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
+        flat = weight.view(-1)
+        for values, mask in deltas:
+            at = self._storage_positions(mask)
+            flat[at] = _add(flat[at], values.detach())
+        return weight
+
+    def merge_deltas(self, deltas: list[Written], check_finite: bool) -> None:
+        """Make the base layer's own weight W plus all deltas.
+
+        Raises:
+            SpftError: the base layer's weight cannot be rewritten.
+            ValueError: ``check_finite`` and the sum holds a NaN or an infinity.
+        """
+        if self.forward_only:
+            raise SpftError(
+                f"a {self.quantization_backend.backend_name} layer cannot be merged: its weight cannot be rewritten; "
+                "keep the adapter unmerged, or merge into the unquantized base model"
+            )
+        self.revert()
+        merge = self._merge_in_place if self.in_place else self._merge_by_replacing
+        self._undo_merge.append(merge(deltas, check_finite))
+
+    def unmerge_deltas(self) -> None:
+        """Undo every `merge_deltas`, bit for bit."""
+        while self._undo_merge:
+            undo = self._undo_merge.pop()
+            if isinstance(undo, Replaced):
+                self.base_layer = undo.base_layer
+                base_layer = self.get_base_layer()
+                base_layer._parameters.update(undo.parameters)
+                if undo.state is not None:
+                    base_layer.state = undo.state
+            else:
+                self._put_back(undo)
+
+    def _put_back(self, entries: list[tuple[Tensor, Tensor]]) -> None:
+        flat = self.get_base_layer().weight.data.view(-1)
+        for at, before in reversed(entries):
+            flat[at.to(flat.device)] = before.to(flat)
+
+    def _merge_in_place(self, deltas: list[Written], check_finite: bool) -> list[tuple[Tensor, Tensor]]:
+        flat = self.get_base_layer().weight.data.view(-1)
+        entries = [(at := self._storage_positions(delta.mask), flat[at]) for delta in deltas]
+        for (at, _), delta in zip(entries, deltas):
+            flat[at] = _add(flat[at], delta.values.detach())
+            if check_finite and not torch.isfinite(flat[at]).all():
+                self._put_back(entries)
+                raise _broken_adapter()
+        return entries
+
+    def _merge_by_replacing(self, deltas: list[Written], check_finite: bool) -> Replaced:
+        weight = self._fresh_sum([(delta.values, delta.mask) for delta in deltas])
+        if check_finite and not torch.isfinite(weight).all():
+            raise _broken_adapter()
+        base_layer = self.get_base_layer()
+        undo = Replaced(self.base_layer, dict(base_layer._parameters), copy.copy(getattr(base_layer, "state", None)))
+        if self.quantization_backend is not None:
+            self.quantization_backend.set_base_weight(self, weight)
+        else:
+            # a new parameter, so that a module that shares the old one keeps it
+            base_layer.weight = nn.Parameter(weight, requires_grad=False)
+        return undo
+
+
+def keep_dequantizable(base_layer: nn.Module) -> None:
+    """Stop bitsandbytes from repacking a 4-bit weight for AVX512 in its first evaluation on a CPU.
+
+    The repacked weight can be multiplied but no longer dequantized.
+    """
+    if getattr(base_layer, "support_avx512bf16_for_cpu", False):
+        quant_state = getattr(base_layer.weight, "quant_state", None)
+        if getattr(quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            base_layer.weight.data, base_layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                base_layer.weight.data, quant_state
+            )
+        base_layer.support_avx512bf16_for_cpu = False
+
+
+def _broken_adapter() -> ValueError:
+    return ValueError("NaNs detected in the merged weights. The adapter seems to be broken")
+
+
+def _add(weight: Tensor, values: Tensor) -> Tensor:
+    """weight + values with one rounding, in the dtype of ``weight``."""
+    return (weight.to(values.dtype) + values).to(weight.dtype)

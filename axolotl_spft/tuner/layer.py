@@ -1,0 +1,239 @@
+"""A linear layer with sparse deltas on a frozen base layer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+
+from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.branch import add_sparse_branch
+from axolotl_spft.ops.csr import Mask, empty_mask, mask_from_positions, positions
+from axolotl_spft.ops.linear import register_owner, sparse_linear
+from axolotl_spft.ops.plan import Plan, make_plan
+from axolotl_spft.ops.reference import dense_delta
+from axolotl_spft.tuner.base_weight import BaseWeight, Written, keep_dequantizable
+
+
+class Union(NamedTuple):
+    """The union of several adapters' masks, and where each adapter's values go in it."""
+
+    mask: Mask
+    originals: Tensor
+    slots: tuple[Tensor, ...]
+
+
+class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
+    """y = x (W + S)^T + b with a frozen W (out_features, in_features) and one sparse S per adapter.
+
+    For each adapter: ``spft_values`` (nnz; the trained parameter), and the CSR mask in ``spft_columns`` (nnz; uint16
+    or int32) and ``spft_row_offsets`` (out_features + 1; int32). A new adapter is empty.
+    """
+
+    adapter_layer_names = ("spft_values",)
+    other_param_names = ("spft_columns", "spft_row_offsets")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **quantization_kwargs: Any):
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        keep_dequantizable(self.get_base_layer())
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.spft_values = nn.ParameterDict()
+        self.spft_columns = BufferDict(persistent=True)
+        self.spft_row_offsets = BufferDict(persistent=True)
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self._undo_merge = []
+        self._forget_plans()
+        self._owner = register_owner(self)
+        self.add_empty_adapter(adapter_name)
+
+    def __setstate__(self, state: dict) -> None:
+        # reached by copy.deepcopy and unpickling: a copy owns its weight under a number of its own
+        super().__setstate__(state)
+        self._owner = register_owner(self)
+
+    def _apply(self, fn, recurse=True):
+        # moving or casting must see W itself, and what was worked out for the old device is void
+        self.revert()
+        self._forget_plans()
+        return super()._apply(fn, recurse)
+
+    def _replicate_for_data_parallel(self):
+        raise SpftError(
+            "torch.nn.DataParallel copies layers without their weights' bookkeeping and is not supported: "
+            "start one process per GPU with `accelerate launch` or `torchrun`"
+        )
+
+    def _forget_plans(self) -> None:
+        self._plans: dict[tuple[str, ...], Plan] = {}
+        self._unions: dict[tuple[str, ...], Union] = {}
+
+    # --- adapters
+
+    def add_empty_adapter(self, adapter_name: str) -> None:
+        """Add an adapter without entries."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        dtype = dtype if dtype is not None and dtype.is_floating_point else torch.float32
+        self.set_mask(
+            adapter_name, empty_mask(self.out_features, self.in_features), torch.empty(0, device=device, dtype=dtype)
+        )
+        self.set_adapter(self.active_adapters)
+
+    def mask(self, adapter_name: str) -> Mask:
+        """The CSR mask of an adapter."""
+        return Mask(self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name])
+
+    def set_mask(self, adapter_name: str, mask: Mask, values: Tensor | None = None) -> None:
+        """Give an adapter new positions, with the given values (nnz) or zeros.
+
+        This makes a new parameter: call it before the optimizer is made.
+        """
+        if self.merged:
+            raise SpftError("the mask cannot change while an adapter is merged: call unmerge_adapter() first")
+        self.revert()
+        old = self.spft_values.get(adapter_name)
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if values is None:
+            values = torch.zeros(mask.nnz, dtype=old.dtype)
+        self.spft_values[adapter_name] = nn.Parameter(
+            values.to(device), requires_grad=True if old is None else old.requires_grad
+        )
+        mask = Mask(*(tensor.to(device) for tensor in mask))
+        self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
+        # a plain buffer: PEFT would cast the entries of a BufferDict to float32
+        self.register_buffer(f"_originals_{adapter_name}", self.read_originals(mask), persistent=False)
+        self._forget_plans()
+
+    def take_mask(self, adapter_name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Install the mask of a checked ``state_dict`` where it differs from the adapter's own."""
+        columns, row_offsets = (
+            state_dict[f"{prefix}{tensor}.{adapter_name}"] for tensor in ("spft_columns", "spft_row_offsets")
+        )
+        own = self.mask(adapter_name)
+        same = own.nnz == columns.numel() and all(
+            torch.equal(mine.to("cpu", torch.int64), new.to("cpu", torch.int64))
+            for mine, new in zip(own, (columns, row_offsets))
+        )
+        if not same:
+            self.set_mask(adapter_name, Mask(columns.clone(), row_offsets.clone()))
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self.revert()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.revert()
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.revert()
+        self._forget_plans()
+        self._buffers.pop(f"_originals_{adapter_name}", None)
+        self._non_persistent_buffers_set.discard(f"_originals_{adapter_name}")
+        super().delete_adapter(adapter_name)
+
+    def get_base_weight(self) -> Tensor:
+        return self.read_weight()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """S of an adapter as a dense matrix: (out_features, in_features)."""
+        return dense_delta(self.spft_values[adapter_name].detach(), self.mask(adapter_name), self.in_features)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # S is sparse, not of low rank
+
+    # --- merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the (active) adapters' deltas to the base layer's weight.
+
+        Raises:
+            ValueError: ``safe_merge`` and the sum holds a NaN or an infinity; nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.spft_values]
+        deltas = [Written(self.mask(name), self._originals(name), self.spft_values[name]) for name in names]
+        deltas = [delta for delta in deltas if delta.mask.nnz]
+        if deltas:
+            self.merge_deltas(deltas, check_finite=safe_merge)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the base layer's weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        self.unmerge_deltas()
+
+    # --- forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        names = () if self.merged else self._filled_active_adapters()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        values, mask, originals = self._delta(names)
+        plan = self._plan(names, mask)
+        if self.forward_only:
+            return add_sparse_branch(self.base_layer(x, *args, **kwargs), x, values, mask, plan)
+        dtype = self._compute_dtype(x)
+        bias = self.get_base_layer().bias
+        y = sparse_linear(
+            x.to(dtype), None if bias is None else bias.to(dtype), values, mask, originals, plan,
+            self.in_features, self._owner,
+        )  # fmt: skip
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+    def _filled_active_adapters(self) -> tuple[str, ...]:
+        names = self.active_adapters
+        return tuple(name for name in names if name in self.spft_values and self.spft_columns[name].numel())
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """What the base layer would multiply in: autocast's dtype, bitsandbytes' compute dtype, or that of x."""
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return getattr(self.get_base_layer(), "compute_dtype", None) or x.dtype
+
+    def _originals(self, adapter_name: str) -> Tensor:
+        return self._buffers[f"_originals_{adapter_name}"]
+
+    def _delta(self, names: tuple[str, ...]) -> tuple[Tensor, Mask, Tensor]:
+        if len(names) == 1:
+            return self.spft_values[names[0]], self.mask(names[0]), self._originals(names[0])
+        if names not in self._unions:
+            self._unions[names] = self._unite(names)
+        mask, originals, slots = self._unions[names]
+        values = torch.zeros(mask.nnz, dtype=self.spft_values[names[0]].dtype, device=mask.columns.device)
+        for name, at in zip(names, slots):
+            values = values.index_add(0, at, self.spft_values[name].to(values.dtype))
+        return values, mask, originals
+
+    def _unite(self, names: tuple[str, ...]) -> Union:
+        each = [positions(self.mask(name), self.in_features) for name in names]
+        together = torch.cat(each).unique()
+        mask = mask_from_positions(together, self.out_features, self.in_features)
+        return Union(mask, self.read_originals(mask), tuple(torch.searchsorted(together, at) for at in each))
+
+    def _plan(self, names: tuple[str, ...], mask: Mask) -> Plan:
+        plan = self._plans.get(names)
+        if plan is None:
+            plan = self._plans[names] = make_plan(mask, self.in_features)
+        return plan
+
+    def extra_repr(self) -> str:
+        counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())
+        return ", ".join(filter(None, [quantization_extra_repr(self), f"nnz={{{counts}}}"]))
+
+    def __repr__(self) -> str:
+        return "spft." + super().__repr__()

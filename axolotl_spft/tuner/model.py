@@ -1,0 +1,118 @@
+"""`SpftModel`: the PEFT tuner that puts sparse layers into a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from axolotl_spft.budget import layer_budgets
+from axolotl_spft.config import SpftConfig
+from axolotl_spft.errors import SpftFileError
+from axolotl_spft.ops.csr import mask_from_positions
+from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.state import check_state, spft_layers
+
+
+class SpftModel(BaseTuner):
+    """A model whose targeted linear layers carry sparse deltas (Liu et al., ACL 2025, arXiv 2412.13488).
+
+    Targets are `torch.nn.Linear`, GPT-2's `Conv1D`, and the quantized linear layers that PEFT knows.
+    """
+
+    prefix = "spft_"
+    tuner_layer_cls = SpftLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _mark_shared_weights(model)
+        config = self.peft_config[adapter_name]
+        if not config.init_weights:
+            self._fill_randomly(adapter_name, config)
+
+    def _create_and_replace(
+        self, peft_config: SpftConfig, adapter_name, target, target_name, parent, current_key, **kwargs
+    ) -> None:
+        if isinstance(target, SpftLinear):
+            target.add_empty_adapter(adapter_name)
+            return
+        quantization = get_quantization_kwargs(self)
+        _check_target(target, current_key, quantization)
+        new_module = SpftLinear(target, adapter_name, **quantization)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _fill_randomly(self, adapter_name: str, config: SpftConfig) -> None:
+        layers = [layer for layer in spft_layers(self.model).values() if adapter_name in layer.spft_values]
+        counts = layer_budgets(
+            [(layer.out_features, layer.in_features) for layer in layers],
+            config.density, config.num_values, config.match_lora_rank,
+        )  # fmt: skip
+        for layer, count in zip(layers, counts):
+            at = torch.randperm(layer.out_features * layer.in_features)[:count].sort().values
+            mask = mask_from_positions(at, layer.out_features, layer.in_features)
+            layer.set_mask(adapter_name, mask, torch.randn(count, dtype=layer.spft_values[adapter_name].dtype))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        for layer in spft_layers(self.model).values():
+            layer.revert()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
+        """Install the masks that ``state_dict`` brings, so that its values fit; torch then copies the values.
+
+        Raises:
+            SpftFileError: anything does not fit. An adapter that was just made for this file is removed again.
+        """
+        layers = {f"model.{name}": layer for name, layer in spft_layers(self.model).items()}
+        for adapter_name, config in list(self.peft_config.items()):
+            ending = f".spft_values.{adapter_name}"
+            if not any(key.startswith(prefix) and key.endswith(ending) for key in state_dict):
+                continue
+            mine = {name: layer for name, layer in layers.items() if adapter_name in layer.spft_values}
+            try:
+                check_state(state_dict, mine, prefix, adapter_name, getattr(config, "nnz", None))
+            except SpftFileError:
+                if not any(layer.mask(adapter_name).nnz for layer in mine.values()):
+                    self._remove(adapter_name)
+                raise
+            for name, layer in mine.items():
+                layer.take_mask(adapter_name, state_dict, f"{prefix}{name}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _remove(self, adapter_name: str) -> None:
+        self.delete_adapter(adapter_name)
+        if not self.peft_config:
+            self.unload()
+
+
+def _check_target(target: nn.Module, name: str, quantization: dict) -> None:
+    base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base_layer, (nn.Linear, Conv1D)):
+        return
+    backend = resolve_quantization_backend(base_layer, **quantization)
+    if backend is None or backend.layer_type != "linear":
+        raise TypeError(
+            f"Target module `{name}` is a {type(base_layer).__name__}, which is not supported: target "
+            "torch.nn.Linear, transformers' Conv1D or a quantized linear layer, or name it in `exclude_modules`"
+        )
+
+
+def _mark_shared_weights(model: nn.Module) -> None:
+    """Tell each sparse layer whether another module uses its weight too, as tied embeddings do."""
+    users: Counter[int] = Counter()
+    for module in model.modules():
+        for child in module._modules.values():
+            if child is not None:
+                users.update({id(parameter) for parameter in child._parameters.values() if parameter is not None})
+    for layer in spft_layers(model).values():
+        weight = layer.get_base_layer()._parameters.get("weight")
+        layer.shared_weight = weight is not None and users[id(weight)] > 1

@@ -1,0 +1,72 @@
+"""The saved form of an adapter: validation before anything is changed, fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from axolotl_spft.errors import SpftFileError
+from axolotl_spft.ops.csr import Mask, problems_of
+from axolotl_spft.tuner.layer import SpftLinear
+
+TENSORS = ("spft_values", "spft_columns", "spft_row_offsets")
+_SHOWN = 5
+
+
+def spft_layers(model: nn.Module) -> dict[str, SpftLinear]:
+    """The sparse layers of ``model`` by name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SpftLinear)}
+
+
+def shapes_fingerprint(shapes: Iterable[tuple[str, int, int]]) -> str:
+    """SHA-256 over the lines 'name out_features in_features'."""
+    lines = "\n".join(f"{name} {out_features} {in_features}" for name, out_features, in_features in shapes)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def base_shapes_of(layers: Mapping[str, SpftLinear]) -> str:
+    """The fingerprint that the adapter's config records."""
+    return shapes_fingerprint((name, layer.out_features, layer.in_features) for name, layer in layers.items())
+
+
+def check_state(
+    state_dict: Mapping[str, Tensor], layers: Mapping[str, SpftLinear], prefix: str, adapter_name: str, nnz: int | None
+) -> None:
+    """Check all sparse tensors of one adapter in ``state_dict`` against the layers that shall take them.
+
+    Args:
+        state_dict: keys ``<prefix><layer>.spft_values.<adapter>`` and so on.
+        layers: the model's sparse layers by name.
+        nnz: how many values the adapter's config records, if it does.
+
+    Raises:
+        SpftFileError: with all problems; nothing has been changed.
+    """
+    endings = {f".{tensor}.{adapter_name}" for tensor in TENSORS}
+    given = {key for key in state_dict if key.startswith(prefix) and any(key.endswith(ending) for ending in endings)}
+    problems, total, known = [], 0, set()
+    for name, layer in layers.items():
+        if adapter_name not in layer.spft_values:
+            continue
+        keys = [f"{prefix}{name}.{tensor}.{adapter_name}" for tensor in TENSORS]
+        known.update(keys)
+        absent = [tensor for tensor, key in zip(TENSORS, keys) if key not in state_dict]
+        if absent:
+            problems.append(f"{name}: {', '.join(absent)} missing")
+            continue
+        values, columns, row_offsets = (state_dict[key] for key in keys)
+        found = problems_of(Mask(columns, row_offsets), values, layer.out_features, layer.in_features)
+        problems.extend(f"{name}: {problem}" for problem in found)
+        total += values.numel()
+    problems.extend(f"{key.removeprefix(prefix)}: the model has no such targeted module" for key in given - known)
+    if not problems and nnz is not None and total != nnz:
+        problems.append(f"{total} values in the file, but the adapter's config records nnz: {nnz}")
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise SpftFileError(
+            f"adapter `{adapter_name}`: its file is damaged or belongs to another base model: "
+            f"{'; '.join(problems[:_SHOWN])}{more}. Load it on the base model it was trained on, "
+            "with an intact copy of the file"
+        )
