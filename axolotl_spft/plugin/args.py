@@ -1,0 +1,90 @@
+"""The ``spft:`` block of an Axolotl configuration, and which other keys go with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, Field, model_validator
+
+from axolotl_spft.config import check_options
+from axolotl_spft.errors import SpftConfigError
+
+ADAPTER = "spft"
+OPTIMIZER = "sparse_adamw"
+
+# key: what to write instead, for keys that would silently do nothing or break
+_FOREIGN_KEYS = {
+    "lora_r": "set `spft.match_lora_rank`",
+    "lora_alpha": "leave it out: sparse values are not scaled",
+    "lora_target_modules": "set `spft.target_modules`",
+    "lora_target_linear": "set `spft.target_modules: all-linear`",
+    "lora_target_parameters": "leave it out: only linear modules are adapted",
+    "lora_modules_to_save": "set `spft.modules_to_save`",
+    "lora_exclude_modules": "set `spft.exclude_modules`",
+    "peft_layers_to_transform": "set `spft.layers_to_transform`",
+    "peft_layers_pattern": "set `spft.layers_pattern`",
+    "peft_use_dora": "leave it out: it belongs to LoRA",
+    "peft_use_rslora": "leave it out: it belongs to LoRA",
+    "loraplus_lr_ratio": "leave it out: it belongs to LoRA",
+    "relora": "leave it out: it belongs to LoRA",
+    "lora_mlp_kernel": "leave it out: it belongs to LoRA",
+    "lora_qkv_kernel": "leave it out: it belongs to LoRA",
+    "lora_o_kernel": "leave it out: it belongs to LoRA",
+    "unfrozen_parameters": "set `spft.modules_to_save`: base weights stay frozen under `adapter: spft`",
+}
+_ONE_PROCESS = "leave it out: `adapter: spft` trains in one process so far"
+_DISTRIBUTED_KEYS = ("deepspeed", "fsdp", "fsdp_config")
+
+
+def check_run(cfg: Mapping[str, Any]) -> list[str]:
+    """Every problem of a whole Axolotl configuration with ``adapter: spft``, one sentence each."""
+    options = cfg.get("spft")
+    if cfg.get("adapter") != ADAPTER:
+        problems = []
+        if options is not None:
+            problems.append(f"the block `spft` needs `adapter: spft`, but the adapter is `{cfg.get('adapter')}`")
+        if cfg.get("optimizer") == OPTIMIZER:
+            problems.append(f"`optimizer: {OPTIMIZER}` needs `adapter: spft`: use an optimizer such as adamw_torch")
+        return problems
+    if options is not None and not isinstance(options, Mapping):
+        return [f"`spft: {options}` must be a block of keys"]
+    problems = check_options(options or {})
+    optimizer = str(cfg.get("optimizer") or "")
+    if optimizer.startswith("sparse_") and optimizer != OPTIMIZER:
+        problems.append(f"`optimizer: {optimizer}` must be {OPTIMIZER} or a Hugging Face optimizer name")
+    if cfg.get("load_in_4bit") and cfg.get("load_in_8bit"):
+        problems.append("`load_in_4bit: true` and `load_in_8bit: true` exclude each other: keep one")
+    if cfg.get("merge_method") == "memory_efficient":
+        problems.append("`merge_method: memory_efficient` knows LoRA only: write `merge_method: legacy`, the default here")
+    problems += [
+        f"`{key}: {cfg[key]}` has no meaning with `adapter: spft`: {remedy}"
+        for key, remedy in _FOREIGN_KEYS.items()
+        if cfg.get(key)
+    ]
+    problems += [f"`{key}`: {_ONE_PROCESS}" for key in _DISTRIBUTED_KEYS if cfg.get(key)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: {_ONE_PROCESS.replace('leave it out', 'start one')}")
+    return problems
+
+
+class SpftArgs(BaseModel):
+    """The plugin's part of Axolotl's configuration.
+
+    Raises:
+        SpftConfigError: with all problems at once, before any model loads.
+    """
+
+    spft: dict[str, Any] | None = Field(
+        default=None,
+        description="Sparse fine-tuning: the fields of `axolotl_spft.SpftConfig`, see the README.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def check(cls, data: Any) -> Any:
+        problems = check_run(data)
+        if problems:
+            raise SpftConfigError(problems)
+        return data

@@ -1,0 +1,150 @@
+"""`SpftPlugin`: Axolotl's hooks, a few lines each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.utils.logging import get_logger
+from torch import nn
+
+from axolotl_spft.errors import SpftError
+from axolotl_spft.plugin.args import ADAPTER, OPTIMIZER
+
+LOG = get_logger(__name__)
+
+
+class SpftPlugin(BasePlugin):
+    """Adds ``adapter: spft`` and ``optimizer: sparse_adamw`` to Axolotl."""
+
+    def register(self, cfg: dict) -> None:
+        if cfg.get("adapter") != ADAPTER:
+            return
+        import axolotl_spft.tuner  # noqa: F401  registers the PEFT method
+        from axolotl_spft.plugin.quantization import request_quantization
+
+        # Axolotl's own default reads LoRA files only
+        cfg.setdefault("merge_method", "legacy")
+        request_quantization(cfg)
+
+    def get_input_args(self) -> str:
+        return "axolotl_spft.SpftArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name=ADAPTER)]
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        if cfg.adapter != ADAPTER:
+            return {}
+        arguments: dict[str, Any] = {}
+        if cfg.optimizer == OPTIMIZER:
+            # a name that TrainingArguments knows: post_trainer_create puts ours in its place
+            arguments["optim"] = "adamw_torch"
+        if not torch.accelerator.is_available():
+            # without it, bf16 on a CPU is refused
+            arguments["use_cpu"] = True
+        return arguments
+
+    def post_model_build(self, cfg: Any, model: nn.Module) -> None:
+        if cfg.adapter == ADAPTER:
+            from axolotl_spft.plugin.quantization import check_quantized
+
+            check_quantized(model, bool(cfg.load_in_4bit), bool(cfg.load_in_8bit))
+
+    def load_adapter(self, model: nn.Module, cfg: Any, inference: bool = False, config_only: bool = False):
+        if cfg.adapter != ADAPTER:
+            return None
+        from peft import PeftModel, get_peft_model
+
+        from axolotl_spft.plugin.quantization import prepare_for_training
+
+        config = _adapter_config(cfg, model)
+        if config_only:
+            return None, config
+        serving = inference or cfg.inference or cfg.merge_lora
+        if serving and not cfg.lora_model_dir:
+            raise SpftError(
+                "`lora_model_dir` is not set, so there is no trained adapter to load: "
+                f"add `lora_model_dir: {cfg.output_dir}` or pass --lora-model-dir"
+            )
+        if (cfg.load_in_4bit or cfg.load_in_8bit) and not serving:
+            checkpointing = dict(cfg.gradient_checkpointing_kwargs or {}) if cfg.gradient_checkpointing else None
+            model = prepare_for_training(model, cfg.torch_dtype, checkpointing)
+        autocast = {}
+        if cfg.peft_autocast_adapter_dtype is not None:
+            autocast["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
+        if cfg.lora_model_dir:
+            model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not serving, **autocast)
+        else:
+            model = get_peft_model(model, config, **autocast)
+        return model, config
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        if cfg.adapter != ADAPTER:
+            return
+        from axolotl.train import determine_last_checkpoint
+
+        from axolotl_spft.plugin.trainer_pass import has_mask, peft_model_of, select_mask_with_trainer
+
+        model = peft_model_of(trainer)
+        checkpoint = determine_last_checkpoint(cfg)
+        if checkpoint:
+            _install_checkpoint_mask(model, checkpoint)
+        elif has_mask(model):
+            LOG.info("Sparse mask: the one of the adapter in %s", cfg.lora_model_dir)
+        else:
+            LOG.info("%s", select_mask_with_trainer(trainer, model))
+        if cfg.optimizer == OPTIMIZER:
+            trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args)
+
+
+def _adapter_config(cfg: Any, model: nn.Module):
+    from peft import TaskType
+
+    from axolotl_spft.config import SpftConfig
+
+    options = dict(cfg.spft or {})
+    if options.get("seed") is None:
+        options["seed"] = cfg.seed or 0
+    architecture = type(model).__name__
+    task_type = (
+        TaskType.SEQ_CLS
+        if "SequenceClassification" in architecture
+        else TaskType.TOKEN_CLS
+        if "TokenClassification" in architecture
+        else TaskType.CAUSAL_LM
+    )
+    return SpftConfig(task_type=task_type, **options)
+
+
+def _install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
+    """Give the adapter the mask of a checkpoint; the trainer loads the values later."""
+    from axolotl_spft.config import SpftConfig
+    from axolotl_spft.salience.mask_file import load_masks
+    from axolotl_spft.salience.prepare import adapted_layers, install_masks
+
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in adapted_layers(model).items()}
+    path = Path(checkpoint) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise SpftError(
+            f"{checkpoint}: there is no adapter_model.safetensors in the checkpoint to resume from: name a complete "
+            "checkpoint in `resume_from_checkpoint`, or delete this folder"
+        )
+    masks, _ = load_masks(path, shapes)
+    source = SpftConfig.from_pretrained(checkpoint).mask_source or {}
+    install_masks(model, model.active_adapter, masks, source)
+    LOG.info("Sparse mask: the one of the checkpoint %s", checkpoint)
+
+
+def _optimizer(args: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    from axolotl_spft.optim import SparseAdamW
+
+    kwargs: dict[str, Any] = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+    return SparseAdamW, kwargs

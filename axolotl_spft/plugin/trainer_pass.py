@@ -1,0 +1,121 @@
+"""The salience pass on a trainer: its own batches, its own loss, no trace afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from axolotl_spft.salience import MaskReport, select_mask
+from axolotl_spft.salience.untouched import untouched_rng
+
+# keeps the gradients of a float16 run above its smallest number; a common factor does not change the order of scores
+_FLOAT16_LOSS_SCALE = 2.0**10
+
+
+def select_mask_with_trainer(trainer: Any, model: nn.Module) -> MaskReport:
+    """`select_mask` on the training set of a `transformers.Trainer` that has not started yet.
+
+    Args:
+        trainer: its dataloader, collator, batch counting, autocast and ``compute_loss`` are used.
+        model: the trainer's `PeftModel`.
+    """
+    sample = _TrainerSample(trainer)
+    with untouched_rng(), _untouched_trainer(trainer), _training_mode(trainer, model):
+        return select_mask(model, sample, sample.loss)
+
+
+class _TrainerSample:
+    """The trainer's batches in groups of one optimizer step, and the loss that the trainer gives each."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.num_items_in_batch: Tensor | int | None = None
+
+    def __iter__(self) -> Iterator[dict]:
+        trainer = self.trainer
+        batches = iter(trainer.get_train_dataloader())
+        while True:
+            group, self.num_items_in_batch = trainer.get_batch_samples(
+                batches, trainer.args.gradient_accumulation_steps, trainer.args.device
+            )
+            if not group:
+                return
+            trainer.current_gradient_accumulation_steps = len(group)
+            yield from (trainer._prepare_inputs(batch) for batch in group)
+
+    def loss(self, model: nn.Module, batch: dict) -> Tensor:
+        trainer = self.trainer
+        with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=self.num_items_in_batch)
+        return loss * _FLOAT16_LOSS_SCALE if trainer.accelerator.mixed_precision == "fp16" else loss
+
+
+@contextmanager
+def _training_mode(trainer: Any, model: nn.Module) -> Iterator[None]:
+    """Train mode, with gradient checkpointing where the run will have it."""
+    modes = [(module, module.training) for module in model.modules()]
+    checkpoint = trainer.args.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", False)
+    model.train()
+    try:
+        if checkpoint:
+            kwargs = dict(trainer.args.gradient_checkpointing_kwargs or {})
+            kwargs.pop("every_n_layers", None)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
+        yield
+    finally:
+        if checkpoint:
+            model.gradient_checkpointing_disable()
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _untouched_trainer(trainer: Any) -> Iterator[None]:
+    """Put the trainer's counters, metrics and state, and the accelerator's dataloaders, back at the end."""
+    gradient_state = trainer.accelerator.gradient_state
+    dataloaders = list(trainer.accelerator._dataloaders)
+    references = list(gradient_state.dataloader_references)
+    state = copy.deepcopy(vars(trainer.state))
+    names = set(vars(trainer))
+    plain = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_plain(value)}
+    try:
+        yield
+    finally:
+        trainer.accelerator._dataloaders[:] = dataloaders
+        gradient_state.dataloader_references[:] = references
+        vars(trainer.state).clear()
+        vars(trainer.state).update(state)
+        for name in set(vars(trainer)) - names:
+            delattr(trainer, name)
+        vars(trainer).update(plain)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is data through and through, like metrics and counters are."""
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, (list, tuple, set)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str, Tensor)) and not isinstance(value, nn.Parameter)
+
+
+def peft_model_of(trainer: Any) -> nn.Module:
+    """The trainer's `PeftModel`, without the wrappers of accelerate."""
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def has_mask(model: nn.Module) -> bool:
+    """Whether the active adapter holds any value already."""
+    from axolotl_spft.salience.prepare import adapted_layers
+
+    return any(
+        layer.spft_values[name].numel()
+        for layer in adapted_layers(model).values()
+        for name in layer.active_adapters
+        if name in layer.spft_values
+    )
