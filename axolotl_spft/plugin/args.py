@@ -54,10 +54,17 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
     optimizer = str(cfg.get("optimizer") or "")
     if optimizer.startswith("sparse_") and optimizer != OPTIMIZER:
         problems.append(f"`optimizer: {optimizer}` must be {OPTIMIZER} or a Hugging Face optimizer name")
+    if cfg.get("inference") and not cfg.get("lora_model_dir"):
+        problems.append(
+            "`lora_model_dir` is not set, so there is no trained adapter to load: "
+            f"add `lora_model_dir: {cfg.get('output_dir')}`, or pass --lora-model-dir"
+        )
     if cfg.get("load_in_4bit") and cfg.get("load_in_8bit"):
         problems.append("`load_in_4bit: true` and `load_in_8bit: true` exclude each other: keep one")
     if cfg.get("merge_method") == "memory_efficient":
-        problems.append("`merge_method: memory_efficient` knows LoRA only: write `merge_method: legacy`, the default here")
+        problems.append(
+            "`merge_method: memory_efficient` knows LoRA only: write `merge_method: legacy`, the default here"
+        )
     problems += [
         f"`{key}: {cfg[key]}` has no meaning with `adapter: spft`: {remedy}"
         for key, remedy in _FOREIGN_KEYS.items()

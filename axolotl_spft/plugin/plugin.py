@@ -63,20 +63,14 @@ class SpftPlugin(BasePlugin):
         config = _adapter_config(cfg, model)
         if config_only:
             return None, config
-        serving = inference or cfg.inference or cfg.merge_lora
-        if serving and not cfg.lora_model_dir:
-            raise SpftError(
-                "`lora_model_dir` is not set, so there is no trained adapter to load: "
-                f"add `lora_model_dir: {cfg.output_dir}` or pass --lora-model-dir"
-            )
-        if (cfg.load_in_4bit or cfg.load_in_8bit) and not serving:
+        if (cfg.load_in_4bit or cfg.load_in_8bit) and not inference:
             checkpointing = dict(cfg.gradient_checkpointing_kwargs or {}) if cfg.gradient_checkpointing else None
             model = prepare_for_training(model, cfg.torch_dtype, checkpointing)
         autocast = {}
         if cfg.peft_autocast_adapter_dtype is not None:
             autocast["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
-            model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not serving, **autocast)
+            model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **autocast)
         else:
             model = get_peft_model(model, config, **autocast)
         return model, config

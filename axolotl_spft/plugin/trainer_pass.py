@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from axolotl_spft.salience import MaskReport, select_mask
@@ -101,7 +100,7 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(item) for item in value.values())
     if isinstance(value, (list, tuple, set)):
         return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str, Tensor)) and not isinstance(value, nn.Parameter)
+    return value is None or (isinstance(value, (bool, int, float, str, Tensor)) and not isinstance(value, nn.Parameter))
 
 
 def peft_model_of(trainer: Any) -> nn.Module:

@@ -122,3 +122,24 @@ def losses(output_dir: Path, step: int) -> list[float]:
     """The training losses that the checkpoint at ``step`` recorded."""
     state = json.loads((output_dir / f"checkpoint-{step}" / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def run_trainings(configs: list[Path]) -> dict[str, str | None]:
+    """Train every config in one process, one after the other: name -> error, or None where it went well."""
+    command = [sys.executable, "-m", "tests.e2e.run_many", *map(str, configs)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **ENVIRONMENT, "ACCELERATE_USE_CPU": "true"},
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    results = {}
+    for config in configs:
+        result = config.with_suffix(".result.json")
+        if not result.is_file():
+            raise AssertionError(f"{config.name} did not finish:\n{done.stdout[-6000:]}")
+        results[config.stem] = json.loads(result.read_text())["error"]
+    return results

@@ -1,0 +1,166 @@
+"""Training through the real axolotl command line: mask, optimizer, checkpoints, resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.workspace import losses, run_axolotl, run_trainings, write_config
+
+pytestmark = pytest.mark.e2e
+
+
+def same_bits(one, two) -> bool:
+    return one.keys() == two.keys() and all(
+        one[key].dtype == two[key].dtype
+        and torch.equal(one[key].reshape(-1).view(torch.uint8), two[key].reshape(-1).view(torch.uint8))
+        for key in one
+    )
+
+
+def assert_same_checkpoint(one, two) -> None:
+    assert same_bits(load_file(one / "adapter_model.safetensors"), load_file(two / "adapter_model.safetensors"))
+    first, second = (torch.load(path / "optimizer.pt", weights_only=True) for path in (one, two))
+    assert first["param_groups"] == second["param_groups"]
+    assert first["state"].keys() == second["state"].keys()
+    assert all(same_bits(first["state"][number], second["state"][number]) for number in first["state"])
+
+
+def test_training_lowers_the_loss_and_prints_one_table(trained):
+    output_dir, log = trained
+    history = losses(output_dir, 6)
+    assert len(history) == 6
+    assert history[-1] < history[0] - 0.1
+    assert log.count("Sparse mask: salience gradient, scope layer, samples 8, seed 7") == 1
+    assert "down_proj" in log
+    assert "total" in log
+
+
+def test_optimizer_state_exists_for_the_values_only(trained):
+    output_dir, _ = trained
+    nnz = json.loads((output_dir / "adapter_config.json").read_text())["nnz"]
+    state = torch.load(output_dir / "checkpoint-6" / "optimizer.pt", weights_only=True)["state"]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert sum(entry[moment].numel() for entry in state.values()) == nnz
+        assert all(entry[moment].dtype == torch.float32 for entry in state.values())
+
+
+def test_every_trained_value_moved(trained):
+    output_dir, _ = trained
+    tensors = load_file(output_dir / "adapter_model.safetensors")
+    values = torch.cat([tensor for key, tensor in tensors.items() if key.endswith("spft_values")])
+    assert (values != 0).float().mean() > 0.99
+
+
+@pytest.fixture(scope="module")
+def runs(workspace, trained):
+    """Further trainings in one process: name -> (output folder, error or None, log)."""
+    output_dir, _ = trained
+    shutil.copytree(output_dir / "checkpoint-3", workspace / "auto" / "checkpoint-3")
+    (workspace / "half" / "checkpoint-3").mkdir(parents=True)
+    pairs = [
+        {"system": "", "question": f"Add {a} and 2.", "chosen": f"It is {a + 2}.", "rejected": "No."} for a in range(24)
+    ]
+    (workspace / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    pairs_set = [{"path": str(workspace / "pairs.jsonl"), "ds_type": "json", "type": "chatml.intel", "split": "train"}]
+    mask = str(workspace / "mask.safetensors")
+    configs = [
+        write_config(
+            workspace,
+            "auto",
+            auto_resume_from_checkpoints=True,
+            spft={"density": 0.05, "samples": 8, "mask_path": str(workspace / "second_pass.safetensors")},
+        ),
+        write_config(workspace, "explicit", resume_from_checkpoint=str(output_dir / "checkpoint-3")),
+        write_config(workspace, "half", auto_resume_from_checkpoints=True),
+        write_config(workspace, "from_mask", spft={"density": 0.05, "mask_path": mask}),
+        write_config(workspace, "recomputed"),
+        write_config(workspace, "continued", lora_model_dir=str(output_dir)),
+        write_config(workspace, "four_bit", load_in_4bit=True, bf16=True),
+        write_config(workspace, "eight_bit", load_in_8bit=True, gradient_checkpointing=True),
+        write_config(workspace, "packed", sample_packing=True, pad_to_sequence_len=True, attn_implementation="sdpa"),
+        write_config(workspace, "bf16", bf16=True, gradient_checkpointing=True, optimizer="adamw_torch"),
+        write_config(workspace, "dpo", rl="dpo", datasets=pairs_set, val_set_size=0),
+        write_config(workspace, "dense_only", adapter=None, spft=None, optimizer="adamw_torch", max_steps=1),
+    ]
+    return run_trainings(configs)
+
+
+@pytest.mark.parametrize("name", ["auto", "explicit"])
+def test_resumed_equals_uninterrupted_bit_for_bit(trained, runs, workspace, name):
+    output_dir, _ = trained
+    assert runs[name] is None
+    assert_same_checkpoint(output_dir / "checkpoint-6", workspace / name / "checkpoint-6")
+    assert losses(output_dir, 6) == losses(workspace / name, 6)
+
+
+def test_resume_takes_the_mask_from_the_checkpoint(runs, workspace):
+    assert runs["auto"] is None
+    # a second salience pass would have saved its mask
+    assert (workspace / "mask.safetensors").is_file()
+    assert not (workspace / "second_pass.safetensors").exists()
+
+
+def test_resume_from_an_incomplete_checkpoint_is_refused(runs):
+    assert "no adapter_model.safetensors in the checkpoint" in runs["half"]
+
+
+@pytest.mark.parametrize("name", ["from_mask", "recomputed"])
+def test_salience_pass_leaves_no_trace(trained, runs, workspace, name):
+    """With the mask from a file, or computed again, the run is the same bit for bit."""
+    output_dir, _ = trained
+    assert runs[name] is None
+    assert_same_checkpoint(output_dir / "checkpoint-6", workspace / name / "checkpoint-6")
+    assert losses(output_dir, 6) == losses(workspace / name, 6)
+
+
+def test_lora_model_dir_continues_with_its_mask(trained, runs, workspace):
+    output_dir, _ = trained
+    assert runs["continued"] is None
+    before, after = (
+        load_file(folder / "adapter_model.safetensors") for folder in (output_dir, workspace / "continued")
+    )
+    masks = [key for key in before if not key.endswith("spft_values")]
+    assert same_bits({key: before[key] for key in masks}, {key: after[key] for key in masks})
+    assert losses(workspace / "continued", 6)[0] < losses(output_dir, 6)[0] - 0.1
+
+
+@pytest.mark.parametrize("name", ["four_bit", "eight_bit", "packed", "bf16", "dpo"])
+def test_other_runs_train(runs, workspace, name):
+    assert runs[name] is None
+    history = losses(workspace / name, 6)
+    assert history[-1] < history[0] - 0.05
+    tensors = load_file(workspace / name / "adapter_model.safetensors")
+    values = torch.cat([tensor for key, tensor in tensors.items() if key.endswith("spft_values")])
+    assert torch.isfinite(values).all()
+    assert values.abs().max() > 0
+
+
+def test_plugin_leaves_runs_without_it_alone(runs, workspace):
+    assert runs["dense_only"] is None
+    assert (workspace / "dense_only" / "model.safetensors").is_file()
+
+
+def test_all_problems_of_a_config_come_at_once_before_the_model_loads(workspace):
+    config = write_config(
+        workspace,
+        "bad",
+        base_model=str(workspace / "no_such_model"),
+        spft={"densty": 1, "density": 2, "num_values": 4, "reselect": {"every": 5}},
+        lora_r=8,
+    )
+    done = run_axolotl("train", config, check=False)
+    assert done.returncode != 0
+    for part in (
+        "unknown key `densty`: did you mean `density`?",
+        "`density: 2` must be a number in (0, 1]",
+        "keep exactly one",
+        "unknown key `reselect`",
+        "`lora_r: 8` has no meaning",
+    ):
+        assert part in done.stdout
+    assert "Loading weights" not in done.stdout
