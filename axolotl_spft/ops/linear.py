@@ -21,17 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.csr import Mask
-from axolotl_spft.ops.values_grad import values_grad
+from axolotl_spft.ops.plan import Plan
+from axolotl_spft.ops.values_grad import select_columns, values_grad
 
 
 class WeightOwner(Protocol):
     """What the op needs of a layer."""
 
-    def effective_weight(
-        self, values: Tensor, mask: Mask, originals: Tensor, keep: bool
+    def effective_weight(self, values: Tensor, positions: Tensor, originals: Tensor) -> Tensor:
+        """W + S as (out_features, in_features), to be read at once."""
+
+    def effective_weight_again(
+        self, values: Tensor, positions: Tensor, originals: Tensor
     ) -> AbstractContextManager[Tensor]:
-        """W + S as (out_features, in_features); ``keep`` allows it to stay in place afterwards."""
+        """The same for the backward pass: afterwards the layer is as it was before."""
 
 
 _OWNERS: WeakValueDictionary[int, WeightOwner] = WeakValueDictionary()
@@ -52,106 +55,126 @@ def _owner(number: int) -> WeightOwner:
     return owner
 
 
-_MASK_AND_PLAN = (
-    "Tensor values, Tensor columns, Tensor row_offsets, Tensor originals, Tensor used_rows, Tensor used_columns, "
+_DELTA = (
+    "Tensor values, Tensor positions, Tensor originals, Tensor rows, Tensor columns, Tensor slots, "
     "int[] row_stops, int[] value_stops"
 )
-
-
-@torch.library.custom_op(
-    "spft::linear",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor? bias, {_MASK_AND_PLAN}, bool save_columns, int in_features, int owner)"
-    " -> (Tensor, Tensor)",
+_library = torch.library.Library("spft", "DEF")
+_library.define(
+    f"linear(Tensor x, Tensor? bias, {_DELTA}, bool save_columns, int out_features, int owner) -> (Tensor, Tensor)"
 )
-def _linear(x, bias, values, columns, row_offsets, originals, used_rows, used_columns, row_stops, value_stops,
-            save_columns, in_features, owner):  # fmt: skip
-    with _owner(owner).effective_weight(values, Mask(columns, row_offsets), originals, keep=True) as weight:
-        y = F.linear(x, weight.to(x.dtype), bias)
-    return y, x.index_select(-1, used_columns) if save_columns else x.new_empty(0)
-
-
-@_linear.register_fake
-def _(x, bias, values, columns, row_offsets, originals, used_rows, used_columns, row_stops, value_stops,
-      save_columns, in_features, owner):  # fmt: skip
-    y = x.new_empty(*x.shape[:-1], row_offsets.numel() - 1)
-    return y, x.new_empty(*x.shape[:-1], used_columns.numel()) if save_columns else x.new_empty(0)
-
-
-@torch.library.custom_op(
-    "spft::linear_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_y, Tensor x, {_MASK_AND_PLAN}, bool x_is_columns, int in_features, int owner, "
-    "bool need_x, bool need_values) -> (Tensor, Tensor)",
+_library.define(
+    f"linear_backward(Tensor grad_y, Tensor x, {_DELTA}, bool x_is_columns, int in_features, int owner, "
+    "bool need_x, bool need_values) -> (Tensor, Tensor)"
 )
-def _linear_backward(grad_y, x, values, columns, row_offsets, originals, used_rows, used_columns, row_stops,
-                     value_stops, x_is_columns, in_features, owner, need_x, need_values):  # fmt: skip
-    mask = Mask(columns, row_offsets)
+
+
+@torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
+def _linear(x, bias, values, positions, originals, rows, columns, slots, row_stops, value_stops, save_columns,
+            out_features, owner):  # fmt: skip
+    weight = _owner(owner).effective_weight(values, positions, originals)
+    y = F.linear(x, weight.to(x.dtype), bias)
+    return y, select_columns(x, columns) if save_columns else x.new_empty(0)
+
+
+@torch.library.register_fake("spft::linear", lib=_library)
+def _linear_fake(x, bias, values, positions, originals, rows, columns, slots, row_stops, value_stops, save_columns,
+                 out_features, owner):  # fmt: skip
+    y = x.new_empty(*x.shape[:-1], out_features)
+    return y, x.new_empty(x.numel() // x.shape[-1], columns.numel()) if save_columns else x.new_empty(0)
+
+
+@torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
+def _linear_backward(grad_y, x, values, positions, originals, rows, columns, slots, row_stops, value_stops,
+                     x_is_columns, in_features, owner, need_x, need_values):  # fmt: skip
     grad_x = grad_values = grad_y.new_empty(0)
     if need_x:
-        with _owner(owner).effective_weight(values, mask, originals, keep=False) as weight:
+        with _owner(owner).effective_weight_again(values, positions, originals) as weight:
             grad_x = grad_y.matmul(weight.to(grad_y.dtype))
     if need_values:
-        x = x.reshape(-1, x.shape[-1])
-        if not x_is_columns and used_columns.numel() < in_features:
-            x = x.index_select(1, used_columns)
-        grad_values = values_grad(
-            grad_y.reshape(-1, grad_y.shape[-1]), x, mask, used_rows, used_columns, row_stops, value_stops, in_features
-        ).to(values.dtype)
+        if not x_is_columns:
+            x = select_columns(x, columns) if columns.numel() < in_features else x.reshape(-1, in_features)
+        grad_values = values_grad(grad_y, x, rows, slots, row_stops, value_stops).to(values.dtype)
     return grad_x, grad_values
 
 
-@_linear_backward.register_fake
-def _(grad_y, x, values, columns, row_offsets, originals, used_rows, used_columns, row_stops, value_stops,
-      x_is_columns, in_features, owner, need_x, need_values):  # fmt: skip
+@torch.library.register_fake("spft::linear_backward", lib=_library)
+def _linear_backward_fake(grad_y, x, values, positions, originals, rows, columns, slots, row_stops, value_stops,
+                          x_is_columns, in_features, owner, need_x, need_values):  # fmt: skip
     grad_x = grad_y.new_empty(*grad_y.shape[:-1], in_features) if need_x else grad_y.new_empty(0)
     return grad_x, torch.empty_like(values) if need_values else grad_y.new_empty(0)
 
 
-def _setup_context(ctx, inputs, output):
-    (x, _, values, columns, row_offsets, originals, used_rows, used_columns, row_stops, value_stops,
-     save_columns, in_features, owner) = inputs  # fmt: skip
+def _setup_context(ctx, inputs, output) -> None:
+    x, _, values, *delta, row_stops, value_stops, save_columns, _, owner = inputs
     kept = (output[1] if save_columns else x) if ctx.needs_input_grad[2] else None
-    ctx.save_for_backward(kept, values, columns, row_offsets, originals, used_rows, used_columns)
-    ctx.plan = (row_stops, value_stops, save_columns, in_features, owner)
+    ctx.save_for_backward(kept, values, *delta)
+    ctx.plan = (row_stops, value_stops, save_columns, x.shape[-1], owner)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_y, _):
-    nothing = (None,) * 10
+def _gradients(ctx, grad_y: Tensor | None, linear_backward) -> tuple:
+    """The gradients of x, bias and values, and None for every other argument of ``spft::linear``."""
+    others = (None,) * 10
     if grad_y is None:
-        return (None, None, None, *nothing)
-    kept, values, *mask_and_plan = ctx.saved_tensors
-    row_stops, value_stops, x_is_columns, in_features, owner = ctx.plan
+        return (None, None, None, *others)
+    kept, *delta = ctx.saved_tensors
     need_x, need_bias, need_values = ctx.needs_input_grad[:3]
-    grad_x, grad_values = torch.ops.spft.linear_backward(
-        grad_y, grad_y if kept is None else kept, values, *mask_and_plan, row_stops, value_stops,
-        x_is_columns, in_features, owner, need_x, need_values,
-    )  # fmt: skip
+    grad_x, grad_values = linear_backward(
+        grad_y, grad_y if kept is None else kept, *delta, *ctx.plan, need_x, need_values
+    )
     grad_bias = grad_y.sum(dim=tuple(range(grad_y.ndim - 1))) if need_bias else None
-    return (grad_x if need_x else None, grad_bias, grad_values if need_values else None, *nothing)
+    return (grad_x if need_x else None, grad_bias, grad_values if need_values else None, *others)
 
 
-_linear.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "spft::linear",
+    lambda ctx, grad_y, _: _gradients(ctx, grad_y, torch.ops.spft.linear_backward),
+    setup_context=_setup_context,
+    lib=_library,
+)
 
 
-def sparse_linear(x, bias, values, mask: Mask, originals, plan, in_features: int, owner: int) -> Tensor:
+class _EagerLinear(torch.autograd.Function):
+    """``spft::linear`` without the dispatcher, whose wrappers cost as much as a small product."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _linear(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        return _gradients(ctx, grad_y, _linear_backward)
+
+
+def sparse_linear(
+    x: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    positions: Tensor,
+    originals: Tensor,
+    plan: Plan,
+    out_features: int,
+    owner: int,
+) -> Tensor:
     """y = x (W + S)^T + b.
 
     Args:
         x: (..., in_features).
         bias: (out_features) in the dtype of ``x``, or None.
         values: (nnz); receives a gradient.
-        mask: where the values stand.
+        positions: (nnz) where they stand in the owner's flattened weight.
         originals: (nnz) what W holds there without S, or empty when the owner makes W afresh.
-        plan: the `Plan` of ``mask``.
+        plan: the `Plan` of the mask.
         owner: number of the `WeightOwner`, from `register_owner`.
 
     Returns:
         (..., out_features) in the dtype of ``x``.
     """
-    save_columns = plan.save_columns and torch.is_grad_enabled() and values.requires_grad
-    return torch.ops.spft.linear(
-        x, bias, values, mask.columns, mask.row_offsets, originals, plan.rows, plan.columns,
-        plan.row_stops, plan.value_stops, save_columns, in_features, owner,
-    )[0]  # fmt: skip
+    *plan, save_columns = plan
+    save_columns = save_columns and torch.is_grad_enabled() and values.requires_grad
+    inputs = (x, bias, values, positions, originals, *plan, save_columns, out_features, owner)
+    return torch.ops.spft.linear(*inputs)[0] if torch.compiler.is_compiling() else _EagerLinear.apply(*inputs)

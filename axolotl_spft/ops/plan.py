@@ -1,12 +1,13 @@
-"""What the backward pass needs to know about a mask, worked out once."""
+"""What the forward and backward pass need to know about a mask, worked out once."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from axolotl_spft.ops.csr import Mask, used_columns, used_rows
+from axolotl_spft.ops.csr import Mask, row_indices, used_columns, used_rows
 
 # the dense block of the weight gradient that is alive at a time: 2**24 entries are 32 MiB in bf16
 BLOCK_ENTRIES = 2**24
@@ -20,13 +21,15 @@ class Plan(NamedTuple):
     Attributes:
         rows: used rows, int64, ascending.
         columns: used columns, int64, ascending.
+        slots: (nnz; int32) where each entry stands in its flattened block of rows x columns.
         row_stops: for each block, the index into ``rows`` where it ends.
         value_stops: for each block, the index into the values where it ends.
-        save_columns: whether backward keeps x[..., columns] rather than x.
+        save_columns: whether backward keeps the columns of x rather than x.
     """
 
     rows: Tensor
     columns: Tensor
+    slots: Tensor
     row_stops: list[int]
     value_stops: list[int]
     save_columns: bool
@@ -40,7 +43,12 @@ def make_plan(mask: Mask, in_features: int, block_entries: int = BLOCK_ENTRIES) 
     """The plan of ``mask`` (nnz >= 1) for a weight with ``in_features`` columns."""
     rows, columns = used_rows(mask), used_columns(mask, in_features)
     rows_per_block = max(1, block_entries // columns.numel())
+    row_ranks = torch.searchsorted(rows, row_indices(mask))
+    slots = (row_ranks % rows_per_block) * columns.numel() + torch.searchsorted(columns, mask.columns.to(torch.int64))
     row_stops = [*range(rows_per_block, rows.numel(), rows_per_block), rows.numel()]
-    ends = mask.row_offsets[1:][rows].tolist() if len(row_stops) > 1 else None
-    value_stops = [ends[stop - 1] for stop in row_stops] if ends else [mask.nnz]
-    return Plan(rows, columns, row_stops, value_stops, columns.numel() <= SAVE_COLUMNS_UP_TO * in_features)
+    value_stops = [mask.nnz]
+    if len(row_stops) > 1:
+        ends = mask.row_offsets[1:][rows].tolist()
+        value_stops = [ends[stop - 1] for stop in row_stops]
+    save_columns = columns.numel() <= SAVE_COLUMNS_UP_TO * in_features
+    return Plan(rows, columns, slots.to(torch.int32), row_stops, value_stops, save_columns)

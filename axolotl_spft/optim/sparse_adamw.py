@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -60,12 +61,17 @@ class SparseAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter.numel():
-                    self._update(parameter, group)
+            trained = [p for p in group["params"] if p.grad is not None and p.numel()]
+            states = [self._state_of(parameter) for parameter in trained]
+            by_step: dict[int, list[tuple[nn.Parameter, dict[str, Tensor]]]] = defaultdict(list)
+            for parameter, state in zip(trained, states):
+                state["step"] += 1
+                by_step[int(state["step"].item())].append((parameter, state))
+            for step, members in by_step.items():
+                self._update(members, step, group)
         return loss
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -73,14 +79,25 @@ class SparseAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
             if parameter.dtype != torch.float32:
                 state["master"] = parameter.detach().to(torch.float32)
-        state["step"] += 1
-        target = state.get("master", parameter)
+        return state
+
+    @staticmethod
+    def _update(members: list[tuple[nn.Parameter, dict[str, Tensor]]], step: int, group: dict[str, Any]) -> None:
+        targets = [state.get("master", parameter) for parameter, state in members]
         adamw_(
-            target, parameter.grad.to(torch.float32), state["exp_avg"], state["exp_avg_sq"], int(state["step"].item()),
-            float(group["lr"]), group["betas"], group["eps"], group["weight_decay"],
-        )  # fmt: skip
-        if target is not parameter:
-            parameter.copy_(target)
+            targets,
+            [parameter.grad.to(torch.float32) for parameter, _ in members],
+            [state["exp_avg"] for _, state in members],
+            [state["exp_avg_sq"] for _, state in members],
+            step,
+            float(group["lr"]),
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+        )
+        for target, (parameter, _) in zip(targets, members):
+            if target is not parameter:
+                parameter.copy_(target)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -22,11 +22,11 @@ from axolotl_spft.ops.csr import Mask, positions, row_indices
 
 
 class Written(NamedTuple):
-    """The sparse delta that a plain weight holds at the moment."""
+    """A sparse delta that a plain weight holds: (nnz) each."""
 
-    mask: Mask
-    originals: Tensor
     values: Tensor
+    positions: Tensor
+    originals: Tensor
 
 
 class Replaced(NamedTuple):
@@ -46,6 +46,7 @@ class BaseWeight:
     quantization_backend: QuantizationBackend | None
     shared_weight: bool = False
     _written: Written | None = None
+    _in_place: bool | None = None
     _undo_merge: list[Replaced | list[tuple[Tensor, Tensor]]]
 
     @property
@@ -61,6 +62,17 @@ class BaseWeight:
     @property
     def in_place(self) -> bool:
         """Whether the weight may hold W + S itself."""
+        if self._in_place is None:
+            self._in_place = self._may_hold_delta()
+        return self._in_place
+
+    def share_weight(self, shared: bool) -> None:
+        """Say whether another module uses the weight too."""
+        self.revert()
+        self.shared_weight = shared
+        self._in_place = None
+
+    def _may_hold_delta(self) -> bool:
         if self.quantization_backend is not None or self.shared_weight:
             return False
         weight = self.get_base_layer().weight
@@ -71,10 +83,13 @@ class BaseWeight:
             and not weight.is_meta
         )
 
-    def _storage_positions(self, mask: Mask) -> Tensor:
+    def storage_positions(self, mask: Mask) -> Tensor:
+        """Where the mask's entries stand in the flattened weight: (nnz) int32, or int64 where that is too small."""
         if self.transposed:
-            return mask.columns.to(torch.int64) * self.out_features + row_indices(mask)
-        return positions(mask, self.in_features)
+            at = mask.columns.to(torch.int64) * self.out_features + row_indices(mask)
+        else:
+            at = positions(mask, self.in_features)
+        return at.to(torch.int32) if self.out_features * self.in_features < 2**31 else at
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight
@@ -86,65 +101,72 @@ class BaseWeight:
             return self.quantization_backend.get_base_weight(self.get_base_layer())
         return self._oriented(self.get_base_layer().weight.detach())
 
-    def read_originals(self, mask: Mask) -> Tensor:
-        """(nnz) entries of W that in-place writing must put back; empty where nothing is written in place."""
-        weight = self.get_base_layer().weight if not self.forward_only else None
-        if weight is None or not self.in_place:
-            return torch.empty(0, device=mask.columns.device)
+    def read_originals(self, at: Tensor) -> Tensor:
+        """The entries of W at ``at`` (nnz), which `revert` puts back; empty where nothing is written in place."""
+        if self.forward_only or not self.in_place:
+            return torch.empty(0, device=at.device)
         self.revert()
-        return weight.detach().view(-1)[self._storage_positions(mask)]
+        return self.get_base_layer().weight.detach().view(-1)[at]
 
-    @contextmanager
-    def effective_weight(self, values: Tensor, mask: Mask, originals: Tensor, keep: bool) -> Iterator[Tensor]:
-        """W + S as (out_features, in_features), for one multiplication.
+    def effective_weight(self, values: Tensor, positions: Tensor, originals: Tensor) -> Tensor:
+        """W + S as (out_features, in_features), to be read at once: the next call may overwrite it.
 
         Args:
-            values, mask: the sparse delta, nnz >= 1.
-            originals: what `read_originals` gave for this mask.
-            keep: leave W + S in place afterwards; otherwise what was there before is put back.
+            values: (nnz), nnz >= 1.
+            positions: from `storage_positions`.
+            originals: from `read_originals`.
+        """
+        if self.in_place:
+            return self._oriented(self._write(Written(values, positions, originals)))
+        return self._oriented(self._fresh_sum([(values, positions)]))
+
+    @contextmanager
+    def effective_weight_again(self, values: Tensor, positions: Tensor, originals: Tensor) -> Iterator[Tensor]:
+        """`effective_weight` for the backward pass: afterwards the weight holds what it held before.
+
+        Between forward and backward another adapter may have been chosen, or all disabled.
         """
         if not self.in_place:
-            yield self._oriented(self._fresh_sum([(values, mask)]))
+            yield self._oriented(self._fresh_sum([(values, positions)]))
             return
-        before = self._written
-        same = before is not None and before.mask.columns.data_ptr() == mask.columns.data_ptr()
-        if keep or not same:
-            self._write(Written(mask, originals, values))
-        try:
+        held = self._written
+        if held is not None and held.positions.data_ptr() == positions.data_ptr():
             yield self._oriented(self.get_base_layer().weight.detach())
+            return
+        try:
+            yield self._oriented(self._write(Written(values, positions, originals)))
         finally:
-            if not keep and not same:
-                self.revert()
-                if before is not None:
-                    self._write(before)
+            self.revert()
+            if held is not None:
+                self._write(held)
 
-    def _write(self, new: Written) -> None:
-        old = self._written
-        if old is not None and old.mask.columns.data_ptr() != new.mask.columns.data_ptr():
+    def _write(self, new: Written) -> Tensor:
+        held = self._written
+        if held is not None and held.positions.data_ptr() != new.positions.data_ptr():
             self.revert()
         # .data: a layer may run several times before its backward pass, and assigning the same entries again is no
         # change that autograd should refuse; it sees a change of the values by the version of `values`
-        flat = self.get_base_layer().weight.data.view(-1)
-        flat[self._storage_positions(new.mask)] = _add(new.originals, new.values.detach())
+        weight = self.get_base_layer().weight.data
+        weight.view(-1)[new.positions] = _add(new.originals, new.values.detach())
         self._written = new
+        return weight
 
     def revert(self) -> None:
         """Put W back, bit for bit, where it holds W + S."""
         if self._written is not None:
             written, self._written = self._written, None
             flat = self.get_base_layer().weight.data.view(-1)
-            flat[self._storage_positions(written.mask)] = written.originals.to(flat.dtype)
+            flat[written.positions] = written.originals
 
-    def _fresh_sum(self, deltas: list[tuple[Tensor, Mask]]) -> Tensor:
-        """A new tensor with W plus all deltas, in the layout of storage."""
+    def _fresh_sum(self, deltas: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """A new tensor with W plus all deltas (values, positions), in the layout of storage."""
         base_layer = self.get_base_layer()
         if self.quantization_backend is not None:
             weight = self.quantization_backend.get_base_weight(base_layer)
         else:
             weight = base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
         flat = weight.view(-1)
-        for values, mask in deltas:
-            at = self._storage_positions(mask)
+        for values, at in deltas:
             flat[at] = _add(flat[at], values.detach())
         return weight
 
@@ -184,7 +206,7 @@ class BaseWeight:
 
     def _merge_in_place(self, deltas: list[Written], check_finite: bool) -> list[tuple[Tensor, Tensor]]:
         flat = self.get_base_layer().weight.data.view(-1)
-        entries = [(at := self._storage_positions(delta.mask), flat[at]) for delta in deltas]
+        entries = [(delta.positions, flat[delta.positions]) for delta in deltas]
         for (at, _), delta in zip(entries, deltas):
             flat[at] = _add(flat[at], delta.values.detach())
             if check_finite and not torch.isfinite(flat[at]).all():
@@ -193,7 +215,7 @@ class BaseWeight:
         return entries
 
     def _merge_by_replacing(self, deltas: list[Written], check_finite: bool) -> Replaced:
-        weight = self._fresh_sum([(delta.values, delta.mask) for delta in deltas])
+        weight = self._fresh_sum([(delta.values, delta.positions) for delta in deltas])
         if check_finite and not torch.isfinite(weight).all():
             raise _broken_adapter()
         base_layer = self.get_base_layer()
@@ -228,4 +250,4 @@ def _broken_adapter() -> ValueError:
 
 def _add(weight: Tensor, values: Tensor) -> Tensor:
     """weight + values with one rounding, in the dtype of ``weight``."""
-    return (weight.to(values.dtype) + values).to(weight.dtype)
+    return torch.add(weight, values, out=torch.empty_like(weight))

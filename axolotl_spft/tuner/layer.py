@@ -20,12 +20,19 @@ from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.base_weight import BaseWeight, Written, keep_dequantizable
 
 
-class Union(NamedTuple):
-    """The union of several adapters' masks, and where each adapter's values go in it."""
+class Delta(NamedTuple):
+    """What the op needs to know about the mask of the active adapters, worked out once.
 
-    mask: Mask
+    Attributes:
+        positions, originals: (nnz) of `BaseWeight`.
+        plan: of the mask.
+        places: for several adapters, where each adapter's values go in the union of their masks; else empty.
+    """
+
+    positions: Tensor
     originals: Tensor
-    slots: tuple[Tensor, ...]
+    plan: Plan
+    places: tuple[Tensor, ...] = ()
 
 
 class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
@@ -51,7 +58,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._undo_merge = []
-        self._forget_plans()
+        self._forget_derived()
         self._owner = register_owner(self)
         self.add_empty_adapter(adapter_name)
 
@@ -63,7 +70,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
     def _apply(self, fn, recurse=True):
         # moving or casting must see W itself, and what was worked out for the old device is void
         self.revert()
-        self._forget_plans()
+        self._forget_derived()
         return super()._apply(fn, recurse)
 
     def _replicate_for_data_parallel(self):
@@ -72,9 +79,9 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             "start one process per GPU with `accelerate launch` or `torchrun`"
         )
 
-    def _forget_plans(self) -> None:
-        self._plans: dict[tuple[str, ...], Plan] = {}
-        self._unions: dict[tuple[str, ...], Union] = {}
+    def _forget_derived(self) -> None:
+        self._in_place = None
+        self._deltas: dict[tuple[str, ...], Delta] = {}
 
     # --- adapters
 
@@ -109,8 +116,9 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         mask = Mask(*(tensor.to(device) for tensor in mask))
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
         # a plain buffer: PEFT would cast the entries of a BufferDict to float32
-        self.register_buffer(f"_originals_{adapter_name}", self.read_originals(mask), persistent=False)
-        self._forget_plans()
+        originals = self.read_originals(self.storage_positions(mask))
+        self.register_buffer(f"_originals_{adapter_name}", originals, persistent=False)
+        self._forget_derived()
 
     def take_mask(self, adapter_name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Install the mask of a checked ``state_dict`` where it differs from the adapter's own."""
@@ -135,7 +143,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.revert()
-        self._forget_plans()
+        self._forget_derived()
         self._buffers.pop(f"_originals_{adapter_name}", None)
         self._non_persistent_buffers_set.discard(f"_originals_{adapter_name}")
         super().delete_adapter(adapter_name)
@@ -159,8 +167,11 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             ValueError: ``safe_merge`` and the sum holds a NaN or an infinity; nothing is changed then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.spft_values]
-        deltas = [Written(self.mask(name), self._originals(name), self.spft_values[name]) for name in names]
-        deltas = [delta for delta in deltas if delta.mask.nnz]
+        deltas = [
+            Written(self.spft_values[name], self.storage_positions(self.mask(name)), self._originals(name))
+            for name in names
+            if self.spft_values[name].numel()
+        ]
         if deltas:
             self.merge_deltas(deltas, check_finite=safe_merge)
         self.merged_adapters.extend(names)
@@ -183,53 +194,51 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         names = () if self.merged else self._filled_active_adapters()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        values, mask, originals = self._delta(names)
-        plan = self._plan(names, mask)
+        delta = self._deltas.get(names)
+        if delta is None:
+            delta = self._deltas[names] = self._make_delta(names)
+        values = self._values(names, delta)
         if self.forward_only:
-            return add_sparse_branch(self.base_layer(x, *args, **kwargs), x, values, mask, plan)
-        dtype = self._compute_dtype(x)
-        bias = self.get_base_layer().bias
+            return add_sparse_branch(self.base_layer(x, *args, **kwargs), x, values, delta.plan)
+        base_layer = self.get_base_layer()
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        else:
+            # bitsandbytes' 4-bit layers multiply in a dtype of their own
+            dtype = getattr(base_layer, "compute_dtype", None) or x.dtype
+        bias = base_layer.bias
         y = sparse_linear(
-            x.to(dtype), None if bias is None else bias.to(dtype), values, mask, originals, plan,
-            self.in_features, self._owner,
+            x.to(dtype), None if bias is None else bias.to(dtype), values, delta.positions, delta.originals, delta.plan,
+            self.out_features, self._owner,
         )  # fmt: skip
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        return y if autocast else y.to(x.dtype)
 
     def _filled_active_adapters(self) -> tuple[str, ...]:
         names = self.active_adapters
         return tuple(name for name in names if name in self.spft_values and self.spft_columns[name].numel())
 
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """What the base layer would multiply in: autocast's dtype, bitsandbytes' compute dtype, or that of x."""
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.get_autocast_dtype(x.device.type)
-        return getattr(self.get_base_layer(), "compute_dtype", None) or x.dtype
-
     def _originals(self, adapter_name: str) -> Tensor:
         return self._buffers[f"_originals_{adapter_name}"]
 
-    def _delta(self, names: tuple[str, ...]) -> tuple[Tensor, Mask, Tensor]:
+    def _values(self, names: tuple[str, ...], delta: Delta) -> Tensor:
         if len(names) == 1:
-            return self.spft_values[names[0]], self.mask(names[0]), self._originals(names[0])
-        if names not in self._unions:
-            self._unions[names] = self._unite(names)
-        mask, originals, slots = self._unions[names]
-        values = torch.zeros(mask.nnz, dtype=self.spft_values[names[0]].dtype, device=mask.columns.device)
-        for name, at in zip(names, slots):
-            values = values.index_add(0, at, self.spft_values[name].to(values.dtype))
-        return values, mask, originals
+            return self.spft_values[names[0]]
+        total = torch.zeros_like(delta.positions, dtype=self.spft_values[names[0]].dtype)
+        for name, places in zip(names, delta.places):
+            total = total.index_add(0, places, self.spft_values[name].to(total.dtype))
+        return total
 
-    def _unite(self, names: tuple[str, ...]) -> Union:
-        each = [positions(self.mask(name), self.in_features) for name in names]
-        together = torch.cat(each).unique()
-        mask = mask_from_positions(together, self.out_features, self.in_features)
-        return Union(mask, self.read_originals(mask), tuple(torch.searchsorted(together, at) for at in each))
-
-    def _plan(self, names: tuple[str, ...], mask: Mask) -> Plan:
-        plan = self._plans.get(names)
-        if plan is None:
-            plan = self._plans[names] = make_plan(mask, self.in_features)
-        return plan
+    def _make_delta(self, names: tuple[str, ...]) -> Delta:
+        mask, places = self.mask(names[0]), ()
+        if len(names) > 1:
+            each = [positions(self.mask(name), self.in_features) for name in names]
+            union = torch.cat(each).unique()
+            mask = mask_from_positions(union, self.out_features, self.in_features)
+            places = tuple(torch.searchsorted(union, at) for at in each)
+        at = self.storage_positions(mask)
+        originals = self._originals(names[0]) if len(names) == 1 else self.read_originals(at)
+        return Delta(at, originals, make_plan(mask, self.in_features), places)
 
     def extra_repr(self) -> str:
         counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())

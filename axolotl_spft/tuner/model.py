@@ -115,4 +115,4 @@ def _mark_shared_weights(model: nn.Module) -> None:
                 users.update({id(parameter) for parameter in child._parameters.values() if parameter is not None})
     for layer in spft_layers(model).values():
         weight = layer.get_base_layer()._parameters.get("weight")
-        layer.shared_weight = weight is not None and users[id(weight)] > 1
+        layer.share_weight(weight is not None and users[id(weight)] > 1)
