@@ -87,6 +87,8 @@ def _linear_fake(x, bias, values, positions, originals, rows, columns, slots, ro
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
 def _linear_backward(grad_y, x, values, positions, originals, rows, columns, slots, row_stops, value_stops,
                      x_is_columns, in_features, owner, need_x, need_values):  # fmt: skip
+    # once: attention hands over a transposed view, which both products would copy
+    grad_y = grad_y.contiguous()
     grad_x = grad_values = grad_y.new_empty(0)
     if need_x:
         with _owner(owner).effective_weight_again(values, positions, originals) as weight:

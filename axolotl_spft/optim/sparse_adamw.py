@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -63,41 +62,32 @@ class SparseAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None and p.numel()]
             states = [self._state_of(parameter) for parameter in trained]
-            by_step: dict[int, list[tuple[nn.Parameter, dict[str, Tensor]]]] = defaultdict(list)
-            for parameter, state in zip(trained, states):
-                state["step"] += 1
-                by_step[int(state["step"].item())].append((parameter, state))
-            for step, members in by_step.items():
-                self._update(members, step, group)
+            targets = [state.get("master", parameter) for parameter, state in zip(trained, states)]
+            adamw_(
+                targets,
+                [parameter.grad.to(torch.float32) for parameter in trained],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["step"] for state in states],
+                float(group["lr"]),
+                group["betas"],
+                group["eps"],
+                group["weight_decay"],
+            )
+            for target, parameter in zip(targets, trained):
+                if target is not parameter:
+                    parameter.copy_(target)
         return loss
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
             if parameter.dtype != torch.float32:
                 state["master"] = parameter.detach().to(torch.float32)
         return state
-
-    @staticmethod
-    def _update(members: list[tuple[nn.Parameter, dict[str, Tensor]]], step: int, group: dict[str, Any]) -> None:
-        targets = [state.get("master", parameter) for parameter, state in members]
-        adamw_(
-            targets,
-            [parameter.grad.to(torch.float32) for parameter, _ in members],
-            [state["exp_avg"] for _, state in members],
-            [state["exp_avg_sq"] for _, state in members],
-            step,
-            float(group["lr"]),
-            group["betas"],
-            group["eps"],
-            group["weight_decay"],
-        )
-        for target, (parameter, _) in zip(targets, members):
-            if target is not parameter:
-                parameter.copy_(target)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -1,0 +1,115 @@
+"""CSR masks and their plans against dense boolean masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from axolotl_spft.ops.branch import add_sparse_branch
+from axolotl_spft.ops.csr import (
+    Mask,
+    column_dtype,
+    empty_mask,
+    mask_from_positions,
+    positions,
+    problems_of,
+    row_indices,
+    used_columns,
+    used_rows,
+)
+from axolotl_spft.ops.plan import make_plan
+from axolotl_spft.ops.reference import dense_delta
+from axolotl_spft.ops.values_grad import select_columns, values_grad
+
+
+@pytest.fixture(params=[(5, 7, 0.3), (1, 1, 1.0), (40, 3, 0.05), (3, 40, 0.9), (2, 65_537, 0.0001)])
+def dense(request):
+    rows, columns, share = request.param
+    drawn = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)) <= share
+    drawn[-1, -1] = True
+    return drawn
+
+
+def test_mask_round_trip(dense):
+    at = dense.flatten().nonzero().squeeze(1)
+    mask = mask_from_positions(at, *dense.shape)
+    assert torch.equal(positions(mask, dense.shape[1]), at)
+    assert torch.equal(row_indices(mask), dense.nonzero()[:, 0])
+    assert torch.equal(used_rows(mask), dense.any(1).nonzero().squeeze(1))
+    assert torch.equal(used_columns(mask, dense.shape[1]), dense.any(0).nonzero().squeeze(1))
+    assert mask.columns.dtype == column_dtype(dense.shape[1])
+    assert mask.row_offsets.dtype == torch.int32
+    assert problems_of(mask, torch.zeros(mask.nnz), *dense.shape) == []
+    values = torch.arange(1.0, mask.nnz + 1)
+    assert torch.equal(dense_delta(values, mask, dense.shape[1])[dense], values)
+
+
+def test_column_dtype_follows_the_file_format():
+    assert column_dtype(65_536) == torch.uint16
+    assert column_dtype(65_537) == torch.int32
+
+
+def test_empty_mask():
+    mask = empty_mask(4, 6)
+    assert mask.nnz == 0
+    assert mask.out_features == 4
+    assert problems_of(mask, torch.zeros(0), 4, 6) == []
+
+
+@pytest.mark.parametrize("block_entries", [1, 6, 2**24])
+def test_values_gradient_is_the_dense_one_at_the_mask(dense, block_entries):
+    if dense.shape[1] > 1000 and block_entries == 1:
+        pytest.skip("one product per row")
+    mask = mask_from_positions(dense.flatten().nonzero().squeeze(1), *dense.shape)
+    plan = make_plan(mask, dense.shape[1], block_entries)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, dense.shape[1], generator=generator, dtype=torch.float64)
+    grad_y = torch.randn(3, 3, dense.shape[0], generator=generator, dtype=torch.float64)
+    got = values_grad(grad_y, select_columns(x, plan.columns), plan.rows, plan.slots, plan.row_stops, plan.value_stops)
+    torch.testing.assert_close(got, (grad_y.view(9, -1).t() @ x)[dense])
+    assert plan.row_stops[-1] == plan.rows.numel()
+    assert plan.value_stops[-1] == mask.nnz
+
+
+@pytest.mark.parametrize("block_entries", [1, 2**24])
+def test_branch_adds_x_times_the_transposed_delta(block_entries):
+    mask = mask_from_positions(torch.tensor([1, 5, 9, 20, 34]), 5, 7)
+    values = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    plan = make_plan(mask, 7, block_entries)
+    torch.testing.assert_close(add_sparse_branch(y, x, values, plan), y + x @ dense_delta(values, mask, 7).t())
+    assert torch.autograd.gradcheck(lambda *inputs: add_sparse_branch(*inputs, plan), (y, x, values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_select_columns(dtype):
+    x = torch.randn(2, 3, 10).to(dtype)
+    columns = torch.tensor([0, 4, 9])
+    assert torch.equal(select_columns(x, columns), x.view(6, 10)[:, columns])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda m, v: (m._replace(columns=m.columns.to(torch.int64)), v), "columns are torch.int64"),
+        (lambda m, v: (m._replace(row_offsets=m.row_offsets.float()), v), "row offsets are torch.float32"),
+        (lambda m, v: (m, v.int()), "they must be floating point"),
+        (lambda m, v: (m, v[:-1]), "3 columns but 2 values"),
+        (lambda m, v: (m._replace(row_offsets=m.row_offsets[:-1]), v), "must be out_features + 1"),
+        (lambda m, v: (m._replace(row_offsets=m.row_offsets.flip(0)), v), "must rise from 0"),
+        (lambda m, v: (m._replace(row_offsets=m.row_offsets + 1), v), "must rise from 0"),
+        (lambda m, v: (m._replace(columns=torch.tensor([0, 1, 6], dtype=torch.uint16)), v), "outside 0..5"),
+        (lambda m, v: (m._replace(columns=torch.tensor([1, 0, 2], dtype=torch.uint16)), v), "must ascend"),
+        (lambda m, v: (m._replace(columns=torch.tensor([1, 1, 2], dtype=torch.uint16)), v), "must ascend"),
+        (lambda m, v: (m, torch.tensor([0.0, float("nan"), 1.0])), "NaN or infinite"),
+        (lambda m, v: (m, torch.tensor([0.0, float("inf"), 1.0])), "NaN or infinite"),
+        (lambda m, v: (m, v[None]), "one dimension"),
+    ],
+)
+def test_every_damage_is_named(change, expected):
+    mask = Mask(torch.tensor([0, 1, 2], dtype=torch.uint16), torch.tensor([0, 2, 2, 3], dtype=torch.int32))
+    assert problems_of(mask, torch.zeros(3), 3, 6) == []
+    found = problems_of(*change(mask, torch.zeros(3)), 3, 6)
+    assert len(found) == 1
+    assert expected in found[0]

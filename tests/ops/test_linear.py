@@ -1,0 +1,127 @@
+"""The custom op against the plain reference: output and every gradient."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.csr import mask_from_positions, positions
+from axolotl_spft.ops.linear import register_owner, sparse_linear
+from axolotl_spft.ops.plan import make_plan
+from axolotl_spft.ops.reference import sparse_linear as reference_linear
+
+
+class DenseOwner:
+    """Owns a weight and makes W + S afresh."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight
+
+    def effective_weight(self, values, at, originals):
+        weight = self.weight.clone()
+        weight.view(-1)[at] += values.to(weight.dtype)
+        return weight
+
+    @contextmanager
+    def effective_weight_again(self, values, at, originals):
+        yield self.effective_weight(values, at, originals)
+
+
+def random_case(out_features, in_features, nnz, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator, dtype=torch.float64).to(dtype)
+    at = torch.randperm(out_features * in_features, generator=generator)[:nnz].sort().values
+    mask = mask_from_positions(at, out_features, in_features)
+    values = torch.randn(nnz, generator=generator, dtype=torch.float64).to(dtype)
+    x = torch.randn(2, 5, in_features, generator=generator, dtype=torch.float64).to(dtype)
+    bias = torch.randn(out_features, generator=generator, dtype=torch.float64).to(dtype)
+    return weight, mask, values.requires_grad_(), x.requires_grad_(), bias.requires_grad_()
+
+
+SHAPES = [(13, 17, 20), (7, 3, 21), (1, 9, 1), (9, 1, 5), (33, 31, 2), (16, 24, 300)]
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "nnz"), SHAPES)
+@pytest.mark.parametrize("block_entries", [5, 2**24])
+@pytest.mark.parametrize("save_columns", [True, False])
+def test_gradcheck(out_features, in_features, nnz, block_entries, save_columns):
+    weight, mask, values, x, bias = random_case(out_features, in_features, nnz)
+    plan = make_plan(mask, in_features, block_entries)._replace(save_columns=save_columns)
+    owner = DenseOwner(weight)
+    number = register_owner(owner)
+    at = positions(mask, in_features)
+
+    def function(x, bias, values):
+        return sparse_linear(x, bias, values, at, torch.empty(0), plan, out_features, number)
+
+    torch.testing.assert_close(function(x, bias, values), reference_linear(x, weight, bias, values, mask))
+    assert torch.autograd.gradcheck(function, (x, bias, values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_equal_the_reference_within_rounding(dtype):
+    weight, mask, values, x, bias = random_case(33, 29, 101, dtype)
+    owner = DenseOwner(weight)
+    at = positions(mask, 29)
+    y = sparse_linear(x, bias, values, at, torch.empty(0), make_plan(mask, 29), 33, register_owner(owner))
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = (y, *torch.autograd.grad(y, (x, bias, values), grad_y))
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, bias, values)]
+    # W + S is rounded once to the weight's dtype, as a stored weight would be
+    total = reference_linear(torch.eye(29, dtype=torch.float64), weight.double(), None, wide[2], mask).t()
+    rounded = total + (total.to(dtype).double() - total).detach()
+    expected_y = torch.nn.functional.linear(wide[0], rounded, wide[1])
+    expected = (expected_y, *torch.autograd.grad(expected_y, wide, grad_y.double()))
+    tolerance = 4 * torch.finfo(dtype).eps
+    for one, other in zip(got, expected):
+        assert one.dtype == dtype
+        assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
+
+
+@pytest.mark.parametrize("save_columns", [True, False])
+def test_opcheck(save_columns):
+    weight, mask, values, x, bias = random_case(13, 17, 20)
+    plan = make_plan(mask, 17, 40)._replace(save_columns=save_columns)
+    owner = DenseOwner(weight)
+    at = positions(mask, 17)
+    arguments = (x, bias, values, at, torch.empty(0), *plan, 13, register_owner(owner))
+    torch.library.opcheck(torch.ops.spft.linear, arguments)
+
+
+def test_backward_keeps_only_the_used_columns_of_x():
+    weight, _, _, x, _ = random_case(64, 48, 1, torch.float32)
+    mask = mask_from_positions(torch.tensor([3, 48 + 3, 48 + 7, 200 * 8 + 7]), 64, 48)
+    values = torch.zeros(mask.nnz, requires_grad=True)
+    owner = DenseOwner(weight)
+    at = positions(mask, 48)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        sparse_linear(x, None, values, at, torch.empty(0), make_plan(mask, 48), 64, register_owner(owner))
+    floats = [tensor for tensor in kept if tensor.is_floating_point() and tensor.numel() > mask.nnz]
+    assert [tuple(tensor.shape) for tensor in floats] == [(10, make_plan(mask, 48).columns.numel())]
+
+
+def test_frozen_values_and_inputs_get_no_gradient():
+    weight, mask, values, x, _ = random_case(13, 17, 20)
+    owner = DenseOwner(weight)
+    arguments = (positions(mask, 17), torch.empty(0), make_plan(mask, 17), 13, register_owner(owner))
+    y = sparse_linear(x.detach(), None, values, *arguments)
+    (only,) = torch.autograd.grad(y.sum(), (values,))
+    assert only.shape == values.shape
+    y = sparse_linear(x, None, values.detach(), *arguments)
+    (only,) = torch.autograd.grad(y.sum(), (x,))
+    assert only.shape == x.shape
+    assert not sparse_linear(x.detach(), None, values.detach(), *arguments).requires_grad
+
+
+def test_deleted_layer_is_a_clear_error():
+    weight, mask, values, x, _ = random_case(13, 17, 20)
+    owner = DenseOwner(weight)
+    at = positions(mask, 17)
+    y = sparse_linear(x, None, values, at, torch.empty(0), make_plan(mask, 17), 13, register_owner(owner))
+    del owner
+    with pytest.raises(SpftError, match="keep the model alive"):
+        y.sum().backward()
