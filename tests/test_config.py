@@ -1,0 +1,91 @@
+"""`SpftConfig` and the rules of its options."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from peft import PeftConfig
+from safetensors.torch import save_file
+
+from axolotl_spft import SpftConfig
+from axolotl_spft.config import check_options, option_names
+from axolotl_spft.errors import SpftConfigError, SpftError, SpftFileError
+
+
+def test_defaults():
+    config = SpftConfig()
+    assert config.density == 0.005
+    assert config.target_modules == "all-linear"
+    assert (config.salience, config.scope, config.samples) == ("gradient", "layer", 128)
+    assert config.init_weights is True
+
+
+@pytest.mark.parametrize("budget", [{"num_values": 10}, {"match_lora_rank": 2}])
+def test_another_budget_replaces_the_default_density(budget):
+    assert SpftConfig(**budget).density is None
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"density": 0}, ["`density: 0` must be a number in (0, 1]"]),
+        ({"density": float("nan")}, ["`density: nan`"]),
+        ({"density": "half"}, ["`density: half`"]),
+        ({"num_values": 1.5}, ["`num_values: 1.5` must be a whole number"]),
+        ({"match_lora_rank": 0}, ["`match_lora_rank: 0`"]),
+        ({"samples": True}, ["`samples: True` must be a whole number"]),
+        ({"salience": "fisher"}, ["`salience: fisher` must be one of gradient, balanced, magnitude, random"]),
+        ({"salience": ["gradient"]}, ["`salience: ['gradient']`"]),
+        ({"scope": "model"}, ["`scope: model` must be one of layer, global, row"]),
+        ({"seed": -1}, ["`seed: -1`"]),
+        ({"target_modules": []}, ["`target_modules: []`"]),
+        ({"modules_to_save": "lm_head"}, ["`modules_to_save: lm_head` must be a list"]),
+        ({"mask_path": ""}, ["`mask_path: `"]),
+        ({"init_weights": "no"}, ["`init_weights: no` must be true or false"]),
+        ({"density": 0.1, "num_values": 3}, ["`density: 0.1` and `num_values: 3`", "keep exactly one"]),
+        ({"density": 2, "samples": 0, "scope": None}, ["`density: 2`", "`samples: 0`", "`scope: None`"]),
+    ],
+)
+def test_broken_rules_are_reported_together(options, parts):
+    with pytest.raises(SpftConfigError) as caught:
+        SpftConfig(**options)
+    assert isinstance(caught.value, (SpftError, ValueError))
+    assert len(caught.value.problems) == (1 if "keep exactly one" in parts else len(parts))
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_unknown_keys_get_a_suggestion_and_the_list():
+    (problem,) = check_options({"densty": 0.1})
+    assert "unknown key `densty`: did you mean `density`?" in problem
+    assert all(name in problem for name in option_names())
+    (problem,) = check_options({"zzz": 1})
+    assert "did you mean" not in problem
+
+
+def test_every_option_has_a_description_and_a_rule():
+    described = {field.name: field.metadata.get("help") for field in dataclasses.fields(SpftConfig)}
+    assert all(described[name] for name in option_names())
+    # an option without a rule would be reported as unknown
+    assert check_options({name: getattr(SpftConfig(), name) for name in option_names()}) == []
+
+
+def test_saved_and_read_again(tmp_path):
+    config = SpftConfig(num_values=12, target_modules=["q_proj", "v_proj"], salience="balanced", scope="row", seed=3)
+    config.nnz, config.base_shapes, config.mask_source = 12, "00", {"salience": "balanced"}
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(again, SpftConfig)
+    assert again.to_dict() == config.to_dict()
+
+
+def test_a_truncated_weights_file_is_refused_before_anything_else(tmp_path):
+    import torch
+
+    SpftConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({"a": torch.zeros(100)}, path)
+    SpftConfig.from_pretrained(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SpftFileError, match="not a complete safetensors file"):
+        SpftConfig.from_pretrained(tmp_path)
