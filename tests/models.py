@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -15,12 +16,20 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from axolotl_spft import SpftConfig
+
 VOCABULARY = 67
 
 
 def _make(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        # the grouped products want sizes that are multiples of 16 bytes
+        experts_implementation="eager",
+    )
     # larger than the usual initialization, so that gradients differ clearly from one entry to the next
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,3 +94,14 @@ def same_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
     """Whether the model holds exactly these weights, bit for bit."""
     state = model.state_dict()
     return state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
+
+
+def with_adapter(model: nn.Module, seed: int = 0, adapter_name: str = "default", **options) -> nn.Module:
+    """The model with a random sparse adapter."""
+    torch.manual_seed(seed)
+    return get_peft_model(model, SpftConfig(init_weights=False, **({"density": 0.1} | options)), adapter_name)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=token_batch()["input_ids"]).logits

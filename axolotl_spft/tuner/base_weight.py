@@ -117,7 +117,7 @@ class BaseWeight:
             originals: from `read_originals`.
         """
         if self.in_place:
-            return self._oriented(self._write(Written(values, positions, originals)))
+            return self._oriented(self._write(Written(values.detach(), positions, originals)))
         return self._oriented(self._fresh_sum([(values, positions)]))
 
     @contextmanager
@@ -134,7 +134,7 @@ class BaseWeight:
             yield self._oriented(self.get_base_layer().weight.detach())
             return
         try:
-            yield self._oriented(self._write(Written(values, positions, originals)))
+            yield self._oriented(self._write(Written(values.detach(), positions, originals)))
         finally:
             self.revert()
             if held is not None:
@@ -147,7 +147,7 @@ class BaseWeight:
         # .data: a layer may run several times before its backward pass, and assigning the same entries again is no
         # change that autograd should refuse; it sees a change of the values by the version of `values`
         weight = self.get_base_layer().weight.data
-        weight.view(-1)[new.positions] = _add(new.originals, new.values.detach())
+        weight.view(-1)[new.positions] = _add(new.originals, new.values)
         self._written = new
         return weight
 

@@ -60,6 +60,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         self._undo_merge = []
         self._forget_derived()
         self._owner = register_owner(self)
+        self.register_load_state_dict_post_hook(_base_weight_loaded)
         self.add_empty_adapter(adapter_name)
 
     def __setstate__(self, state: dict) -> None:
@@ -72,6 +73,15 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         self.revert()
         self._forget_derived()
         return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # before the base layer adds its weight: a state dict holds W and S, not W + S and S
+        self.revert()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.revert()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _replicate_for_data_parallel(self):
         raise SpftError(
@@ -115,8 +125,11 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         )
         mask = Mask(*(tensor.to(device) for tensor in mask))
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
+        self._keep_originals(adapter_name)
+
+    def _keep_originals(self, adapter_name: str) -> None:
+        originals = self.read_originals(self.storage_positions(self.mask(adapter_name)))
         # a plain buffer: PEFT would cast the entries of a BufferDict to float32
-        originals = self.read_originals(self.storage_positions(mask))
         self.register_buffer(f"_originals_{adapter_name}", originals, persistent=False)
         self._forget_derived()
 
@@ -246,3 +259,9 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
     def __repr__(self) -> str:
         return "spft." + super().__repr__()
+
+
+def _base_weight_loaded(layer: SpftLinear, _: Any) -> None:
+    if not layer.merged:
+        for adapter_name in layer.spft_values:
+            layer._keep_originals(adapter_name)

@@ -26,7 +26,7 @@ class DataSettings:
     """What decides the instruction set."""
 
     held_out_percent: int = 15
-    train_rows: int = 2000
+    train_rows: int = 3600
     validation_rows: int = 200
     seed: int = 0
 

@@ -1,0 +1,89 @@
+"""Sparse training equals masked dense training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from axolotl_spft import SparseAdamW, SpftConfig, select_mask
+from axolotl_spft.ops.csr import positions
+from axolotl_spft.salience.prepare import adapted_layers
+from tests.models import ARCHITECTURES, token_batch
+
+STEPS = 20
+CLIP = 0.5
+
+
+def dense_masks(model) -> dict[str, torch.Tensor]:
+    """For each targeted weight where it is trained: bool, in the layout of storage."""
+    masks = {}
+    for name, layer in adapted_layers(model).items():
+        mask = torch.zeros(layer.out_features, layer.in_features, dtype=torch.bool)
+        mask.view(-1)[positions(layer.mask("default"), layer.in_features)] = True
+        masks[f"{name}.weight"] = mask.t().contiguous() if layer.transposed else mask
+    return masks
+
+
+def train(model, parameters, optimizer, accumulate: int, before_clipping=lambda: None) -> list[float]:
+    losses = []
+    for step in range(STEPS):
+        total = 0.0
+        for part in range(accumulate):
+            loss = model(**token_batch(seed=100 + step * accumulate + part)).loss / accumulate
+            loss.backward()
+            total += loss.item()
+        before_clipping()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_sparse_adamw_equals_masked_dense_adamw(architecture, accumulate, weight_decay):
+    pretrained = ARCHITECTURES[architecture]()
+    start = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
+    sparse = get_peft_model(ARCHITECTURES[architecture](), SpftConfig(density=0.07, samples=8))
+    select_mask(sparse, [token_batch(rows=4, seed=1), token_batch(rows=4, seed=2)])
+    masks = dense_masks(sparse)
+
+    values = [parameter for parameter in sparse.parameters() if parameter.requires_grad]
+    optimizer = SparseAdamW(values, lr=1e-2, weight_decay=weight_decay)
+    sparse_losses = train(sparse, values, optimizer, accumulate)
+    trained = sparse.merge_and_unload().state_dict()
+
+    dense = pretrained
+    for name, parameter in dense.named_parameters():
+        parameter.requires_grad_(name in masks)
+    weights = {name: parameter for name, parameter in dense.named_parameters() if name in masks}
+    # decay toward the pretrained weights: AdamW on the difference D in W = W0 + D
+    deltas = {name: torch.zeros_like(weight, requires_grad=True) for name, weight in weights.items()}
+    reference = torch.optim.AdamW(deltas.values(), lr=1e-2, weight_decay=weight_decay)
+
+    def write_weights() -> None:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(start[name] + deltas[name])
+
+    def masked_gradients() -> None:
+        for name, weight in weights.items():
+            deltas[name].grad = weight.grad * masks[name]
+            weight.grad = None
+
+    reference.register_step_post_hook(lambda *_: write_weights())
+    dense_losses = train(dense, deltas.values(), reference, accumulate, masked_gradients)
+
+    assert trained.keys() == start.keys()
+    for name, before in start.items():
+        if name not in masks:
+            assert torch.equal(trained[name], before)
+            continue
+        changed = (weights[name].detach() - before)[masks[name]]
+        assert changed.abs().max() > 1e-3  # training moved them by far more than the tolerance
+        assert (trained[name] - weights[name]).abs().max() <= 1e-5 * weights[name].abs().max()
+        assert torch.equal(trained[name][~masks[name]], before[~masks[name]])
+    assert sparse_losses == pytest.approx(dense_losses, rel=1e-5)
