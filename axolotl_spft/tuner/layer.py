@@ -83,6 +83,19 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         self.revert()
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would cast the mask to the weight's dtype
+        if adapter_name in self.spft_values:
+            values, device = (
+                self.spft_values[adapter_name],
+                device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0],
+            )
+            self.spft_values[adapter_name] = nn.Parameter(values.data.to(device), requires_grad=values.requires_grad)
+            self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = (
+                tensor.to(device) for tensor in self.mask(adapter_name)
+            )
+            self._keep_originals(adapter_name)
+
     def _replicate_for_data_parallel(self):
         raise SpftError(
             "torch.nn.DataParallel copies layers without their weights' bookkeeping and is not supported: "

@@ -17,7 +17,7 @@ from axolotl_spft.config import SpftConfig
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.csr import mask_from_positions
 from axolotl_spft.tuner.layer import SpftLinear
-from axolotl_spft.tuner.state import check_state, spft_layers
+from axolotl_spft.tuner.state import base_shapes_of, check_state, spft_layers
 
 
 class SpftModel(BaseTuner):
@@ -51,15 +51,16 @@ class SpftModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def _fill_randomly(self, adapter_name: str, config: SpftConfig) -> None:
-        layers = [layer for layer in spft_layers(self.model).values() if adapter_name in layer.spft_values]
+        layers = {name: layer for name, layer in spft_layers(self.model).items() if adapter_name in layer.spft_values}
         counts = layer_budgets(
-            [(layer.out_features, layer.in_features) for layer in layers],
+            [(layer.out_features, layer.in_features) for layer in layers.values()],
             config.density, config.num_values, config.match_lora_rank,
         )  # fmt: skip
-        for layer, count in zip(layers, counts):
+        for layer, count in zip(layers.values(), counts):
             at = torch.randperm(layer.out_features * layer.in_features)[:count].sort().values
             mask = mask_from_positions(at, layer.out_features, layer.in_features)
             layer.set_mask(adapter_name, mask, torch.randn(count, dtype=layer.spft_values[adapter_name].dtype))
+        config.nnz, config.base_shapes = sum(counts), base_shapes_of(layers)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         for layer in spft_layers(self.model).values():
@@ -72,20 +73,21 @@ class SpftModel(BaseTuner):
         Raises:
             SpftFileError: anything does not fit. An adapter that was just made for this file is removed again.
         """
-        layers = {f"model.{name}": layer for name, layer in spft_layers(self.model).items()}
+        layers = spft_layers(self.model)
+        base = f"{prefix}model."
         for adapter_name, config in list(self.peft_config.items()):
             ending = f".spft_values.{adapter_name}"
             if not any(key.startswith(prefix) and key.endswith(ending) for key in state_dict):
                 continue
             mine = {name: layer for name, layer in layers.items() if adapter_name in layer.spft_values}
             try:
-                check_state(state_dict, mine, prefix, adapter_name, getattr(config, "nnz", None))
+                check_state(state_dict, mine, base, adapter_name, config.nnz, config.base_shapes)
             except SpftFileError:
                 if not any(layer.mask(adapter_name).nnz for layer in mine.values()):
                     self._remove(adapter_name)
                 raise
             for name, layer in mine.items():
-                layer.take_mask(adapter_name, state_dict, f"{prefix}{name}.")
+                layer.take_mask(adapter_name, state_dict, f"{base}{name}.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _remove(self, adapter_name: str) -> None:

@@ -32,14 +32,20 @@ def base_shapes_of(layers: Mapping[str, SpftLinear]) -> str:
 
 
 def check_state(
-    state_dict: Mapping[str, Tensor], layers: Mapping[str, SpftLinear], prefix: str, adapter_name: str, nnz: int | None
+    state_dict: Mapping[str, Tensor],
+    layers: Mapping[str, SpftLinear],
+    prefix: str,
+    adapter_name: str,
+    nnz: int | None,
+    base_shapes: str | None,
 ) -> None:
     """Check all sparse tensors of one adapter in ``state_dict`` against the layers that shall take them.
 
     Args:
         state_dict: keys ``<prefix><layer>.spft_values.<adapter>`` and so on.
-        layers: the model's sparse layers by name.
+        layers: the sparse layers that hold the adapter, by name.
         nnz: how many values the adapter's config records, if it does.
+        base_shapes: the fingerprint that the adapter's config records, if it does.
 
     Raises:
         SpftFileError: with all problems; nothing has been changed.
@@ -48,8 +54,6 @@ def check_state(
     given = {key for key in state_dict if key.startswith(prefix) and any(key.endswith(ending) for ending in endings)}
     problems, total, known = [], 0, set()
     for name, layer in layers.items():
-        if adapter_name not in layer.spft_values:
-            continue
         keys = [f"{prefix}{name}.{tensor}.{adapter_name}" for tensor in TENSORS]
         known.update(keys)
         absent = [tensor for tensor, key in zip(TENSORS, keys) if key not in state_dict]
@@ -63,6 +67,8 @@ def check_state(
     problems.extend(f"{key.removeprefix(prefix)}: the model has no such targeted module" for key in given - known)
     if not problems and nnz is not None and total != nnz:
         problems.append(f"{total} values in the file, but the adapter's config records nnz: {nnz}")
+    if not problems and base_shapes is not None and base_shapes != base_shapes_of(layers):
+        problems.append("the targeted modules' names or shapes are not those that the adapter's config records")
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise SpftFileError(
