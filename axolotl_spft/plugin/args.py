@@ -80,7 +80,7 @@ class SpftArgs(BaseModel):
     """The plugin's part of Axolotl's configuration.
 
     Raises:
-        SpftConfigError: with all problems at once, before any model loads.
+        pydantic.ValidationError: with all problems of `check_run` at once, before any model loads.
     """
 
     spft: dict[str, Any] | None = Field(

@@ -1,4 +1,4 @@
-"""Access to W by other ways than in place: other quantization backends, and layers whose weight cannot be read."""
+"""`base_weight`: access to W by other ways than in place: other quantization backends, and layers whose weight cannot be read."""
 
 from __future__ import annotations
 

@@ -1,0 +1,66 @@
+"""Asking Axolotl for a quantized base, and checking that it came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from axolotl_spft.errors import SpftError
+from axolotl_spft.plugin.quantization import check_quantized, prepare_for_training, request_quantization
+from tests.models import tiny_llama
+from tests.tuner.test_quantized import quantize
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [({"bf16": True}, "bfloat16"), ({"fp16": True, "bf16": False}, "float16"), ({"bf16": False}, "float32")],
+)
+def test_four_bit_as_on_axolotls_qlora_path(keys, dtype):
+    cfg = {"load_in_4bit": True, **keys}
+    request_quantization(cfg)
+    settings = cfg["model_kwargs"]["quantization_config"]
+    assert settings["bnb_4bit_quant_type"] == "nf4"
+    assert settings["bnb_4bit_use_double_quant"] is True
+    assert settings["bnb_4bit_compute_dtype"] == dtype
+    assert settings["load_in_4bit"] is True
+
+
+def test_eight_bit_and_neither():
+    cfg = {"load_in_8bit": True, "model_kwargs": {"a": 1}}
+    request_quantization(cfg)
+    assert cfg["model_kwargs"] == {
+        "a": 1,
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    }
+    cfg = {}
+    request_quantization(cfg)
+    assert cfg == {}
+
+
+def test_the_users_own_settings_win():
+    cfg = {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}
+    request_quantization(cfg)
+    assert cfg["model_kwargs"]["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
+    own = {"quantization_config": {"quant_method": "gptq"}}
+    cfg = {"load_in_4bit": True, "model_kwargs": dict(own)}
+    request_quantization(cfg)
+    assert cfg["model_kwargs"] == own
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_model_that_is_not_quantized_is_refused(kind):
+    wanted = {"load_in_4bit": kind == "4bit", "load_in_8bit": kind == "8bit"}
+    with pytest.raises(SpftError, match=f"`load_in_{kind}: true`, but the loaded model has no bitsandbytes"):
+        check_quantized(tiny_llama(), **wanted)
+    check_quantized(quantize(tiny_llama(), kind), **wanted)
+    check_quantized(tiny_llama(), False, False)
+
+
+def test_preparation_keeps_norms_and_embeddings_in_the_runs_dtype():
+    model = quantize(tiny_llama(torch.bfloat16), "4bit", torch.bfloat16)
+    model.is_loaded_in_4bit = True
+    model = prepare_for_training(model, torch.bfloat16, {"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.model.norm.weight.dtype == torch.bfloat16
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16

@@ -1,0 +1,60 @@
+"""Gathering dense gradients of frozen weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from axolotl_spft.salience.collect import accumulator_device, gathered_gradients
+
+
+def test_frozen_layers_that_nothing_trained_precedes_take_part():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).requires_grad_(False)
+    layers = {"0": model[0], "2": model[2]}
+    x = torch.randn(4, 6, 5)
+    with gathered_gradients(model, layers) as sums:
+        for _ in range(2):
+            model(x).square().sum().backward()
+        assert all(parameter.grad is None for parameter in model.parameters())
+    model.requires_grad_(True)
+    (2 * model(x).square().sum()).backward()
+    for name, total in sums.items():
+        assert total.dtype == torch.float32
+        torch.testing.assert_close(total, layers[name].weight.grad)
+
+
+def test_without_gradients_nothing_is_gathered_and_hooks_go():
+    model = nn.Sequential(nn.Linear(5, 7)).requires_grad_(False)
+    with gathered_gradients(model, {"0": model[0]}) as sums, torch.no_grad():
+        model(torch.randn(2, 5))
+    assert not sums["0"].any()
+    assert not model[0]._forward_hooks
+
+
+def test_one_dense_gradient_is_alive_at_a_time():
+    """Beside the accumulators no two tensors of a weight's size live at once."""
+    sizes = [(64 + 2 * i, 64 + 2 * i + 2) for i in range(4)]
+    model = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in sizes)).requires_grad_(False)
+    weight_sizes = {i * o for i, o in sizes}
+    alive, most = set(), 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() in weight_sizes and func is torch.ops.aten.mm.default:
+                import weakref
+
+                alive.add(weakref.ref(out, alive.discard))
+                most = max(most, len(alive))
+            return out
+
+    with gathered_gradients(model, {str(i): layer for i, layer in enumerate(model)}) as sums, Watch():
+        model(torch.randn(2, 64)).sum().backward()
+    assert all(total.any() for total in sums.values())
+    assert most == 1
+
+
+def test_accumulators_stay_on_the_cpu():
+    assert accumulator_device({}, torch.device("cpu")) == torch.device("cpu")

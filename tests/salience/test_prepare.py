@@ -1,0 +1,269 @@
+"""`select_mask` against a full sort of the gradients that autograd computes."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from axolotl_spft import SpftConfig, select_mask
+from axolotl_spft.budget import layer_budgets, total_budget
+from axolotl_spft.errors import SpftConfigError, SpftError, SpftFileError
+from axolotl_spft.ops.csr import positions
+from axolotl_spft.salience.prepare import adapted_layers, count_examples
+from axolotl_spft.salience.scores import balanced_score
+from tests.models import ARCHITECTURES, same_weights, tiny_llama, token_batch, weights_of, with_adapter
+from tests.salience.test_select import sorted_top_k, sorted_top_k_per_row
+
+BATCHES = [token_batch(rows=2, seed=seed) for seed in range(5)]
+
+
+def chosen(model, adapter_name: str = "default") -> dict[str, list[int]]:
+    return {
+        name: positions(layer.mask(adapter_name), layer.in_features).tolist()
+        for name, layer in adapted_layers(model).items()
+        if adapter_name in layer.spft_values
+    }
+
+
+def dense_gradients(architecture: str, names, count: int, **changes) -> list[torch.Tensor]:
+    """What autograd gives for the weights themselves: (out_features, in_features) each."""
+    model = ARCHITECTURES[architecture](**changes)
+    for batch in BATCHES[:count]:
+        model(**batch).loss.backward()
+    gradients = [model.get_submodule(name).weight.grad for name in names]
+    return [gradient.t().contiguous() if architecture == "gpt2" else gradient for gradient in gradients]
+
+
+def expected_positions(config: SpftConfig, scores: list[torch.Tensor]) -> list[list[int]]:
+    shapes = [tuple(score.shape) for score in scores]
+    budget = (config.density, config.num_values, config.match_lora_rank)
+    if config.scope == "global":
+        return [part.tolist() for part in sorted_top_k(scores, total_budget(shapes, *budget))]
+    counts = layer_budgets(shapes, *budget)
+    if config.scope == "row":
+        return [sorted_top_k_per_row(score, count).tolist() for score, count in zip(scores, counts)]
+    return [sorted_top_k([score], count)[0].tolist() for score, count in zip(scores, counts)]
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("scope", ["layer", "global", "row"])
+@pytest.mark.parametrize("salience", ["gradient", "balanced", "magnitude"])
+def test_the_mask_is_that_of_a_full_sort(architecture, scope, salience):
+    config = SpftConfig(density=0.03, scope=scope, salience=salience, samples=6)
+    model = get_peft_model(ARCHITECTURES[architecture](), config)
+    report = select_mask(model, BATCHES)
+    names = list(adapted_layers(model))
+    gradients = dense_gradients(architecture, names, 3)
+    if salience == "magnitude":
+        scores = [layer.get_base_weight().abs() for layer in adapted_layers(model).values()]
+    else:
+        scores = [gradient.abs() if salience == "gradient" else balanced_score(gradient) for gradient in gradients]
+    got = chosen(model)
+    for name, expected, score in zip(names, expected_positions(config, scores), scores, strict=True):
+        if got[name] == expected:
+            continue
+        # autograd sums in another order: entries that differ by its rounding may change places at the threshold
+        differing = torch.tensor(sorted(set(got[name]) ^ set(expected)))
+        values = score.flatten()[differing]
+        assert scope != "layer" or len(got[name]) == len(expected)
+        assert len(differing) <= 2
+        assert values.max() - values.min() <= 1e-5 * score.max()
+    assert report.selected == sum(map(len, got.values()))
+    assert report.samples == (0 if salience == "magnitude" else 6)
+    assert (model.peft_config["default"].nnz, report.entries) == (
+        report.selected,
+        sum(score.numel() for score in scores),
+    )
+
+
+@pytest.mark.parametrize("salience", ["gradient", "balanced", "magnitude", "random"])
+def test_two_runs_give_one_mask(salience):
+    masks = []
+    for torch_seed in (1, 2):
+        torch.manual_seed(torch_seed)
+        model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, salience=salience, samples=4, seed=5))
+        select_mask(model, BATCHES)
+        masks.append(chosen(model))
+    assert masks[0] == masks[1]
+
+
+def test_random_masks_follow_the_seed():
+    masks = []
+    for seed in (1, 2):
+        model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, salience="random", seed=seed))
+        select_mask(model, None)
+        masks.append(chosen(model))
+    assert masks[0] != masks[1]
+
+
+@pytest.mark.parametrize("budget", [{"density": 0.01}, {"num_values": 33}, {"match_lora_rank": 2}])
+def test_the_budget_is_met_exactly(budget):
+    model = get_peft_model(tiny_llama(), SpftConfig(samples=2, **budget))
+    report = select_mask(model, BATCHES)
+    shapes = [(layer.out_features, layer.in_features) for layer in adapted_layers(model).values()]
+    assert report.selected == total_budget(shapes, **budget)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_gradient_checkpointing_gives_the_same_mask(checkpointing):
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, samples=6))
+    model.train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    select_mask(model, BATCHES)
+    plain = get_peft_model(tiny_llama(), SpftConfig(density=0.03, samples=6))
+    select_mask(plain, BATCHES)
+    assert chosen(model) == chosen(plain)
+
+
+def test_no_trace_is_left():
+    base = tiny_llama(attention_dropout=0.5)
+    model = get_peft_model(base, SpftConfig(density=0.03, samples=4, modules_to_save=["lm_head"]))
+    model.train()
+    model.base_model.model.model.layers[0].eval()
+    trained = next(p for n, p in model.named_parameters() if "modules_to_save" in n)
+    trained.grad = torch.ones_like(trained)
+    weights = weights_of(tiny_llama(attention_dropout=0.5))
+    modes = {name: module.training for name, module in model.named_modules()}
+    flags = {n: p.requires_grad for n, p in model.named_parameters() if "spft_values" not in n}
+
+    def hooks():
+        return sum(
+            len(module._forward_hooks) + len(module._backward_hooks) + len(module._forward_pre_hooks)
+            for module in model.modules()
+        )
+
+    before = hooks()
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    expected = (random.random(), np.random.rand(), torch.rand(3).tolist())
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    select_mask(model, BATCHES)
+    assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == expected
+    assert hooks() == before
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {n: p.requires_grad for n, p in model.named_parameters() if "spft_values" not in n} == flags
+    assert torch.equal(trained.grad, torch.ones_like(trained))
+    assert all(p.grad is None for p in model.parameters() if p is not trained)
+    trained.grad = None
+    assert same_weights(model.unload(), weights)
+
+
+def test_the_pass_stops_at_the_sample():
+    read = []
+
+    def batches():
+        for batch in BATCHES:
+            read.append(batch)
+            yield batch
+
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, samples=3))
+    assert select_mask(model, batches()).samples == 4
+    assert len(read) == 2
+
+
+def test_a_loss_function_of_the_user():
+    def loss_fn(model, batch):
+        return -model(**batch).loss
+
+    masks = []
+    for loss in (None, loss_fn):
+        model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, samples=4))
+        select_mask(model, BATCHES, loss)
+        masks.append(chosen(model))
+    assert masks[0] == masks[1]
+
+
+def test_mask_path_saves_and_reads(tmp_path):
+    path = tmp_path / "masks" / "mask.safetensors"
+    first = get_peft_model(tiny_llama(), SpftConfig(density=0.03, samples=4, mask_path=str(path)))
+    select_mask(first, BATCHES)
+    assert path.is_file()
+    second = get_peft_model(tiny_llama(), SpftConfig(density=0.03, mask_path=str(path)))
+    report = select_mask(second, None)
+    assert chosen(second) == chosen(first)
+    assert str(path) in str(report)
+    assert second.peft_config["default"].mask_source == first.peft_config["default"].mask_source
+
+    first.save_pretrained(tmp_path / "adapter")
+    third = get_peft_model(
+        tiny_llama(), SpftConfig(density=0.03, mask_path=str(tmp_path / "adapter" / "adapter_model.safetensors"))
+    )
+    select_mask(third, None)
+    assert chosen(third) == chosen(first)
+
+    other = get_peft_model(tiny_llama(), SpftConfig(density=0.05, mask_path=str(path)))
+    with pytest.raises(SpftFileError, match=r"but the config asks for .* set `num_values: "):
+        select_mask(other, None)
+    wider = get_peft_model(tiny_llama(hidden_size=40), SpftConfig(density=0.03, mask_path=str(path)))
+    with pytest.raises(SpftFileError, match="damaged or belongs to another model"):
+        select_mask(wider, None)
+
+
+def test_a_second_adapter_gets_a_mask_of_its_own():
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, samples=4))
+    select_mask(model, BATCHES)
+    first = chosen(model)
+    model.add_adapter("other", SpftConfig(density=0.05, salience="magnitude", target_modules=["q_proj"]))
+    model.set_adapter("other")
+    select_mask(model, None)
+    assert len(chosen(model, "other")) == 2
+    assert chosen(model) == first
+
+
+def test_an_adapter_is_chosen_once(tmp_path):
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, samples=4))
+    select_mask(model, BATCHES)
+    with pytest.raises(SpftError, match="`default` has a mask already"):
+        select_mask(model, BATCHES)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SpftError, match="has a mask already"):
+        select_mask(PeftModel.from_pretrained(tiny_llama(), tmp_path), BATCHES)
+
+
+@pytest.mark.parametrize("batches", [None, []])
+def test_no_batches_is_an_error(batches):
+    model = get_peft_model(tiny_llama(), SpftConfig())
+    with pytest.raises(SpftError, match="found no batches"):
+        select_mask(model, batches)
+
+
+def test_batches_without_labels_are_an_error():
+    model = get_peft_model(tiny_llama(), SpftConfig())
+    with pytest.raises(SpftError, match="gave no loss: put `labels` into the batches"):
+        select_mask(model, [{"input_ids": BATCHES[0]["input_ids"]}])
+
+
+def test_gradients_that_are_not_finite_are_an_error_that_changes_nothing():
+    model = get_peft_model(tiny_llama(), SpftConfig(samples=2))
+    with pytest.raises(SpftError, match="is not finite on the sample"):
+        select_mask(model, BATCHES, lambda model, batch: model(**batch).loss * float("nan"))
+    assert all(layer.mask("default").nnz == 0 for layer in adapted_layers(model).values())
+    select_mask(model, BATCHES)
+
+
+def test_too_many_values_is_an_error():
+    model = get_peft_model(tiny_llama(), SpftConfig(num_values=10**6, salience="magnitude"))
+    with pytest.raises(SpftConfigError, match="asks for 1,000,000 values"):
+        select_mask(model, None)
+
+
+def test_random_adapters_keep_their_mask():
+    with pytest.raises(SpftError, match="has a mask already"):
+        select_mask(with_adapter(tiny_llama()), BATCHES)
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ({"input_ids": torch.zeros(3, 7)}, 3),
+        ({"input_ids": torch.zeros(1, 9), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])}, 3),
+        ({"input_ids": torch.zeros(1, 3), "position_ids": torch.tensor([[4, 5, 6]])}, 1),
+        ({"label": "none"}, 1),
+    ],
+)
+def test_counted_examples(batch, expected):
+    assert count_examples(batch) == expected
