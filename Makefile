@@ -1,0 +1,39 @@
+# The two commands; each makes its own virtual environment first and installs what it needs.
+#   make quickstart   train, merge and judge a sparse adapter on a small model made here
+#   make test         run all tests
+#   make bench        compare a training step with LoRA's, SHiRA's and the limit
+# TORCH says which build: `make test TORCH=torch` takes the newest.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONFIG := examples/quickstart/spft.yml
+
+export AXOLOTL_DO_NOT_TRACK ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart test bench lint clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/installed
+	$(BIN)/python examples/quickstart/prepare.py
+	$(BIN)/accelerate launch --num_processes 1 -m axolotl.cli.train $(CONFIG)
+	$(BIN)/axolotl merge-lora $(CONFIG)
+	$(BIN)/python examples/quickstart/report.py $(CONFIG)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+bench: $(VENV)/installed
+	$(BIN)/python -m integration.bench.step_time
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build $(VENV)
