@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,15 +25,27 @@ from axolotl_spft.ops.plan import Plan
 from axolotl_spft.ops.values_grad import select_columns, values_grad
 
 
+class Delta(NamedTuple):
+    """Where the values of a sparse delta stand.
+
+    Attributes:
+        positions: (nnz) where they stand in the owner's flattened weight.
+        originals: (nnz) what W holds there without S, or empty when the owner makes W + S afresh.
+        plan: the `Plan` of the mask.
+    """
+
+    positions: Tensor
+    originals: Tensor
+    plan: Plan
+
+
 class WeightOwner(Protocol):
     """What the op needs of a layer."""
 
-    def effective_weight(self, values: Tensor, positions: Tensor, originals: Tensor) -> Tensor:
+    def effective_weight(self, values: Tensor, delta: Delta) -> Tensor:
         """W + S as (out_features, in_features), to be read at once."""
 
-    def effective_weight_again(
-        self, values: Tensor, positions: Tensor, originals: Tensor
-    ) -> AbstractContextManager[Tensor]:
+    def effective_weight_again(self, values: Tensor, delta: Delta) -> AbstractContextManager[Tensor]:
         """The same for the backward pass: afterwards the layer is as it was before."""
 
 
@@ -42,7 +54,7 @@ _numbers = itertools.count(1)
 
 
 def register_owner(owner: WeightOwner) -> int:
-    """Give ``owner`` the number by which the op finds it; it is forgotten with its last reference."""
+    """Give ``owner`` the number by which a compiled graph finds it; it is forgotten with its last reference."""
     number = next(_numbers)
     _OWNERS[number] = owner
     return number
@@ -55,6 +67,64 @@ def _owner(number: int) -> WeightOwner:
     return owner
 
 
+def _forward(x: Tensor, bias: Tensor | None, values: Tensor, delta: Delta, owner: WeightOwner) -> Tensor:
+    return F.linear(x, owner.effective_weight(values, delta).to(x.dtype), bias)
+
+
+def _backward(
+    grad_y: Tensor,
+    kept: Tensor,
+    values: Tensor,
+    delta: Delta,
+    kept_columns: bool,
+    owner: WeightOwner,
+    need_x: bool,
+    need_values: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dX and dV; ``kept`` is x, or X[:, columns] where ``kept_columns``."""
+    # once: attention hands over a transposed view, which both products would copy
+    grad_y = grad_y.contiguous()
+    grad_x = grad_values = None
+    if need_x:
+        with owner.effective_weight_again(values, delta) as weight:
+            grad_x = grad_y.matmul(weight.to(grad_y.dtype))
+    if need_values:
+        x_columns = kept if kept_columns else select_columns(kept, delta.plan.columns)
+        grad_values = values_grad(grad_y, x_columns, delta.plan).to(values.dtype)
+    return grad_x, grad_values
+
+
+def _bias_gradient(grad_y: Tensor) -> Tensor:
+    return grad_y.sum(dim=tuple(range(grad_y.ndim - 1)))
+
+
+class _EagerLinear(torch.autograd.Function):
+    """The layer without the dispatcher, whose wrappers cost as much as a small product."""
+
+    @staticmethod
+    def forward(ctx, x, bias, values, delta, owner):
+        y = _forward(x, bias, values, delta, owner)
+        ctx.delta, ctx.owner, ctx.kept_columns = delta, owner, delta.plan.save_columns
+        if not ctx.needs_input_grad[2]:
+            ctx.save_for_backward(None, values)
+        elif ctx.kept_columns:
+            ctx.save_for_backward(select_columns(x, delta.plan.columns), values)
+        else:
+            ctx.save_for_backward(x, values)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        need_x, need_bias, need_values = ctx.needs_input_grad[:3]
+        grad_x, grad_values = _backward(
+            grad_y, *ctx.saved_tensors, ctx.delta, ctx.kept_columns, ctx.owner, need_x, need_values
+        )
+        return grad_x, _bias_gradient(grad_y) if need_bias else None, grad_values, None, None
+
+
+# --- the same as a custom op, for torch.compile
+
 _DELTA = (
     "Tensor values, Tensor positions, Tensor originals, Tensor rows, Tensor columns, Tensor slots, "
     "int[] row_stops, int[] value_stops"
@@ -64,7 +134,7 @@ _library.define(
     f"linear(Tensor x, Tensor? bias, {_DELTA}, bool save_columns, int out_features, int owner) -> (Tensor, Tensor)"
 )
 _library.define(
-    f"linear_backward(Tensor grad_y, Tensor x, {_DELTA}, bool x_is_columns, int in_features, int owner, "
+    f"linear_backward(Tensor grad_y, Tensor kept, {_DELTA}, bool save_columns, int in_features, int owner, "
     "bool need_x, bool need_values) -> (Tensor, Tensor)"
 )
 
@@ -72,8 +142,8 @@ _library.define(
 @torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
 def _linear(x, bias, values, positions, originals, rows, columns, slots, row_stops, value_stops, save_columns,
             out_features, owner):  # fmt: skip
-    weight = _owner(owner).effective_weight(values, positions, originals)
-    y = F.linear(x, weight.to(x.dtype), bias)
+    delta = Delta(positions, originals, Plan(rows, columns, slots, row_stops, value_stops, save_columns))
+    y = _forward(x, bias, values, delta, _owner(owner))
     return y, select_columns(x, columns) if save_columns else x.new_empty(0)
 
 
@@ -85,24 +155,16 @@ def _linear_fake(x, bias, values, positions, originals, rows, columns, slots, ro
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
-def _linear_backward(grad_y, x, values, positions, originals, rows, columns, slots, row_stops, value_stops,
-                     x_is_columns, in_features, owner, need_x, need_values):  # fmt: skip
-    # once: attention hands over a transposed view, which both products would copy
-    grad_y = grad_y.contiguous()
-    grad_x = grad_values = grad_y.new_empty(0)
-    if need_x:
-        with _owner(owner).effective_weight_again(values, positions, originals) as weight:
-            grad_x = grad_y.matmul(weight.to(grad_y.dtype))
-    if need_values:
-        if not x_is_columns:
-            x = select_columns(x, columns) if columns.numel() < in_features else x.reshape(-1, in_features)
-        grad_values = values_grad(grad_y, x, rows, slots, row_stops, value_stops).to(values.dtype)
-    return grad_x, grad_values
+def _linear_backward(grad_y, kept, values, positions, originals, rows, columns, slots, row_stops, value_stops,
+                     save_columns, in_features, owner, need_x, need_values):  # fmt: skip
+    delta = Delta(positions, originals, Plan(rows, columns, slots, row_stops, value_stops, save_columns))
+    gradients = _backward(grad_y, kept, values, delta, save_columns, _owner(owner), need_x, need_values)
+    return tuple(grad_y.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @torch.library.register_fake("spft::linear_backward", lib=_library)
-def _linear_backward_fake(grad_y, x, values, positions, originals, rows, columns, slots, row_stops, value_stops,
-                          x_is_columns, in_features, owner, need_x, need_values):  # fmt: skip
+def _linear_backward_fake(grad_y, kept, values, positions, originals, rows, columns, slots, row_stops, value_stops,
+                          save_columns, in_features, owner, need_x, need_values):  # fmt: skip
     grad_x = grad_y.new_empty(*grad_y.shape[:-1], in_features) if need_x else grad_y.new_empty(0)
     return grad_x, torch.empty_like(values) if need_values else grad_y.new_empty(0)
 
@@ -111,56 +173,32 @@ def _setup_context(ctx, inputs, output) -> None:
     x, _, values, *delta, row_stops, value_stops, save_columns, _, owner = inputs
     kept = (output[1] if save_columns else x) if ctx.needs_input_grad[2] else None
     ctx.save_for_backward(kept, values, *delta)
-    ctx.plan = (row_stops, value_stops, save_columns, x.shape[-1], owner)
+    ctx.rest = (row_stops, value_stops, save_columns, x.shape[-1], owner)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, grad_y: Tensor | None, linear_backward) -> tuple:
-    """The gradients of x, bias and values, and None for every other argument of ``spft::linear``."""
+def _op_gradients(ctx, grad_y: Tensor | None, _) -> tuple:
     others = (None,) * 10
     if grad_y is None:
         return (None, None, None, *others)
     kept, *delta = ctx.saved_tensors
     need_x, need_bias, need_values = ctx.needs_input_grad[:3]
-    grad_x, grad_values = linear_backward(
-        grad_y, grad_y if kept is None else kept, *delta, *ctx.plan, need_x, need_values
+    grad_x, grad_values = torch.ops.spft.linear_backward(
+        grad_y, grad_y if kept is None else kept, *delta, *ctx.rest, need_x, need_values
     )
-    grad_bias = grad_y.sum(dim=tuple(range(grad_y.ndim - 1))) if need_bias else None
-    return (grad_x if need_x else None, grad_bias, grad_values if need_values else None, *others)
+    return (
+        grad_x if need_x else None,
+        _bias_gradient(grad_y) if need_bias else None,
+        grad_values if need_values else None,
+        *others,
+    )
 
 
-torch.library.register_autograd(
-    "spft::linear",
-    lambda ctx, grad_y, _: _gradients(ctx, grad_y, torch.ops.spft.linear_backward),
-    setup_context=_setup_context,
-    lib=_library,
-)
-
-
-class _EagerLinear(torch.autograd.Function):
-    """``spft::linear`` without the dispatcher, whose wrappers cost as much as a small product."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _linear(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):
-        return _gradients(ctx, grad_y, _linear_backward)
+torch.library.register_autograd("spft::linear", _op_gradients, setup_context=_setup_context, lib=_library)
 
 
 def sparse_linear(
-    x: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    positions: Tensor,
-    originals: Tensor,
-    plan: Plan,
-    out_features: int,
-    owner: int,
+    x: Tensor, bias: Tensor | None, values: Tensor, delta: Delta, out_features: int, owner: WeightOwner, number: int
 ) -> Tensor:
     """y = x (W + S)^T + b.
 
@@ -168,15 +206,15 @@ def sparse_linear(
         x: (..., in_features).
         bias: (out_features) in the dtype of ``x``, or None.
         values: (nnz); receives a gradient.
-        positions: (nnz) where they stand in the owner's flattened weight.
-        originals: (nnz) what W holds there without S, or empty when the owner makes W afresh.
-        plan: the `Plan` of the mask.
-        owner: number of the `WeightOwner`, from `register_owner`.
+        delta: where the values stand.
+        owner: gives W + S.
+        number: of the owner, from `register_owner`.
 
     Returns:
         (..., out_features) in the dtype of ``x``.
     """
-    *plan, save_columns = plan
+    if not torch.compiler.is_compiling():
+        return _EagerLinear.apply(x, bias, values, delta, owner)
+    positions, originals, (*plan, save_columns) = delta
     save_columns = save_columns and torch.is_grad_enabled() and values.requires_grad
-    inputs = (x, bias, values, positions, originals, *plan, save_columns, out_features, owner)
-    return torch.ops.spft.linear(*inputs)[0] if torch.compiler.is_compiling() else _EagerLinear.apply(*inputs)
+    return torch.ops.spft.linear(x, bias, values, positions, originals, *plan, save_columns, out_features, number)[0]

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.csr import Mask, positions, row_indices
+from axolotl_spft.ops.linear import Delta
 
 
 class Written(NamedTuple):
@@ -108,33 +109,32 @@ class BaseWeight:
         self.revert()
         return self.get_base_layer().weight.detach().view(-1)[at]
 
-    def effective_weight(self, values: Tensor, positions: Tensor, originals: Tensor) -> Tensor:
+    def effective_weight(self, values: Tensor, delta: Delta) -> Tensor:
         """W + S as (out_features, in_features), to be read at once: the next call may overwrite it.
 
         Args:
             values: (nnz), nnz >= 1.
-            positions: from `storage_positions`.
-            originals: from `read_originals`.
+            delta: its positions come from `storage_positions`, its originals from `read_originals`.
         """
         if self.in_place:
-            return self._oriented(self._write(Written(values.detach(), positions, originals)))
-        return self._oriented(self._fresh_sum([(values, positions)]))
+            return self._oriented(self._write(Written(values.detach(), delta.positions, delta.originals)))
+        return self._oriented(self._fresh_sum([(values, delta.positions)]))
 
     @contextmanager
-    def effective_weight_again(self, values: Tensor, positions: Tensor, originals: Tensor) -> Iterator[Tensor]:
+    def effective_weight_again(self, values: Tensor, delta: Delta) -> Iterator[Tensor]:
         """`effective_weight` for the backward pass: afterwards the weight holds what it held before.
 
         Between forward and backward another adapter may have been chosen, or all disabled.
         """
         if not self.in_place:
-            yield self._oriented(self._fresh_sum([(values, positions)]))
+            yield self._oriented(self._fresh_sum([(values, delta.positions)]))
             return
         held = self._written
-        if held is not None and held.positions.data_ptr() == positions.data_ptr():
+        if held is not None and held.positions.data_ptr() == delta.positions.data_ptr():
             yield self._oriented(self.get_base_layer().weight.detach())
             return
         try:
-            yield self._oriented(self._write(Written(values.detach(), positions, originals)))
+            yield self._oriented(self._write(Written(values.detach(), delta.positions, delta.originals)))
         finally:
             self.revert()
             if held is not None:
@@ -147,7 +147,8 @@ class BaseWeight:
         # .data: a layer may run several times before its backward pass, and assigning the same entries again is no
         # change that autograd should refuse; it sees a change of the values by the version of `values`
         weight = self.get_base_layer().weight.data
-        weight.view(-1)[new.positions] = _add(new.originals, new.values)
+        # put_ wants int64; the conversion costs less than what indexing does for int32 by itself
+        weight.put_(new.positions.to(torch.int64), _add(new.originals, new.values))
         self._written = new
         return weight
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -14,25 +14,10 @@ from torch import Tensor, nn
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.branch import add_sparse_branch
 from axolotl_spft.ops.csr import Mask, empty_mask, mask_from_positions, positions
-from axolotl_spft.ops.linear import register_owner, sparse_linear
-from axolotl_spft.ops.plan import Plan, make_plan
+from axolotl_spft.ops.linear import Delta, register_owner, sparse_linear
+from axolotl_spft.ops.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.base_weight import BaseWeight, Written, keep_dequantizable
-
-
-class Delta(NamedTuple):
-    """What the op needs to know about the mask of the active adapters, worked out once.
-
-    Attributes:
-        positions, originals: (nnz) of `BaseWeight`.
-        plan: of the mask.
-        places: for several adapters, where each adapter's values go in the union of their masks; else empty.
-    """
-
-    positions: Tensor
-    originals: Tensor
-    plan: Plan
-    places: tuple[Tensor, ...] = ()
 
 
 class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
@@ -104,7 +89,8 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
     def _forget_derived(self) -> None:
         self._in_place = None
-        self._deltas: dict[tuple[str, ...], Delta] = {}
+        # of the active adapters: where their values stand, and for several where each one's go in the union
+        self._deltas: dict[tuple[str, ...], tuple[Delta, tuple[Tensor, ...]]] = {}
 
     # --- adapters
 
@@ -220,42 +206,49 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         names = () if self.merged else self._filled_active_adapters()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        delta = self._deltas.get(names)
-        if delta is None:
-            delta = self._deltas[names] = self._make_delta(names)
-        values = self._values(names, delta)
+        if names not in self._deltas:
+            self._deltas[names] = self._make_delta(names)
+        delta, places = self._deltas[names]
+        values = self._values(names, delta, places)
         if self.forward_only:
             return add_sparse_branch(self.base_layer(x, *args, **kwargs), x, values, delta.plan)
         base_layer = self.get_base_layer()
         autocast = torch.is_autocast_enabled(x.device.type)
         if autocast:
             dtype = torch.get_autocast_dtype(x.device.type)
-        else:
+        elif self.quantization_backend is not None:
             # bitsandbytes' 4-bit layers multiply in a dtype of their own
             dtype = getattr(base_layer, "compute_dtype", None) or x.dtype
+        else:
+            dtype = x.dtype
         bias = base_layer.bias
         y = sparse_linear(
-            x.to(dtype), None if bias is None else bias.to(dtype), values, delta.positions, delta.originals, delta.plan,
-            self.out_features, self._owner,
-        )  # fmt: skip
+            x.to(dtype), None if bias is None else bias.to(dtype), values, delta, self.out_features, self, self._owner
+        )
         return y if autocast else y.to(x.dtype)
 
+    def get_base_layer(self) -> nn.Module:
+        # as PEFT's, without the failing look-ups on the innermost layer: this runs in every forward and backward
+        base_layer = self._modules["base_layer"]
+        return base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+
     def _filled_active_adapters(self) -> tuple[str, ...]:
-        names = self.active_adapters
-        return tuple(name for name in names if name in self.spft_values and self.spft_columns[name].numel())
+        values = self._modules["spft_values"]._parameters
+        return tuple(name for name in self.active_adapters if name in values and values[name].numel())
 
     def _originals(self, adapter_name: str) -> Tensor:
         return self._buffers[f"_originals_{adapter_name}"]
 
-    def _values(self, names: tuple[str, ...], delta: Delta) -> Tensor:
-        if len(names) == 1:
-            return self.spft_values[names[0]]
-        total = torch.zeros_like(delta.positions, dtype=self.spft_values[names[0]].dtype)
-        for name, places in zip(names, delta.places):
-            total = total.index_add(0, places, self.spft_values[name].to(total.dtype))
+    def _values(self, names: tuple[str, ...], delta: Delta, places: tuple[Tensor, ...]) -> Tensor:
+        each = [self._modules["spft_values"]._parameters[name] for name in names]
+        if len(each) == 1:
+            return each[0]
+        total = torch.zeros_like(delta.positions, dtype=each[0].dtype)
+        for values, at in zip(each, places):
+            total = total.index_add(0, at, values.to(total.dtype))
         return total
 
-    def _make_delta(self, names: tuple[str, ...]) -> Delta:
+    def _make_delta(self, names: tuple[str, ...]) -> tuple[Delta, tuple[Tensor, ...]]:
         mask, places = self.mask(names[0]), ()
         if len(names) > 1:
             each = [positions(self.mask(name), self.in_features) for name in names]
@@ -264,7 +257,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             places = tuple(torch.searchsorted(union, at) for at in each)
         at = self.storage_positions(mask)
         originals = self._originals(names[0]) if len(names) == 1 else self.read_originals(at)
-        return Delta(at, originals, make_plan(mask, self.in_features), places)
+        return Delta(at, originals, make_plan(mask, self.in_features)), places
 
     def extra_repr(self) -> str:
         counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())

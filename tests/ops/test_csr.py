@@ -65,7 +65,7 @@ def test_values_gradient_is_the_dense_one_at_the_mask(dense, block_entries):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(9, dense.shape[1], generator=generator, dtype=torch.float64)
     grad_y = torch.randn(3, 3, dense.shape[0], generator=generator, dtype=torch.float64)
-    got = values_grad(grad_y, select_columns(x, plan.columns), plan.rows, plan.slots, plan.row_stops, plan.value_stops)
+    got = values_grad(grad_y, select_columns(x, plan.columns), plan)
     torch.testing.assert_close(got, (grad_y.view(9, -1).t() @ x)[dense])
     assert plan.row_stops[-1] == plan.rows.numel()
     assert plan.value_stops[-1] == mask.nnz

@@ -9,7 +9,7 @@ import torch
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.csr import mask_from_positions, positions
-from axolotl_spft.ops.linear import register_owner, sparse_linear
+from axolotl_spft.ops.linear import Delta, register_owner, sparse_linear
 from axolotl_spft.ops.plan import make_plan
 from axolotl_spft.ops.reference import sparse_linear as reference_linear
 
@@ -20,14 +20,14 @@ class DenseOwner:
     def __init__(self, weight: torch.Tensor):
         self.weight = weight
 
-    def effective_weight(self, values, at, originals):
+    def effective_weight(self, values, delta):
         weight = self.weight.clone()
-        weight.view(-1)[at] += values.to(weight.dtype)
+        weight.view(-1)[delta.positions] += values.to(weight.dtype)
         return weight
 
     @contextmanager
-    def effective_weight_again(self, values, at, originals):
-        yield self.effective_weight(values, at, originals)
+    def effective_weight_again(self, values, delta):
+        yield self.effective_weight(values, delta)
 
 
 def random_case(out_features, in_features, nnz, dtype=torch.float64, seed=0):
@@ -51,11 +51,11 @@ def test_gradcheck(out_features, in_features, nnz, block_entries, save_columns):
     weight, mask, values, x, bias = random_case(out_features, in_features, nnz)
     plan = make_plan(mask, in_features, block_entries)._replace(save_columns=save_columns)
     owner = DenseOwner(weight)
+    delta = Delta(positions(mask, in_features), torch.empty(0), plan)
     number = register_owner(owner)
-    at = positions(mask, in_features)
 
     def function(x, bias, values):
-        return sparse_linear(x, bias, values, at, torch.empty(0), plan, out_features, number)
+        return sparse_linear(x, bias, values, delta, out_features, owner, number)
 
     torch.testing.assert_close(function(x, bias, values), reference_linear(x, weight, bias, values, mask))
     assert torch.autograd.gradcheck(function, (x, bias, values))
@@ -65,8 +65,8 @@ def test_gradcheck(out_features, in_features, nnz, block_entries, save_columns):
 def test_gradients_equal_the_reference_within_rounding(dtype):
     weight, mask, values, x, bias = random_case(33, 29, 101, dtype)
     owner = DenseOwner(weight)
-    at = positions(mask, 29)
-    y = sparse_linear(x, bias, values, at, torch.empty(0), make_plan(mask, 29), 33, register_owner(owner))
+    delta = Delta(positions(mask, 29), torch.empty(0), make_plan(mask, 29))
+    y = sparse_linear(x, bias, values, delta, 33, owner, register_owner(owner))
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = (y, *torch.autograd.grad(y, (x, bias, values), grad_y))
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, bias, values)]
@@ -96,18 +96,19 @@ def test_backward_keeps_only_the_used_columns_of_x():
     mask = mask_from_positions(torch.tensor([3, 48 + 3, 48 + 7, 200 * 8 + 7]), 64, 48)
     values = torch.zeros(mask.nnz, requires_grad=True)
     owner = DenseOwner(weight)
-    at = positions(mask, 48)
+    delta = Delta(positions(mask, 48), torch.empty(0), make_plan(mask, 48))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        sparse_linear(x, None, values, at, torch.empty(0), make_plan(mask, 48), 64, register_owner(owner))
+        sparse_linear(x, None, values, delta, 64, owner, register_owner(owner))
     floats = [tensor for tensor in kept if tensor.is_floating_point() and tensor.numel() > mask.nnz]
-    assert [tuple(tensor.shape) for tensor in floats] == [(10, make_plan(mask, 48).columns.numel())]
+    assert [tuple(tensor.shape) for tensor in floats] == [(10, delta.plan.columns.numel())]
 
 
 def test_frozen_values_and_inputs_get_no_gradient():
     weight, mask, values, x, _ = random_case(13, 17, 20)
     owner = DenseOwner(weight)
-    arguments = (positions(mask, 17), torch.empty(0), make_plan(mask, 17), 13, register_owner(owner))
+    delta = Delta(positions(mask, 17), torch.empty(0), make_plan(mask, 17))
+    arguments = (delta, 13, owner, register_owner(owner))
     y = sparse_linear(x.detach(), None, values, *arguments)
     (only,) = torch.autograd.grad(y.sum(), (values,))
     assert only.shape == values.shape
@@ -117,11 +118,12 @@ def test_frozen_values_and_inputs_get_no_gradient():
     assert not sparse_linear(x.detach(), None, values.detach(), *arguments).requires_grad
 
 
-def test_deleted_layer_is_a_clear_error():
+def test_a_compiled_graph_that_outlives_its_layer_is_a_clear_error():
     weight, mask, values, x, _ = random_case(13, 17, 20)
     owner = DenseOwner(weight)
+    plan = make_plan(mask, 17)
     at = positions(mask, 17)
-    y = sparse_linear(x, None, values, at, torch.empty(0), make_plan(mask, 17), 13, register_owner(owner))
+    y, _ = torch.ops.spft.linear(x, None, values, at, torch.empty(0), *plan, 13, register_owner(owner))
     del owner
     with pytest.raises(SpftError, match="keep the model alive"):
         y.sum().backward()

@@ -1,4 +1,4 @@
-"""`base_weight`: access to W by other ways than in place: other quantization backends, and layers whose weight cannot be read."""
+"""`base_weight`: other ways to W than in place: other quantization backends, and layers that cannot be read."""
 
 from __future__ import annotations
 
