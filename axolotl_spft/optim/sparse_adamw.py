@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from axolotl_spft.errors import SpftConfigError
+from axolotl_spft.errors import SpftConfigError, SpftFileError
 from axolotl_spft.optim.adamw import adamw_
+from axolotl_spft.optim.moments import BLOCK, MOMENTS, absmax_name, read_moment, write_moment, zero_moments
 
-_FLOAT32_STATE = ("exp_avg", "exp_avg_sq", "master")
+# values whose 8-bit moments are float32 at a time: bounds the temporaries to 32 MiB
+_CHUNK_VALUES = 2**14 * BLOCK
 
 
 class SparseAdamW(torch.optim.Optimizer):
-    """AdamW with float32 moments, for the values of sparse deltas and any other trained parameters.
+    """AdamW for the values of sparse deltas and any other trained parameters.
 
     Weight decay is decoupled and pulls the values toward 0, that is, the weights toward the pretrained ones. Parameters
     that are frozen or empty get no state. A parameter of lower precision keeps a float32 master copy in the state.
+    Under DeepSpeed, which hands over flat float32 pieces and keeps the masters itself, it is the client optimizer.
+
+    State of a parameter with n values: ``step`` (0-dimensional float32), ``exp_avg`` and ``exp_avg_sq`` (n, float32; or
+    uint8 with ``exp_avg_absmax`` and ``exp_avg_sq_absmax``, one float32 per 256 values).
 
     Args:
         params: parameters or parameter groups, as for every torch optimizer.
-        state_bits: precision of the moments; 32.
+        state_bits: precision of the moments: 32, or 8 for blockwise 8-bit numbers (bitsandbytes).
+        slots: which positions the values stand for, from `axolotl_spft.tuner.state.slots_of`; saved with the state and
+            compared when a state is loaded.
 
     Raises:
         SpftConfigError: a hyperparameter breaks its rule; all are reported together.
@@ -36,6 +44,7 @@ class SparseAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state_bits: int = 32,
+        slots: Mapping[str, tuple[int, str]] | None = None,
     ):
         problems = [
             f"SparseAdamW `{name}: {value}` {rule}"
@@ -44,13 +53,15 @@ class SparseAdamW(torch.optim.Optimizer):
                 ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "must be two in [0, 1)"),
                 ("eps", eps, eps > 0, "must be greater than 0"),
                 ("weight_decay", weight_decay, weight_decay >= 0, "must be at least 0"),
-                ("state_bits", state_bits, state_bits == 32, "must be 32"),
+                ("state_bits", state_bits, state_bits in (8, 32), "must be 8 or 32"),
             )
             if not holds
         ]
         if problems:
             raise SpftConfigError(problems)
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"state_bits": state_bits, "slots": None if slots is None else dict(slots)}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -61,41 +72,79 @@ class SparseAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None and p.numel()]
-            states = [self._state_of(parameter) for parameter in trained]
+            states = [self._state_of(parameter, group["state_bits"]) for parameter in trained]
             targets = [state.get("master", parameter) for parameter, state in zip(trained, states)]
-            adamw_(
-                targets,
-                [parameter.grad.to(torch.float32) for parameter in trained],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["step"] for state in states],
-                float(group["lr"]),
-                group["betas"],
-                group["eps"],
-                group["weight_decay"],
-            )
+            grads = [parameter.grad.to(torch.float32) for parameter in trained]
+            if group["state_bits"] == 8:
+                for target, grad, state in zip(targets, grads, states):
+                    _step_8bit(target, grad, state, group)
+            else:
+                moments = ([state[moment] for state in states] for moment in MOMENTS)
+                adamw_(targets, grads, *moments, [state["step"] for state in states], *_hyperparameters(group))
             for target, parameter in zip(targets, trained):
                 if target is not parameter:
                     parameter.copy_(target)
         return loss
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def _state_of(self, parameter: nn.Parameter, state_bits: int) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            if state_bits == 8:
+                state |= zero_moments(parameter.numel(), parameter.device)
+            else:
+                state |= {moment: torch.zeros_like(parameter, dtype=torch.float32) for moment in MOMENTS}
             if parameter.dtype != torch.float32:
                 state["master"] = parameter.detach().to(torch.float32)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            SpftFileError: it was saved for other positions or another precision of the moments; nothing is changed.
+        """
+        saved_group, group = state_dict["param_groups"][0], self.param_groups[0]
+        if saved_group.get("state_bits", group["state_bits"]) != group["state_bits"]:
+            raise SpftFileError(
+                f"the optimizer state to resume from has {saved_group['state_bits']}-bit moments, but this run's have "
+                f"{group['state_bits']} bits: resume with the `optimizer` that the checkpoint was made with"
+            )
+        saved_slots, slots = saved_group.get("slots"), group["slots"]
+        if saved_slots is not None and slots is not None:
+            _check_slots(saved_slots, slots)
         super().load_state_dict(state_dict)
-        # torch casts the state to the parameter's dtype; ours is float32 whatever that is
+        # torch casts the state to the parameter's dtype; ours is what it is whatever that is
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters):
-            for name in _FLOAT32_STATE:
-                if name in state_dict["state"].get(number, {}):
-                    saved = state_dict["state"][number][name]
-                    self.state[parameter][name] = saved.to(parameter.device, torch.float32, copy=True)
+            for name, saved in state_dict["state"].get(number, {}).items():
+                self.state[parameter][name] = saved.to(parameter.device, copy=True)
+
+
+def _hyperparameters(group: dict[str, Any]) -> tuple[float, tuple[float, float], float, float]:
+    return float(group["lr"]), group["betas"], group["eps"], group["weight_decay"]
+
+
+def _step_8bit(target: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """The update of one tensor whose moments are float32 for some blocks at a time only."""
+    target, grad = target.view(-1), grad.view(-1)
+    for start in range(0, target.numel(), _CHUNK_VALUES):
+        part, blocks = slice(start, start + _CHUNK_VALUES), slice(start // BLOCK, (start + _CHUNK_VALUES) // BLOCK)
+        stored = [(moment, state[moment][part], state[absmax_name(moment)][blocks]) for moment in MOMENTS]
+        moments = [read_moment(*each) for each in stored]
+        step = state["step"].clone()
+        adamw_([target[part]], [grad[part]], *([each] for each in moments), [step], *_hyperparameters(group))
+        for each, moment in zip(stored, moments):
+            write_moment(*each, moment)
+    state["step"] += 1
+
+
+def _check_slots(saved: Mapping[str, tuple[int, str]], slots: Mapping[str, tuple[int, str]]) -> None:
+    differing = [name for name in {*saved, *slots} if tuple(saved.get(name, ())) != tuple(slots.get(name, ()))]
+    if differing:
+        raise SpftFileError(
+            f"the optimizer state to resume from belongs to another mask than the adapter's ({len(differing)} modules "
+            f"differ, {min(differing)} among them): resume from a checkpoint whose adapter and optimizer state were "
+            "saved together"
+        )

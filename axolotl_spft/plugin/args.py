@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +9,11 @@ from pydantic import BaseModel, Field, model_validator
 
 from axolotl_spft.config import check_options
 from axolotl_spft.errors import SpftConfigError
+from axolotl_spft.plugin.deepspeed_json import problems_of_deepspeed
 
 ADAPTER = "spft"
-OPTIMIZER = "sparse_adamw"
+# name: precision of the moments
+OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}
 
 # key: what to write instead, for keys that would silently do nothing or break
 _FOREIGN_KEYS = {
@@ -34,8 +35,16 @@ _FOREIGN_KEYS = {
     "lora_o_kernel": "leave it out: it belongs to LoRA",
     "unfrozen_parameters": "set `spft.modules_to_save`: base weights stay frozen under `adapter: spft`",
 }
-_ONE_PROCESS = "leave it out: `adapter: spft` trains in one process so far"
-_DISTRIBUTED_KEYS = ("deepspeed", "fsdp", "fsdp_config")
+_UNSUPPORTED = {
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config", "fsdp_version"),
+        "leave it out: `adapter: spft` does not train under FSDP; shard with `deepspeed` and ZeRO-3 instead",
+    ),
+    **dict.fromkeys(
+        ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size"),
+        "leave it out: `adapter: spft` trains data-parallel only (DDP, DeepSpeed ZeRO-1, 2, 3)",
+    ),
+}
 
 
 def check_run(cfg: Mapping[str, Any]) -> list[str]:
@@ -45,15 +54,17 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
         problems = []
         if options is not None:
             problems.append(f"the block `spft` needs `adapter: spft`, but the adapter is `{cfg.get('adapter')}`")
-        if cfg.get("optimizer") == OPTIMIZER:
-            problems.append(f"`optimizer: {OPTIMIZER}` needs `adapter: spft`: use an optimizer such as adamw_torch")
+        if cfg.get("optimizer") in OPTIMIZERS:
+            problems.append(f"`optimizer: {cfg['optimizer']}` needs `adapter: spft`: use an optimizer such as adamw_torch")
         return problems
     if options is not None and not isinstance(options, Mapping):
         return [f"`spft: {options}` must be a block of keys"]
     problems = check_options(options or {})
     optimizer = str(cfg.get("optimizer") or "")
-    if optimizer.startswith("sparse_") and optimizer != OPTIMIZER:
-        problems.append(f"`optimizer: {optimizer}` must be {OPTIMIZER} or a Hugging Face optimizer name")
+    if optimizer.startswith("sparse_") and optimizer not in OPTIMIZERS:
+        problems.append(
+            f"`optimizer: {optimizer}` must be {' or '.join(OPTIMIZERS)} or a Hugging Face optimizer name"
+        )
     if cfg.get("inference") and not cfg.get("lora_model_dir"):
         problems.append(
             "`lora_model_dir` is not set, so there is no trained adapter to load: "
@@ -70,9 +81,13 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
         for key, remedy in _FOREIGN_KEYS.items()
         if cfg.get(key)
     ]
-    problems += [f"`{key}`: {_ONE_PROCESS}" for key in _DISTRIBUTED_KEYS if cfg.get(key)]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: {_ONE_PROCESS.replace('leave it out', 'start one')}")
+    problems += [
+        f"`{key}: {cfg[key]}`: {remedy}"
+        for key, remedy in _UNSUPPORTED.items()
+        if cfg.get(key) and not (key.endswith("_parallel_size") and cfg[key] == 1)
+    ]
+    if cfg.get("deepspeed"):
+        problems += problems_of_deepspeed(cfg, optimizer in OPTIMIZERS)
     return problems
 
 

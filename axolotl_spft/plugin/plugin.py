@@ -10,8 +10,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.utils.logging import get_logger
 from torch import nn
 
-from axolotl_spft.errors import SpftError
-from axolotl_spft.plugin.args import ADAPTER, OPTIMIZER
+from axolotl_spft.plugin.args import ADAPTER, OPTIMIZERS
 
 LOG = get_logger(__name__)
 
@@ -39,7 +38,7 @@ class SpftPlugin(BasePlugin):
         if cfg.adapter != ADAPTER:
             return {}
         arguments: dict[str, Any] = {}
-        if cfg.optimizer == OPTIMIZER:
+        if cfg.optimizer in OPTIMIZERS:
             # a name that TrainingArguments knows: post_trainer_create puts ours in its place
             arguments["optim"] = "adamw_torch"
         if not torch.accelerator.is_available():
@@ -78,20 +77,31 @@ class SpftPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if cfg.adapter != ADAPTER:
             return
-        from axolotl.train import determine_last_checkpoint
-
+        from axolotl_spft.engine.kind import engine_of
+        from axolotl_spft.engine.ranks import Ranks
+        from axolotl_spft.engine.zero3 import gather_as_units
+        from axolotl_spft.plugin.checkpoints import RunRecord, checkpoint_to_resume
         from axolotl_spft.plugin.trainer_pass import has_mask, peft_model_of, select_mask_with_trainer
+        from axolotl_spft.salience.prepare import adapted_layers, check_same_mask, freeze_empty_values
+        from axolotl_spft.tuner.layer import SpftLinear
+        from axolotl_spft.tuner.state import slots_of
 
-        model = peft_model_of(trainer)
-        checkpoint = determine_last_checkpoint(cfg)
+        model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
+        checkpoint = checkpoint_to_resume(cfg, ranks, engine)
         if checkpoint:
             _install_checkpoint_mask(model, checkpoint)
         elif has_mask(model):
+            freeze_empty_values(model)
             LOG.info("Sparse mask: the one of the adapter in %s", cfg.lora_model_dir)
         else:
             LOG.info("%s", select_mask_with_trainer(trainer, model))
-        if cfg.optimizer == OPTIMIZER:
-            trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args)
+        LOG.info("Sparse mask: checksum %s on all %d ranks", check_same_mask(model, ranks)[:16], ranks.world)
+        if engine == "zero3":
+            gather_as_units(model, SpftLinear)
+        trainer.add_callback(RunRecord(ranks.world, engine))
+        if cfg.optimizer in OPTIMIZERS:
+            slots = slots_of(adapted_layers(model), model.active_adapter)
+            trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args, OPTIMIZERS[cfg.optimizer], slots)
 
 
 def _adapter_config(cfg: Any, model: nn.Module):
@@ -116,23 +126,18 @@ def _adapter_config(cfg: Any, model: nn.Module):
 def _install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
     """Give the adapter the mask of a checkpoint; the trainer loads the values later."""
     from axolotl_spft.config import SpftConfig
+    from axolotl_spft.plugin.checkpoints import ADAPTER_FILE
     from axolotl_spft.salience.mask_file import load_masks
     from axolotl_spft.salience.prepare import adapted_layers, install_masks
 
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in adapted_layers(model).items()}
-    path = Path(checkpoint) / "adapter_model.safetensors"
-    if not path.is_file():
-        raise SpftError(
-            f"{checkpoint}: there is no adapter_model.safetensors in the checkpoint to resume from: name a complete "
-            "checkpoint in `resume_from_checkpoint`, or delete this folder"
-        )
-    masks, _ = load_masks(path, shapes)
+    masks, _ = load_masks(Path(checkpoint) / ADAPTER_FILE, shapes)
     source = SpftConfig.from_pretrained(checkpoint).mask_source or {}
     install_masks(model, model.active_adapter, masks, source)
     LOG.info("Sparse mask: the one of the checkpoint %s", checkpoint)
 
 
-def _optimizer(args: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def _optimizer(args: Any, state_bits: int, slots: dict) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     from axolotl_spft.optim import SparseAdamW
 
     kwargs: dict[str, Any] = {
@@ -140,5 +145,7 @@ def _optimizer(args: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
+        "state_bits": state_bits,
+        "slots": slots,
     }
     return SparseAdamW, kwargs

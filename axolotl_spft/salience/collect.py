@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from axolotl_spft.engine.ranks import Ranks
+
+_ONE_PROCESS = Ranks()
 
 
 class _Probe(torch.autograd.Function):
@@ -21,56 +25,92 @@ class _Probe(torch.autograd.Function):
         return grad_y, None
 
 
-def accumulator_device(layers: Mapping[str, nn.Module], device: torch.device) -> torch.device:
-    """The layers' own device while half of its free memory holds the accumulators, else the host."""
+def accumulator_device(entries: int, device: torch.device) -> torch.device:
+    """The layers' own device while half of its free memory holds ``entries`` float32 accumulators, else the host."""
     if device.type != "cuda":
         return device
-    needed_bytes = 4 * sum(layer.out_features * layer.in_features for layer in layers.values())
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    return device if needed_bytes <= free_bytes // 2 else torch.device("cpu")
+    return device if 4 * entries <= free_bytes // 2 else torch.device("cpu")
 
 
 @contextmanager
-def gathered_gradients(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+def gathered_gradients(
+    model: nn.Module, layers: Mapping[str, nn.Module], ranks: Ranks = _ONE_PROCESS, sharded: bool = False
+) -> Iterator[dict[str, Tensor]]:
     """Within the block, every backward pass adds dW = dY^T X of each layer to its accumulator.
 
     No weight is made to require a gradient, so quantized ones take part too. Alive at a time are the accumulators and
-    one layer's dense gradient.
+    one layer's dense gradient, of which a sharded pass makes one rank's rows at a time.
 
     Args:
         model: owner of the layers; its input embeddings' output is made to require a gradient, as gradient
             checkpointing with re-entrance needs.
         layers: linear layers by name, with ``in_features`` and ``out_features``.
+        ranks: the processes that share the sample.
+        sharded: whether a rank accumulates its own rows only. Every backward pass then sends gradients, and all ranks
+            must run the same layers; otherwise nothing is sent before `reduce_to_shards`.
 
     Yields:
-        name -> accumulator (out_features, in_features), float32.
+        name -> accumulator, float32: (out_features, in_features), or this rank's rows of it.
     """
     sums: dict[str, Tensor] = {}
+    rows = {name: ranks.rows(layer.out_features) if sharded else slice(0, layer.out_features)
+            for name, layer in layers.items()}  # fmt: skip
+    entries = sum((rows[name].stop - rows[name].start) * layer.in_features for name, layer in layers.items())
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            device = layer.get_base_layer().weight.device if hasattr(layer, "get_base_layer") else layer.weight.device
-            sums[name] = torch.zeros(layer.out_features, layer.in_features, device=accumulator_device(layers, device))
-            hooks.callback(layer.register_forward_hook(_gathering_hook(sums[name])).remove)
+            device = accumulator_device(entries, _device_of(layer))
+            sums[name] = torch.zeros(rows[name].stop - rows[name].start, layer.in_features, device=device)
+            add = _adder_to_shard(sums[name], layer.out_features, ranks) if sharded else _adder(sums[name])
+            hooks.callback(layer.register_forward_hook(_gathering_hook(add)).remove)
         embeddings = _input_embeddings(model)
         if embeddings is not None:
             hooks.callback(embeddings.register_forward_hook(_require_grad).remove)
         yield sums
 
 
-def _gathering_hook(total: Tensor):
+def reduce_to_shards(sums: dict[str, Tensor], ranks: Ranks) -> None:
+    """Replace each rank's own accumulators by its rows of their sum over the ranks, layer by layer."""
+    if ranks.world > 1:
+        for name in sums:
+            total = ranks.sum_(sums[name])
+            sums[name] = total[ranks.rows(total.shape[0])].clone()
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    return layer.get_base_layer().weight.device if hasattr(layer, "get_base_layer") else layer.weight.device
+
+
+def _adder(total: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def add(grad_rows: Tensor, x_rows: Tensor) -> None:
+        total.add_((grad_rows.t() @ x_rows).to(total.device))
+
+    return add
+
+
+def _adder_to_shard(total: Tensor, out_features: int, ranks: Ranks) -> Callable[[Tensor, Tensor], None]:
+    def add(grad_rows: Tensor, x_rows: Tensor) -> None:
+        for rank in range(ranks.world):
+            part = (grad_rows[:, ranks.rows(out_features, rank)].t() @ x_rows).to(torch.float32)
+            ranks.sum_to_(part, rank)
+            if rank == ranks.rank:
+                total.add_(part.to(total.device))
+
+    return add
+
+
+def _gathering_hook(add: Callable[[Tensor, Tensor], None]):
     def forward_hook(_, args: tuple, y: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
         x = args[0].detach()
 
-        def add(grad_y: Tensor) -> None:
+        def gather(grad_y: Tensor) -> None:
             with torch.no_grad():
-                grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
-                gradient = grad_rows.t() @ x.reshape(-1, x.shape[-1]).to(grad_y.dtype)
-                total.add_(gradient.to(total.device))
+                add(grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1]).to(grad_y.dtype))
 
         probed = y if y.requires_grad else _Probe.apply(y, torch.zeros((), device=y.device, requires_grad=True))
-        probed.register_hook(add)
+        probed.register_hook(gather)
         return None if probed is y else probed
 
     return forward_hook

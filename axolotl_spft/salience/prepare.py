@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ from tqdm import tqdm
 
 from axolotl_spft.budget import layer_budgets, total_budget
 from axolotl_spft.config import SpftConfig
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.engine.zero3 import gathered_while_used, is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.ops.csr import Mask, mask_from_positions
-from axolotl_spft.salience.collect import gathered_gradients
+from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards
 from axolotl_spft.salience.mask_file import load_masks, save_masks
 from axolotl_spft.salience.report import MaskReport, report_masks
 from axolotl_spft.salience.scores import (
@@ -28,7 +29,7 @@ from axolotl_spft.salience.scores import (
 from axolotl_spft.salience.select import top_k, top_k_per_row
 from axolotl_spft.salience.untouched import untouched_model, untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
-from axolotl_spft.tuner.state import base_shapes_of, spft_layers
+from axolotl_spft.tuner.state import base_shapes_of, mask_checksum, slots_of, spft_layers
 
 Batch = Mapping[str, Any]
 
@@ -67,19 +68,22 @@ def select_mask(
             f"adapter `{adapter_name}` has a mask already: add a new adapter, or delete this one, to select another"
         )
     source = {"salience": config.salience, "scope": config.scope, "samples": 0, "seed": config.seed or 0}
-    if config.mask_path and Path(config.mask_path).is_file():
+    ranks = Ranks.current()
+    # asked once for all: another rank may write the file while this one still looks for it
+    if ranks.sum_numbers(int(bool(config.mask_path) and Path(config.mask_path).is_file()))[0] == ranks.world:
         masks, source = _masks_from_file(config, layers)
         origin = f"{config.mask_path} ({_describe(source)})"
     else:
-        scores = None
+        gradients = None
         if config.salience in NEEDS_GRADIENT:
-            sums, source["samples"] = _summed_gradients(model, layers, batches, loss_fn, config.samples)
-            scores = list(sums.values())
-        masks = _select(config, layers, scores)
+            sums, source["samples"] = _summed_gradients(model, layers, batches, loss_fn, config.samples, ranks)
+            gradients = list(sums.values())
+        masks = _select(config, layers, gradients, ranks)
         origin = _describe(source)
-        if config.mask_path and _is_main_process():
+        if config.mask_path and ranks.rank == 0:
             save_masks(config.mask_path, masks, source)
     install_masks(model, adapter_name, masks, source)
+    check_same_mask(model, ranks, adapter_name)
     return report_masks(
         {name: (masks[name], layer.in_features) for name, layer in layers.items()}, origin, source.get("samples", 0)
     )
@@ -99,14 +103,38 @@ def install_masks(model: nn.Module, adapter_name: str, masks: Mapping[str, Mask]
     config.nnz = sum(mask.nnz for mask in masks.values())
     config.base_shapes = base_shapes_of({name: layers[name] for name in masks})
     config.mask_source = dict(source)
+    freeze_empty_values(model)
+
+
+def freeze_empty_values(model: nn.Module) -> None:
+    """Let no empty adapter of a layer require a gradient: DDP would wait for it, and DeepSpeed cannot flatten it."""
+    for layer in adapted_layers(model).values():
+        for name, values in layer.spft_values.items():
+            if not layer.mask(name).nnz:
+                values.requires_grad_(False)
+
+
+def check_same_mask(model: nn.Module, ranks: Ranks, adapter_name: str | None = None) -> str:
+    """Check that all ranks hold the same mask.
+
+    Returns:
+        Its checksum, of `mask_checksum`.
+
+    Raises:
+        SpftError: on every rank, when one differs.
+    """
+    checksum = mask_checksum(slots_of(adapted_layers(model), adapter_name or model.active_adapter))
+    mine = torch.tensor([int(checksum[start : start + 8], 16) for start in range(0, 64, 8)])
+    if (ranks.gather_numbers(mine) != mine).any():
+        raise SpftError(
+            f"the ranks hold different masks (rank {ranks.rank}: {checksum[:16]}): read the same files on every node, "
+            "and the same model and seed"
+        )
+    return checksum
 
 
 def _describe(source: Mapping) -> str:
     return ", ".join(f"{key} {value}" for key, value in source.items()) or "unknown source"
-
-
-def _is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _shapes(layers: Mapping[str, SpftLinear]) -> dict[str, tuple[int, int]]:
@@ -132,33 +160,51 @@ def _summed_gradients(
     batches: Iterable[Batch] | None,
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
     samples: int,
+    ranks: Ranks,
 ) -> tuple[dict[str, Tensor], int]:
+    """This rank's rows of each layer's gradient, summed over the batches of all ranks; and the examples read."""
     read = 0
+    # where the weights are partitioned, whole accumulators would not fit beside them
+    sharded = ranks.world > 1 and any(is_partitioned(parameter) for parameter in model.parameters())
     with (
         untouched_rng(),
         untouched_model(model),
-        gathered_gradients(model, layers) as sums,
-        tqdm(total=samples, desc="Salience", unit="example", disable=not _is_main_process()) as bar,
+        gathered_while_used(model),
+        gathered_gradients(model, layers, ranks, sharded) as sums,
+        tqdm(total=samples, desc="Salience", unit="example", disable=ranks.rank != 0) as bar,
         torch.enable_grad(),
     ):
-        for batch in batches or ():
+        for batch, count in _batches_of_all_ranks(batches or (), ranks):
             loss = loss_fn(model, batch) if loss_fn else model(**batch).loss
             if loss is None:
                 raise SpftError("the model gave no loss: put `labels` into the batches, or pass `loss_fn`")
             loss.backward()
-            count = count_examples(batch)
             read += count
             bar.update(min(count, samples - bar.n))
             if read >= samples:
                 break
+        if not sharded:
+            reduce_to_shards(sums, ranks)
     if not read:
         raise SpftError("the salience pass found no batches: give at least one, or use `salience: magnitude`")
-    for name, total in sums.items():
-        if not torch.isfinite(total).all():
+    finite = {name: int(torch.isfinite(total).all()) for name, total in sums.items()}
+    for name, count in zip(finite, ranks.sum_numbers(*finite.values())):
+        if count < ranks.world:
             raise SpftError(
                 f"the gradient of {name} is not finite on the sample: check the data and the precision of the run"
             )
     return sums, read
+
+
+def _batches_of_all_ranks(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, int]]:
+    """Each batch with the examples of all ranks' batches of that turn, until one rank has no more."""
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        examples, givers = ranks.sum_numbers(0 if batch is None else count_examples(batch), int(batch is not None))
+        if givers < ranks.world:
+            return
+        yield batch, examples
 
 
 def count_examples(batch: Batch) -> int:
@@ -169,28 +215,32 @@ def count_examples(batch: Batch) -> int:
     return max((tensor.shape[0] for tensor in batch.values() if isinstance(tensor, Tensor) and tensor.ndim), default=1)
 
 
-def _select(config: SpftConfig, layers: Mapping[str, SpftLinear], gradients: list[Tensor] | None) -> dict[str, Mask]:
+def _select(
+    config: SpftConfig, layers: Mapping[str, SpftLinear], gradients: list[Tensor] | None, ranks: Ranks
+) -> dict[str, Mask]:
     owners = list(layers.values())
     shapes = list(_shapes(layers).values())
     budget = (config.density, config.num_values, config.match_lora_rank)
 
     def score(index: int) -> Tensor:
+        """This rank's rows of a matrix' scores."""
+        out_features, _ = shapes[index]
         if config.salience == "gradient":
             return gradient_score(gradients[index])
         if config.salience == "balanced":
-            return balanced_score(gradients[index])
+            return balanced_score(gradients[index], out_features, ranks)
         if config.salience == "magnitude":
-            return magnitude_score(owners[index].read_weight())
-        return random_score(shapes[index], config.seed or 0, index)
+            return magnitude_score(owners[index].read_weight()[ranks.rows(out_features)])
+        return random_score(shapes[index], config.seed or 0, index)[ranks.rows(out_features)]
 
     if config.scope == "global":
-        chosen = top_k(score, len(owners), total_budget(shapes, *budget))
+        chosen = top_k(score, shapes, total_budget(shapes, *budget), ranks)
     else:
         chosen = []
-        for index, count in enumerate(layer_budgets(shapes, *budget)):
+        for index, (shape, count) in enumerate(zip(shapes, layer_budgets(shapes, *budget))):
             scores = score(index)
             if config.scope == "row":
-                chosen.append(top_k_per_row(scores, count))
+                chosen.append(top_k_per_row(scores, shape, count, ranks))
             else:
-                chosen.extend(top_k(lambda _, scores=scores: scores, 1, count))
+                chosen.extend(top_k(lambda _, scores=scores: scores, [shape], count, ranks))
     return {name: mask_from_positions(positions, *shape) for name, positions, shape in zip(layers, chosen, shapes)}

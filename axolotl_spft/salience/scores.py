@@ -1,6 +1,7 @@
 """The salience of each entry of a weight (Liu et al., ACL 2025, section 3).
 
-Each score has the weight's shape (out_features, in_features), float32, and is at least 0; higher is more salient.
+Each score is float32 and at least 0, and has the shape of its argument: (out_features, in_features), or on several
+ranks the rows that one of them looks after. Higher is more salient.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from axolotl_spft.engine.ranks import Ranks
+
+_ONE_PROCESS = Ranks()
 NEEDS_GRADIENT = frozenset({"gradient", "balanced"})
 
 
@@ -16,10 +20,11 @@ def gradient_score(gradient: Tensor) -> Tensor:
     return gradient.abs()
 
 
-def balanced_score(gradient: Tensor) -> Tensor:
+def balanced_score(gradient: Tensor, out_features: int, ranks: Ranks = _ONE_PROCESS) -> Tensor:
     """|g_ij| / sqrt(rms(g_i.) rms(g_.j)): spreads the mask over rows and columns. Zero rows and columns score 0."""
-    row_rms = gradient.square().mean(1, keepdim=True).sqrt()
-    column_rms = gradient.square().mean(0, keepdim=True).sqrt()
+    squares = gradient.square()
+    row_rms = squares.mean(1, keepdim=True).sqrt()
+    column_rms = (ranks.sum_(squares.sum(0, keepdim=True)) / out_features).sqrt()
     scale = row_rms.sqrt() * column_rms.sqrt()
     return torch.where(scale > 0, gradient.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
 

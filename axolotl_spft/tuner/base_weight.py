@@ -1,8 +1,8 @@
 """Access to the base layer's weight: plain, quantized, shared or stored transposed.
 
 A plain weight that belongs to one layer alone holds W + S itself: the entries of the mask are assigned, which needs no
-copy and can be repeated, and reverting assigns the original entries back, bit for bit. Any other weight is made afresh
-for each use: dequantized or cloned, S added, dropped.
+copy and can be repeated, and reverting assigns the original entries back, bit for bit. Any other weight (quantized,
+shared, partitioned by ZeRO-3) is made afresh for each use: dequantized or cloned, S added, dropped.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from axolotl_spft.engine.zero3 import gathered, is_partitioned
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.csr import Mask, positions, row_indices
 from axolotl_spft.ops.linear import Delta
@@ -74,7 +76,7 @@ class BaseWeight:
         self._in_place = None
 
     def _may_hold_delta(self) -> bool:
-        if self.quantization_backend is not None or self.shared_weight:
+        if self.quantization_backend is not None or self.shared_weight or is_deepspeed_zero3_enabled():
             return False
         weight = self.get_base_layer().weight
         return (
@@ -100,7 +102,11 @@ class BaseWeight:
         self.revert()
         if self.quantization_backend is not None:
             return self.quantization_backend.get_base_weight(self.get_base_layer())
-        return self._oriented(self.get_base_layer().weight.detach())
+        weight = self.get_base_layer().weight
+        if is_partitioned(weight):
+            with gathered([weight]):
+                return self._oriented(weight.detach().clone())
+        return self._oriented(weight.detach())
 
     def read_originals(self, at: Tensor) -> Tensor:
         """The entries of W at ``at`` (nnz), which `revert` puts back; empty where nothing is written in place."""

@@ -182,7 +182,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         deltas = [
             Written(self.spft_values[name], self.storage_positions(self.mask(name)), self._originals(name))
             for name in names
-            if self.spft_values[name].numel()
+            if self.mask(name).nnz
         ]
         if deltas:
             self.merge_deltas(deltas, check_finite=safe_merge)
@@ -233,8 +233,9 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         return base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
 
     def _filled_active_adapters(self) -> tuple[str, ...]:
-        values = self._modules["spft_values"]._parameters
-        return tuple(name for name in self.active_adapters if name in values and values[name].numel())
+        # by the mask: values that ZeRO-3 has partitioned have no entries of their own
+        columns = self._modules["spft_columns"]._buffers
+        return tuple(name for name in self.active_adapters if name in columns and columns[name].numel())
 
     def _originals(self, adapter_name: str) -> Tensor:
         return self._buffers[f"_originals_{adapter_name}"]

@@ -20,6 +20,9 @@ from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import base_shapes_of, check_state, spft_layers
 
 
+_MASKS = (".spft_columns.", ".spft_row_offsets.", "._originals_")
+
+
 class SpftModel(BaseTuner):
     """A model whose targeted linear layers carry sparse deltas (Liu et al., ACL 2025, arXiv 2412.13488).
 
@@ -29,6 +32,14 @@ class SpftModel(BaseTuner):
     prefix = "spft_"
     tuner_layer_cls = SpftLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # read by DistributedDataParallel, which would broadcast every buffer before each forward pass, and cannot for
+        # uint16; the names are those in the PeftModel around this one
+        return [
+            f"base_model.model.{name}" for name, _ in self.model.named_buffers() if any(part in name for part in _MASKS)
+        ]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)

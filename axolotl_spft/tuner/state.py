@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftFileError
@@ -29,6 +30,25 @@ def shapes_fingerprint(shapes: Iterable[tuple[str, int, int]]) -> str:
 def base_shapes_of(layers: Mapping[str, SpftLinear]) -> str:
     """The fingerprint that the adapter's config records."""
     return shapes_fingerprint((name, layer.out_features, layer.in_features) for name, layer in layers.items())
+
+
+def slots_of(layers: Mapping[str, SpftLinear], adapter_name: str) -> dict[str, tuple[int, str]]:
+    """What each layer's values stand for: name -> (nnz, SHA-256 of the mask's columns and row offsets)."""
+    slots = {}
+    for name, layer in layers.items():
+        if adapter_name in layer.spft_values:
+            mask = layer.mask(adapter_name)
+            digest = hashlib.sha256()
+            for tensor in mask:
+                digest.update(tensor.cpu().to(torch.int64).numpy().tobytes())
+            slots[name] = (mask.nnz, digest.hexdigest())
+    return slots
+
+
+def mask_checksum(slots: Mapping[str, tuple[int, str]]) -> str:
+    """SHA-256 over all slots of `slots_of`: equal for equal masks on the same modules."""
+    lines = "\n".join(f"{name} {nnz} {digest}" for name, (nnz, digest) in slots.items())
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def check_state(

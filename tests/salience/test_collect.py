@@ -57,4 +57,4 @@ def test_one_dense_gradient_is_alive_at_a_time():
 
 
 def test_accumulators_stay_on_the_cpu():
-    assert accumulator_device({}, torch.device("cpu")) == torch.device("cpu")
+    assert accumulator_device(1, torch.device("cpu")) == torch.device("cpu")

@@ -1,0 +1,1 @@
+"""What must know about several processes: collective operations, ZeRO-3's partitioned weights, memory per rank."""

@@ -1,0 +1,76 @@
+"""The rules of a DeepSpeed configuration beside `adapter: spft`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_deepspeed_json(deepspeed: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration that Axolotl's key ``deepspeed`` names or holds.
+
+    Raises:
+        ValueError: it cannot be read; the text says why and what to do.
+    """
+    if isinstance(deepspeed, Mapping):
+        return deepspeed
+    try:
+        settings = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"`deepspeed: {deepspeed}` cannot be read ({error.strerror}): name a DeepSpeed JSON file, for example a "
+            "copy of one from `integration/deepspeed`"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"`deepspeed: {deepspeed}` is not valid JSON ({error}): correct the file") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"`deepspeed: {deepspeed}` must hold a JSON object: correct the file")
+    return settings
+
+
+def zero_stage(settings: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration; 0 where it partitions nothing."""
+    return int((settings.get("zero_optimization") or {}).get("stage", 0))
+
+
+def problems_of_deepspeed(cfg: Mapping[str, Any], own_optimizer: bool) -> list[str]:
+    """Every problem of a run's DeepSpeed configuration, one sentence each.
+
+    Args:
+        cfg: the Axolotl configuration; its key ``deepspeed`` is set.
+        own_optimizer: whether the optimizer is `SparseAdamW`.
+    """
+    deepspeed = cfg["deepspeed"]
+    try:
+        settings = read_deepspeed_json(deepspeed)
+    except ValueError as error:
+        return [str(error)]
+    name = "the DeepSpeed settings" if isinstance(deepspeed, Mapping) else str(deepspeed)
+    zero = settings.get("zero_optimization") or {}
+    problems = []
+    if "optimizer" in settings:
+        problems.append(
+            f'{name}: its "optimizer" block would replace `optimizer: {cfg.get("optimizer")}`: remove the block, and '
+            "set `optimizer` and `learning_rate` in the YAML file"
+        )
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if own_optimizer and offload != "none" and settings.get("zero_force_ds_cpu_optimizer", True):
+        problems.append(
+            f'{name}: "offload_optimizer" to {offload} would replace `optimizer: {cfg.get("optimizer")}` by DeepSpeed\'s '
+            'own: add "zero_force_ds_cpu_optimizer": false'
+        )
+    if zero_stage(settings) == 3:
+        if not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            problems.append(
+                f"{name}: without it each rank would save its part of the adapter only: set "
+                '"stage3_gather_16bit_weights_on_model_save": true in "zero_optimization"'
+            )
+        kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
+        if cfg.get("gradient_checkpointing") and kwargs.get("use_reentrant") is False:
+            problems.append(
+                "`gradient_checkpointing_kwargs: {use_reentrant: false}` fails under ZeRO-3, which drops the weights "
+                "between forward and backward: write `use_reentrant: true`"
+            )
+    return problems

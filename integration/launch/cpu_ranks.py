@@ -1,0 +1,58 @@
+"""Run ``axolotl.cli.train`` on several CPU ranks, under DDP or the DeepSpeed stage of the configuration.
+
+    python -m integration.launch.cpu_ranks --ranks 2 config.yml
+
+What `accelerate launch` does on GPUs, with gloo between the ranks; one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+    "ACCELERATE_USE_CPU": "true",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def command(config: Path, ranks: int) -> list[str]:
+    """The command line that starts the ranks; it needs `environment` and the repository as its folder."""
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+        "-m", "integration.launch.worker", str(config.resolve()),
+    ]  # fmt: skip
+
+
+def environment(config: Path) -> dict[str, str]:
+    """This process' environment with what the ranks of ``config`` need."""
+    settings = yaml.safe_load(config.read_text())
+    own = {**os.environ, **ENVIRONMENT}
+    own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), own.get("PYTHONPATH")]))
+    if settings.get("deepspeed"):
+        own["ACCELERATE_USE_DEEPSPEED"] = "true"
+    return own
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="an Axolotl configuration")
+    parser.add_argument("--ranks", type=int, default=2, help="how many processes (2)")
+    arguments = parser.parse_args()
+    done = subprocess.run(command(arguments.config, arguments.ranks), env=environment(arguments.config))
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()

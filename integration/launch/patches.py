@@ -1,0 +1,56 @@
+"""Every patch of a third-party package that CPU ranks need; real GPUs need none of them.
+
+Checked with accelerate 1.13, axolotl 0.19 and deepspeed 0.18.9.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def use_gloo() -> None:
+    """accelerate: it would ask for MPI or oneCCL on CPU ranks, and for a GPU under DeepSpeed; gloo does for both."""
+    from accelerate import state
+
+    original = state.PartialState._prepare_backend
+
+    def prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return original(self, cpu, sagemaker_dp, backend)
+        under_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+        kind = state.DistributedType.MULTI_GPU if under_deepspeed else state.DistributedType.MULTI_CPU
+        return "gloo", kind
+
+    state.PartialState._prepare_backend = prepare_backend
+
+
+def leave_device_map_out() -> None:
+    """axolotl: on several ranks it sets ``device_map`` to a GPU's number, which a CPU has not."""
+    import axolotl.cli.config
+    import axolotl.utils.config
+
+    original = axolotl.utils.config.normalize_config
+
+    def normalize_config(cfg):
+        original(cfg)
+        cfg.device_map = None
+
+    axolotl.utils.config.normalize_config = normalize_config
+    axolotl.cli.config.normalize_config = normalize_config
+
+
+def step_without_grad() -> None:
+    """DeepSpeed ZeRO-1 and 2: gloo's all-gather writes into views of parameters, which autograd forbids."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    DeepSpeedZeroOptimizer.step = torch.no_grad()(DeepSpeedZeroOptimizer.step)
+
+
+def apply_all() -> None:
+    """Apply every patch; before axolotl's command line is imported."""
+    use_gloo()
+    leave_device_map_out()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        step_without_grad()
