@@ -111,5 +111,5 @@ def test_copies_are_independent():
 
 def test_bad_hyperparameters_are_reported_together():
     with pytest.raises(SpftConfigError) as caught:
-        SparseAdamW([nn.Parameter(torch.ones(1))], lr=-1, betas=(0.9, 1.0), eps=0, weight_decay=-0.1, state_bits=8)
+        SparseAdamW([nn.Parameter(torch.ones(1))], lr=-1, betas=(0.9, 1.0), eps=0, weight_decay=-0.1, state_bits=4)
     assert len(caught.value.problems) == 5

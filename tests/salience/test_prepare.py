@@ -61,7 +61,10 @@ def test_the_mask_is_that_of_a_full_sort(architecture, scope, salience):
     if salience == "magnitude":
         scores = [layer.get_base_weight().abs() for layer in adapted_layers(model).values()]
     else:
-        scores = [gradient.abs() if salience == "gradient" else balanced_score(gradient) for gradient in gradients]
+        scores = [
+            gradient.abs() if salience == "gradient" else balanced_score(gradient, gradient.shape[0])
+            for gradient in gradients
+        ]
     got = chosen(model)
     for name, expected, score in zip(names, expected_positions(config, scores), scores, strict=True):
         if got[name] == expected:
