@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from axolotl_spft.plugin.quantization import run_dtype
+
 
 def read_deepspeed_json(deepspeed: str | Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration that Axolotl's key ``deepspeed`` names or holds.
@@ -66,6 +68,17 @@ def problems_of_deepspeed(cfg: Mapping[str, Any], own_optimizer: bool) -> list[s
             problems.append(
                 f"{name}: without it each rank would save its part of the adapter only: set "
                 '"stage3_gather_16bit_weights_on_model_save": true in "zero_optimization"'
+            )
+        if cfg.get("load_in_8bit"):
+            problems.append(
+                "`load_in_8bit: true` cannot be partitioned by ZeRO-3, which would gather int8 weights as floating point: "
+                "write `load_in_4bit: true`, or use ZeRO-2"
+            )
+        storage = (cfg.get("bnb_config_kwargs") or {}).get("bnb_4bit_quant_storage")
+        if cfg.get("load_in_4bit") and storage not in (None, run_dtype(cfg)):
+            problems.append(
+                f"`bnb_config_kwargs: {{bnb_4bit_quant_storage: {storage}}}` differs from the run's {run_dtype(cfg)}, and "
+                "ZeRO-3 gathers all parameters with one dtype: leave it out"
             )
         kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
         if cfg.get("gradient_checkpointing") and kwargs.get("use_reentrant") is False:

@@ -41,8 +41,8 @@ class SpftPlugin(BasePlugin):
         if cfg.optimizer in OPTIMIZERS:
             # a name that TrainingArguments knows: post_trainer_create puts ours in its place
             arguments["optim"] = "adamw_torch"
-        if not torch.accelerator.is_available():
-            # without it, bf16 on a CPU is refused
+        if not torch.accelerator.is_available() and not cfg.deepspeed:
+            # without it, bf16 on a CPU is refused; with it, DeepSpeed would not be used
             arguments["use_cpu"] = True
         return arguments
 
@@ -81,6 +81,7 @@ class SpftPlugin(BasePlugin):
         from axolotl_spft.engine.ranks import Ranks
         from axolotl_spft.engine.zero3 import gather_as_units
         from axolotl_spft.plugin.checkpoints import RunRecord, checkpoint_to_resume
+        from axolotl_spft.plugin.memory import memory_of_run
         from axolotl_spft.plugin.trainer_pass import has_mask, peft_model_of, select_mask_with_trainer
         from axolotl_spft.salience.prepare import adapted_layers, check_same_mask, freeze_empty_values
         from axolotl_spft.tuner.layer import SpftLinear
@@ -90,6 +91,9 @@ class SpftPlugin(BasePlugin):
         checkpoint = checkpoint_to_resume(cfg, ranks, engine)
         if checkpoint:
             _install_checkpoint_mask(model, checkpoint)
+        LOG.info("%s", memory_of_run(model, trainer.args, engine, ranks.world, OPTIMIZERS.get(cfg.optimizer, 32)))
+        if checkpoint:
+            LOG.info("Sparse mask: the one of the checkpoint %s", checkpoint)
         elif has_mask(model):
             freeze_empty_values(model)
             LOG.info("Sparse mask: the one of the adapter in %s", cfg.lora_model_dir)
@@ -134,7 +138,6 @@ def _install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
     masks, _ = load_masks(Path(checkpoint) / ADAPTER_FILE, shapes)
     source = SpftConfig.from_pretrained(checkpoint).mask_source or {}
     install_masks(model, model.active_adapter, masks, source)
-    LOG.info("Sparse mask: the one of the checkpoint %s", checkpoint)
 
 
 def _optimizer(args: Any, state_bits: int, slots: dict) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

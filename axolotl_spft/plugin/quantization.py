@@ -14,7 +14,7 @@ from axolotl_spft.errors import SpftError
 def request_quantization(cfg: MutableMapping[str, Any]) -> None:
     """Make ``load_in_4bit`` / ``load_in_8bit`` of a raw Axolotl configuration take effect.
 
-    The settings are those of Axolotl's QLoRA: nf4, double quantization, compute in the run's dtype.
+    The settings are those of Axolotl's QLoRA: nf4, double quantization; computed and stored in the run's dtype.
     """
     wanted = "4bit" if cfg.get("load_in_4bit") else "8bit" if cfg.get("load_in_8bit") else None
     model_kwargs = dict(cfg.get("model_kwargs") or cfg.get("overrides_of_model_kwargs") or {})
@@ -25,14 +25,15 @@ def request_quantization(cfg: MutableMapping[str, Any]) -> None:
         settings |= {
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": _run_dtype(cfg),
-            "bnb_4bit_quant_storage": "bfloat16",
+            "bnb_4bit_compute_dtype": run_dtype(cfg),
+            # ZeRO-3 gathers parameters together with the dtype of the first: all must have the same
+            "bnb_4bit_quant_storage": run_dtype(cfg),
             **(cfg.get("bnb_config_kwargs") or {}),
         }
     cfg["model_kwargs"] = {**model_kwargs, "quantization_config": settings}
 
 
-def _run_dtype(cfg: MutableMapping[str, Any]) -> str:
+def run_dtype(cfg: MutableMapping[str, Any]) -> str:
     """The dtype that Axolotl will choose from the same raw keys."""
     from transformers.utils import is_torch_bf16_gpu_available
 

@@ -16,19 +16,23 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    "ACCELERATE_TORCH_DEVICE": "cpu",
-    "ACCELERATE_USE_CPU": "true",
+OFFLINE = {
     "AXOLOTL_DO_NOT_TRACK": "1",
-    "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}
+# without ACCELERATE_USE_CPU, which keeps accelerate from using DeepSpeed at all
+DEEPSPEED_ON_CPU = {
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "DS_ACCELERATOR": "cpu",
+}
 
 
 def command(config: Path, ranks: int) -> list[str]:
-    """The command line that starts the ranks; it needs `environment` and the repository as its folder."""
+    """The command line that starts the ranks; it needs `environment`."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
         "-m", "integration.launch.worker", str(config.resolve()),
@@ -38,10 +42,8 @@ def command(config: Path, ranks: int) -> list[str]:
 def environment(config: Path) -> dict[str, str]:
     """This process' environment with what the ranks of ``config`` need."""
     settings = yaml.safe_load(config.read_text())
-    own = {**os.environ, **ENVIRONMENT}
+    own = {**os.environ, **OFFLINE, **(DEEPSPEED_ON_CPU if settings.get("deepspeed") else ON_CPU)}
     own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), own.get("PYTHONPATH")]))
-    if settings.get("deepspeed"):
-        own["ACCELERATE_USE_DEEPSPEED"] = "true"
     return own
 
 

@@ -48,9 +48,17 @@ def step_without_grad() -> None:
     DeepSpeedZeroOptimizer.step = torch.no_grad()(DeepSpeedZeroOptimizer.step)
 
 
+def allow_bf16() -> None:
+    """transformers: bf16 without a GPU needs ``use_cpu``, which would switch DeepSpeed off."""
+    from transformers import training_args
+
+    training_args.is_torch_bf16_gpu_available = lambda: True
+
+
 def apply_all() -> None:
     """Apply every patch; before axolotl's command line is imported."""
     use_gloo()
     leave_device_map_out()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         step_without_grad()
+        allow_bf16()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 
+from integration.launch import crash
 from integration.launch.patches import apply_all
 
 
 def main() -> None:
     apply_all()
+    crash.arm()
     from axolotl.cli.train import do_cli
 
     do_cli(config=sys.argv[1])

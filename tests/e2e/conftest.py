@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.workspace import make_workspace, run_axolotl, write_config
+from integration.engines.workspace import make_workspace, write_config
+from tests.e2e.commands import run_axolotl
 
 
 @pytest.fixture(scope="session")

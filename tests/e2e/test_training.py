@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.e2e.workspace import losses, run_axolotl, run_trainings, write_config
+from integration.engines.figures import losses
+from integration.engines.workspace import write_config
+from tests.e2e.commands import run_axolotl, run_trainings
 
 pytestmark = pytest.mark.e2e
 

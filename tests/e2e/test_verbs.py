@@ -10,7 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import axolotl_spft.tuner  # noqa: F401  registers the PEFT method
-from tests.e2e.workspace import run_axolotl, write_config
+from integration.engines.workspace import write_config
+from tests.e2e.commands import run_axolotl
 
 pytestmark = pytest.mark.e2e
 

@@ -21,7 +21,7 @@ def test_four_bit_as_on_axolotls_qlora_path(keys, dtype):
     settings = cfg["model_kwargs"]["quantization_config"]
     assert settings["bnb_4bit_quant_type"] == "nf4"
     assert settings["bnb_4bit_use_double_quant"] is True
-    assert settings["bnb_4bit_compute_dtype"] == dtype
+    assert settings["bnb_4bit_compute_dtype"] == settings["bnb_4bit_quant_storage"] == dtype
     assert settings["load_in_4bit"] is True
 
 

@@ -1,25 +1,14 @@
-"""A folder with a tiny base model, a tokenizer and an instruction set, and the real axolotl command line on it."""
+"""A folder with a tiny base model, a tokenizer and an instruction set, and Axolotl configurations for it."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-ENVIRONMENT = {
-    "AXOLOTL_DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
 
 def make_workspace(folder: Path) -> Path:
     """Write ``base/`` (a Llama of some 60k parameters with a tokenizer) and ``train.jsonl`` (40 examples)."""
@@ -94,52 +83,3 @@ def write_config(folder: Path, name: str, **changes) -> Path:
     path = folder / f"{name}.yml"
     path.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
     return path
-
-
-def run_axolotl(verb: str, config: Path, *arguments: str, check: bool = True, stdin: str | None = None):
-    """Run one of axolotl's commands as users do; returns the completed process, output and errors in ``stdout``."""
-    if verb == "train":
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
-        command += ["-m", "axolotl.cli.train", str(config), *arguments]
-    else:
-        command = [sys.executable, "-m", "axolotl.cli.main", verb, str(config), *arguments]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **ENVIRONMENT},
-        cwd=config.parent,
-        input=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-6000:]}")
-    return done
-
-
-def losses(output_dir: Path, step: int) -> list[float]:
-    """The training losses that the checkpoint at ``step`` recorded."""
-    state = json.loads((output_dir / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
-def run_trainings(configs: list[Path]) -> dict[str, str | None]:
-    """Train every config in one process, one after the other: name -> error, or None where it went well."""
-    command = [sys.executable, "-m", "tests.e2e.run_many", *map(str, configs)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **ENVIRONMENT, "ACCELERATE_USE_CPU": "true"},
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    results = {}
-    for config in configs:
-        result = config.with_suffix(".result.json")
-        if not result.is_file():
-            raise AssertionError(f"{config.name} did not finish:\n{done.stdout[-6000:]}")
-        results[config.stem] = json.loads(result.read_text())["error"]
-    return results

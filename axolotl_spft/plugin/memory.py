@@ -1,0 +1,50 @@
+"""The memory of a run that is about to start, from its model and its trainer's arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from axolotl_spft.budget import total_budget
+from axolotl_spft.engine.memory import MemoryPerRank, memory_per_rank
+from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.scores import NEEDS_GRADIENT
+
+
+def memory_of_run(model: nn.Module, args: Any, engine: str, world: int, state_bits: int) -> MemoryPerRank:
+    """The bytes on one rank.
+
+    Args:
+        model: a `PeftModel` whose active adapter is of this package, with a mask or without one yet.
+        args: the trainer's `TrainingArguments`.
+        engine: of `engine_of`.
+        state_bits: of the optimizer's moments.
+    """
+    adapter = model.active_adapter
+    config = model.peft_config[adapter]
+    layers = [layer for layer in adapted_layers(model).values() if adapter in layer.spft_values]
+    shapes = [(layer.out_features, layer.in_features) for layer in layers]
+    held = sum(layer.mask(adapter).nnz for layer in layers)
+    values = {id(layer.spft_values[adapter]) for layer in layers}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in values]
+    first, base_layer = layers[0], layers[0].get_base_layer()
+    low_precision = engine.startswith("zero") and (args.bf16 or args.fp16)
+    return memory_per_rank(
+        base_bytes=sum(_numel(parameter) * parameter.element_size() for parameter in frozen),
+        shapes=shapes,
+        nnz=held or total_budget(shapes, config.density, config.num_values, config.match_lora_rank),
+        value_bytes=2 if low_precision else first.spft_values[adapter].element_size(),
+        original_bytes=base_layer.weight.element_size() if first.in_place else 0,
+        engine=engine,
+        world=world,
+        state_bits=state_bits,
+        others=(sum(map(_numel, others)), 2 if low_precision or not others else others[0].element_size()),
+        reads_gradients=not held and config.salience in NEEDS_GRADIENT,
+    )
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Entries of the whole parameter, also where ZeRO-3 has left this rank a part."""
+    return getattr(parameter, "ds_numel", parameter.numel())

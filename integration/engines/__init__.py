@@ -1,0 +1,1 @@
+"""Evidence that training under every engine is the same training, on CPU ranks with the real engines."""
