@@ -36,7 +36,9 @@ class MemoryPerRank(NamedTuple):
         }  # fmt: skip
         lines = [f"{names[field]:32} {getattr(self, field) / _MIB:12,.1f} MiB" for field in self._fields]
         training = sum(self) - self.salience
-        return "\n".join(["Memory per rank, without activations:", *lines, f"{'in training':32} {training / _MIB:12,.1f} MiB"])
+        return "\n".join(
+            ["Memory per rank, without activations:", *lines, f"{'in training':32} {training / _MIB:12,.1f} MiB"]
+        )
 
 
 def memory_per_rank(

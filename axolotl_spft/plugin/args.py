@@ -55,16 +55,16 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
         if options is not None:
             problems.append(f"the block `spft` needs `adapter: spft`, but the adapter is `{cfg.get('adapter')}`")
         if cfg.get("optimizer") in OPTIMIZERS:
-            problems.append(f"`optimizer: {cfg['optimizer']}` needs `adapter: spft`: use an optimizer such as adamw_torch")
+            problems.append(
+                f"`optimizer: {cfg['optimizer']}` needs `adapter: spft`: use an optimizer such as adamw_torch"
+            )
         return problems
     if options is not None and not isinstance(options, Mapping):
         return [f"`spft: {options}` must be a block of keys"]
     problems = check_options(options or {})
     optimizer = str(cfg.get("optimizer") or "")
     if optimizer.startswith("sparse_") and optimizer not in OPTIMIZERS:
-        problems.append(
-            f"`optimizer: {optimizer}` must be {' or '.join(OPTIMIZERS)} or a Hugging Face optimizer name"
-        )
+        problems.append(f"`optimizer: {optimizer}` must be {' or '.join(OPTIMIZERS)} or a Hugging Face optimizer name")
     if cfg.get("inference") and not cfg.get("lora_model_dir"):
         problems.append(
             "`lora_model_dir` is not set, so there is no trained adapter to load: "

@@ -62,8 +62,8 @@ def checkpoint_to_resume(cfg: Any, ranks: Ranks, engine: str) -> str | None:
         raise SpftError(
             f"{checkpoint} was made by {made_by['world']} ranks under {made_by['engine']}, but this run has "
             f"{ranks.world} under {engine}: start it as it was, or leave `resume_from_checkpoint` and "
-            f"`auto_resume_from_checkpoints` out and set `lora_model_dir: {checkpoint}` to go on from its values with a "
-            "new optimizer state"
+            f"`auto_resume_from_checkpoints` out and set `lora_model_dir: {checkpoint}` to go on from its values with "
+            "a new optimizer state"
         )
     return name
 

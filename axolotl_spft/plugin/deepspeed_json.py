@@ -60,8 +60,8 @@ def problems_of_deepspeed(cfg: Mapping[str, Any], own_optimizer: bool) -> list[s
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     if own_optimizer and offload != "none" and settings.get("zero_force_ds_cpu_optimizer", True):
         problems.append(
-            f'{name}: "offload_optimizer" to {offload} would replace `optimizer: {cfg.get("optimizer")}` by DeepSpeed\'s '
-            'own: add "zero_force_ds_cpu_optimizer": false'
+            f'{name}: "offload_optimizer" to {offload} would replace `optimizer: {cfg.get("optimizer")}` by '
+            'DeepSpeed\'s own: add "zero_force_ds_cpu_optimizer": false'
         )
     if zero_stage(settings) == 3:
         if not zero.get("stage3_gather_16bit_weights_on_model_save"):
@@ -69,21 +69,27 @@ def problems_of_deepspeed(cfg: Mapping[str, Any], own_optimizer: bool) -> list[s
                 f"{name}: without it each rank would save its part of the adapter only: set "
                 '"stage3_gather_16bit_weights_on_model_save": true in "zero_optimization"'
             )
+        if run_dtype(cfg) == "bfloat16" and (settings.get("bf16") or {}).get("enabled") is not True:
+            problems.append(
+                f'{name}: ZeRO-3 reads "bf16" when the model loads, before "auto" has a meaning, and would partition '
+                'float32 weights: write "bf16": {"enabled": true}'
+            )
         if cfg.get("load_in_8bit"):
             problems.append(
-                "`load_in_8bit: true` cannot be partitioned by ZeRO-3, which would gather int8 weights as floating point: "
-                "write `load_in_4bit: true`, or use ZeRO-2"
+                "`load_in_8bit: true` cannot be partitioned by ZeRO-3, which would gather int8 weights as floating "
+                "point: write `load_in_4bit: true`, or use ZeRO-2"
             )
         storage = (cfg.get("bnb_config_kwargs") or {}).get("bnb_4bit_quant_storage")
         if cfg.get("load_in_4bit") and storage not in (None, run_dtype(cfg)):
             problems.append(
-                f"`bnb_config_kwargs: {{bnb_4bit_quant_storage: {storage}}}` differs from the run's {run_dtype(cfg)}, and "
-                "ZeRO-3 gathers all parameters with one dtype: leave it out"
+                f"`bnb_config_kwargs: {{bnb_4bit_quant_storage: {storage}}}` differs from the run's {run_dtype(cfg)}, "
+                "and ZeRO-3 gathers all parameters with one dtype: leave it out"
             )
         kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
-        if cfg.get("gradient_checkpointing") and kwargs.get("use_reentrant") is False:
+        # Axolotl's default for preference training is the one that fails
+        if cfg.get("gradient_checkpointing") and not kwargs.get("use_reentrant", not cfg.get("rl")):
             problems.append(
-                "`gradient_checkpointing_kwargs: {use_reentrant: false}` fails under ZeRO-3, which drops the weights "
-                "between forward and backward: write `use_reentrant: true`"
+                "gradient checkpointing without re-entrance fails under ZeRO-3, which drops the weights between "
+                "forward and backward: write `gradient_checkpointing_kwargs: {use_reentrant: true}`"
             )
     return problems

@@ -44,6 +44,10 @@ class SpftPlugin(BasePlugin):
         if not torch.accelerator.is_available() and not cfg.deepspeed:
             # without it, bf16 on a CPU is refused; with it, DeepSpeed would not be used
             arguments["use_cpu"] = True
+        if cfg.gradient_checkpointing and cfg.ddp_find_unused_parameters is None:
+            # as transformers has it for models without an adapter: DDP's search for unused parameters and reentrant
+            # checkpoints exclude each other
+            arguments["ddp_find_unused_parameters"] = False
         return arguments
 
     def post_model_build(self, cfg: Any, model: nn.Module) -> None:
@@ -83,7 +87,7 @@ class SpftPlugin(BasePlugin):
         from axolotl_spft.plugin.checkpoints import RunRecord, checkpoint_to_resume
         from axolotl_spft.plugin.memory import memory_of_run
         from axolotl_spft.plugin.trainer_pass import has_mask, peft_model_of, select_mask_with_trainer
-        from axolotl_spft.salience.prepare import adapted_layers, check_same_mask, freeze_empty_values
+        from axolotl_spft.salience.prepare import adapted_layers, check_same_mask, retire_empty_values
         from axolotl_spft.tuner.layer import SpftLinear
         from axolotl_spft.tuner.state import slots_of
 
@@ -95,7 +99,7 @@ class SpftPlugin(BasePlugin):
         if checkpoint:
             LOG.info("Sparse mask: the one of the checkpoint %s", checkpoint)
         elif has_mask(model):
-            freeze_empty_values(model)
+            retire_empty_values(model)
             LOG.info("Sparse mask: the one of the adapter in %s", cfg.lora_model_dir)
         else:
             LOG.info("%s", select_mask_with_trainer(trainer, model))

@@ -103,15 +103,13 @@ def install_masks(model: nn.Module, adapter_name: str, masks: Mapping[str, Mask]
     config.nnz = sum(mask.nnz for mask in masks.values())
     config.base_shapes = base_shapes_of({name: layers[name] for name in masks})
     config.mask_source = dict(source)
-    freeze_empty_values(model)
+    retire_empty_values(model)
 
 
-def freeze_empty_values(model: nn.Module) -> None:
-    """Let no empty adapter of a layer require a gradient: DDP would wait for it, and DeepSpeed cannot flatten it."""
+def retire_empty_values(model: nn.Module) -> None:
+    """Let no parameter be without entries: DDP would wait for it, DeepSpeed can neither flatten nor gather it."""
     for layer in adapted_layers(model).values():
-        for name, values in layer.spft_values.items():
-            if not layer.mask(name).nnz:
-                values.requires_grad_(False)
+        layer.retire_empty_values()
 
 
 def check_same_mask(model: nn.Module, ranks: Ranks, adapter_name: str | None = None) -> str:

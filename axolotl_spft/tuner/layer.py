@@ -126,6 +126,13 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
         self._keep_originals(adapter_name)
 
+    def retire_empty_values(self) -> None:
+        """Make the values of adapters without entries buffers, which nothing trains."""
+        for adapter_name, values in self.spft_values.items():
+            if isinstance(values, nn.Parameter) and not self.mask(adapter_name).nnz:
+                delattr(self.spft_values, adapter_name)
+                self.spft_values.register_buffer(adapter_name, values.detach())
+
     def _keep_originals(self, adapter_name: str) -> None:
         originals = self.read_originals(self.storage_positions(self.mask(adapter_name)))
         # a plain buffer: PEFT would cast the entries of a BufferDict to float32

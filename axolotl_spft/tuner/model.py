@@ -19,8 +19,7 @@ from axolotl_spft.ops.csr import mask_from_positions
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import base_shapes_of, check_state, spft_layers
 
-
-_MASKS = (".spft_columns.", ".spft_row_offsets.", "._originals_")
+_SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.", "._originals_")
 
 
 class SpftModel(BaseTuner):
@@ -38,7 +37,9 @@ class SpftModel(BaseTuner):
         # read by DistributedDataParallel, which would broadcast every buffer before each forward pass, and cannot for
         # uint16; the names are those in the PeftModel around this one
         return [
-            f"base_model.model.{name}" for name, _ in self.model.named_buffers() if any(part in name for part in _MASKS)
+            f"base_model.model.{name}"
+            for name, _ in self.model.named_buffers()
+            if any(part in name for part in _SAME_ON_ALL_RANKS)
         ]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

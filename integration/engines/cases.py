@@ -32,14 +32,15 @@ def write_case(folder: Path, name: str, engine: str, ranks: int = RANKS, **chang
     """Write ``<name>.yml`` for an engine of `ENGINES` on so many ranks, or for ``single``; returns its path."""
     keys = _TRAINING | {"gradient_accumulation_steps": _GLOBAL_BATCH // (_TRAINING["micro_batch_size"] * ranks)}
     if engine.startswith("zero"):
-        keys["deepspeed"] = str(write_deepspeed_json(folder, engine))
+        keys["deepspeed"] = str(write_deepspeed_json(folder, engine, bool(changes.get("bf16"))))
     return write_config(folder, name, **(keys | changes))
 
 
-def write_deepspeed_json(folder: Path, engine: str) -> Path:
-    """The shipped configuration of a ZeRO stage, without the overlap that gloo on a CPU cannot do."""
+def write_deepspeed_json(folder: Path, engine: str, bf16: bool) -> Path:
+    """The shipped configuration of a ZeRO stage, in bf16 or float32, without the overlap that gloo cannot do."""
     settings = json.loads((_SHIPPED / f"{engine}.json").read_text())
     settings["zero_optimization"]["overlap_comm"] = False
-    path = folder / f"{engine}.json"
+    settings["bf16"]["enabled"] = bf16
+    path = folder / f"{engine}_{'bf16' if bf16 else 'float32'}.json"
     path.write_text(json.dumps(settings, indent=1))
     return path

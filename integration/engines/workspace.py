@@ -10,6 +10,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+
 def make_workspace(folder: Path) -> Path:
     """Write ``base/`` (a Llama of some 60k parameters with a tokenizer) and ``train.jsonl`` (40 examples)."""
     rows = [

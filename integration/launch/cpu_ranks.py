@@ -11,6 +11,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -31,12 +32,13 @@ DEEPSPEED_ON_CPU = {
 }
 
 
-def command(config: Path, ranks: int) -> list[str]:
+def command(configs: Sequence[Path], ranks: int) -> list[str]:
     """The command line that starts the ranks; it needs `environment`."""
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-        "-m", "integration.launch.worker", str(config.resolve()),
-    ]  # fmt: skip
+    worker = ["-m", "integration.launch.worker", *(str(config.resolve()) for config in configs)]
+    if ranks == 1:
+        return [sys.executable, *worker]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [sys.executable, *launcher, *worker]
 
 
 def environment(config: Path) -> dict[str, str]:
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="an Axolotl configuration")
     parser.add_argument("--ranks", type=int, default=2, help="how many processes (2)")
     arguments = parser.parse_args()
-    done = subprocess.run(command(arguments.config, arguments.ranks), env=environment(arguments.config))
+    done = subprocess.run(command([arguments.config], arguments.ranks), env=environment(arguments.config))
     sys.exit(done.returncode)
 
 

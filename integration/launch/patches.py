@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.distributed
 
 
 def use_gloo() -> None:
@@ -53,6 +54,20 @@ def allow_bf16() -> None:
     from transformers import training_args
 
     training_args.is_torch_bf16_gpu_available = lambda: True
+
+
+def keep_process_group() -> None:
+    """torch: axolotl destroys the process group after a run, and DeepSpeed would go on with the dead one."""
+    torch.distributed.destroy_process_group = lambda *args, **kwargs: None
+
+
+def forget_run() -> None:
+    """accelerate and axolotl: what they remember of the run before this one in the same process."""
+    import axolotl.utils.distributed
+    from accelerate.state import AcceleratorState
+
+    axolotl.utils.distributed.distributed_state = None
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def apply_all() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from integration.launch.cpu_ranks import OFFLINE, ON_CPU
+from integration.launch.cpu_ranks import OFFLINE
 
 
 def run_axolotl(verb: str, config: Path, *arguments: str, check: bool = True, stdin: str | None = None):
@@ -31,24 +30,3 @@ def run_axolotl(verb: str, config: Path, *arguments: str, check: bool = True, st
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-6000:]}")
     return done
-
-
-def run_trainings(configs: list[Path]) -> dict[str, str | None]:
-    """Train every config in one process, one after the other: name -> error, or None where it went well."""
-    command = [sys.executable, "-m", "tests.e2e.run_many", *map(str, configs)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **OFFLINE, **ON_CPU},
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    results = {}
-    for config in configs:
-        result = config.with_suffix(".result.json")
-        if not result.is_file():
-            raise AssertionError(f"{config.name} did not finish:\n{done.stdout[-6000:]}")
-        results[config.stem] = json.loads(result.read_text())["error"]
-    return results

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from integration.engines.figures import losses
+from integration.engines.run import train_all
 from integration.engines.workspace import write_config
-from tests.e2e.commands import run_axolotl, run_trainings
+from tests.e2e.commands import run_axolotl
 
 pytestmark = pytest.mark.e2e
 
@@ -64,6 +65,7 @@ def runs(workspace, trained):
     output_dir, _ = trained
     shutil.copytree(output_dir / "checkpoint-3", workspace / "auto" / "checkpoint-3")
     (workspace / "half" / "checkpoint-3").mkdir(parents=True)
+    (workspace / "torn" / "checkpoint-3").mkdir(parents=True)
     pairs = [
         {"system": "", "question": f"Add {a} and 2.", "chosen": f"It is {a + 2}.", "rejected": "No."} for a in range(24)
     ]
@@ -79,6 +81,7 @@ def runs(workspace, trained):
         ),
         write_config(workspace, "explicit", resume_from_checkpoint=str(output_dir / "checkpoint-3")),
         write_config(workspace, "half", auto_resume_from_checkpoints=True),
+        write_config(workspace, "named_half", resume_from_checkpoint=str(workspace / "torn" / "checkpoint-3")),
         write_config(workspace, "from_mask", spft={"density": 0.05, "mask_path": mask}),
         write_config(workspace, "recomputed"),
         write_config(workspace, "continued", lora_model_dir=str(output_dir)),
@@ -89,7 +92,7 @@ def runs(workspace, trained):
         write_config(workspace, "dpo", rl="dpo", datasets=pairs_set, val_set_size=0),
         write_config(workspace, "dense_only", adapter=None, spft=None, optimizer="adamw_torch", max_steps=1),
     ]
-    return run_trainings(configs)
+    return train_all(configs, ranks=1)
 
 
 @pytest.mark.parametrize("name", ["auto", "explicit"])
@@ -107,8 +110,15 @@ def test_resume_takes_the_mask_from_the_checkpoint(runs, workspace):
     assert not (workspace / "second_pass.safetensors").exists()
 
 
-def test_resume_from_an_incomplete_checkpoint_is_refused(runs):
-    assert "no adapter_model.safetensors in the checkpoint" in runs["half"]
+def test_an_incomplete_checkpoint_is_set_aside(runs, workspace):
+    assert runs["half"] is None
+    assert (workspace / "half" / "incomplete-checkpoint-3").is_dir()
+    assert (workspace / "half" / "checkpoint-6").is_dir()
+
+
+def test_resume_from_an_incomplete_checkpoint_by_name_is_refused(runs):
+    for part in ("is not a complete checkpoint", "adapter_model.safetensors is missing", "name a complete one"):
+        assert part in runs["named_half"]
 
 
 @pytest.mark.parametrize("name", ["from_mask", "recomputed"])
