@@ -20,7 +20,8 @@ class Plan(NamedTuple):
 
     Attributes:
         rows: used rows, int64, ascending.
-        columns: used columns, int64, ascending.
+        columns: used columns, int64: ascending where all are used, else those with the most entries first, so that
+            `axolotl_spft.ops.tiles` finds the columns of x in its own order.
         slots: (nnz; int32) where each entry stands in its flattened block of rows x columns.
         row_stops: for each block, the index into ``rows`` where it ends.
         value_stops: for each block, the index into the values where it ends.
@@ -44,7 +45,12 @@ def make_plan(mask: Mask, in_features: int, block_entries: int = BLOCK_ENTRIES) 
     rows, columns = used_rows(mask), used_columns(mask, in_features)
     rows_per_block = max(1, block_entries // columns.numel())
     row_ranks = torch.searchsorted(rows, row_indices(mask))
-    slots = (row_ranks % rows_per_block) * columns.numel() + torch.searchsorted(columns, mask.columns.to(torch.int64))
+    column_ranks = torch.searchsorted(columns, mask.columns.to(torch.int64))
+    # all columns in their own order are x itself, without a copy
+    if columns.numel() < in_features:
+        order, column_ranks = by_count(column_ranks, columns.numel())
+        columns = columns[order]
+    slots = (row_ranks % rows_per_block) * columns.numel() + column_ranks
     row_stops = [*range(rows_per_block, rows.numel(), rows_per_block), rows.numel()]
     value_stops = [mask.nnz]
     if len(row_stops) > 1:
@@ -52,3 +58,11 @@ def make_plan(mask: Mask, in_features: int, block_entries: int = BLOCK_ENTRIES) 
         value_stops = [ends[stop - 1] for stop in row_stops]
     save_columns = columns.numel() <= SAVE_COLUMNS_UP_TO * in_features
     return Plan(rows, columns, slots.to(torch.int32), row_stops, value_stops, save_columns)
+
+
+def by_count(ranks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The order of 0..size-1 that puts what occurs most often in ``ranks`` first, and each rank's place in it."""
+    order = torch.bincount(ranks, minlength=size).argsort(descending=True, stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(size, device=order.device)
+    return order, places[ranks]
