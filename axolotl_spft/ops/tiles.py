@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from axolotl_spft.ops.plan import Plan, by_count
+from axolotl_spft.ops.plan import Plan, by_count, padded
 
 # one bit per column of a tile fits a 64-bit word
 BLOCK_ROWS = BLOCK_COLUMNS = 64
@@ -25,9 +25,9 @@ class Tiles(NamedTuple):
     """Where the entries stand in the tiles.
 
     Attributes:
-        rows: the plan's rows in the order of the tiles: int64.
-        columns: for each column in the order of the tiles its index into the plan's columns (int64), or None where the
-            plan has them in that order.
+        rows: the plan's rows in the order of the tiles, int64; some again at the end, to fill the last tiles.
+        columns: for each column in the order of the tiles its index into the plan's columns (int64; filled likewise),
+            or None where the plan has them in that order.
         tile_rows, tile_columns: (tiles; int32) index of each tile's first row and column, in blocks.
         offsets: (tiles + 1; int32) the entries of tile t are those from ``offsets[t]`` to ``offsets[t + 1]``.
         slots: (nnz; int32) index into the values of each entry, tile by tile, row by row inside a tile.
@@ -75,8 +75,8 @@ def make_tiles(plan: Plan, block_rows: int = BLOCK_ROWS, block_columns: int = BL
     offsets[1:] = counts.cumsum(0)
     ordered = bool((column_order.diff() > 0).all())
     return Tiles(
-        plan.rows[row_order],
-        None if ordered else column_order,
+        padded(plan.rows[row_order], block_rows),
+        None if ordered else padded(column_order, block_columns),
         (numbers // bands).to(torch.int32),
         (numbers % bands).to(torch.int32),
         offsets,

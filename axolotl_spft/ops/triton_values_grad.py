@@ -4,6 +4,10 @@ One program computes one tile in registers and stores its entries, and no others
 masked by one bit per element of the tile, and running sums of the bits say which entry of the tile an element is: that
 takes 512 bytes for a tile of 64 x 64 where a map of slots would take 16 KiB, and unlike a gather from a register tile,
 or through scratch memory and a barrier, it costs the same however full the tile is and needs only standard operations.
+
+The rows of dY are copied beforehand: asynchronous copies, without which a GPU's matrix units wait for memory, take 4
+bytes at least, so a kernel that picks 16-bit numbers one by one out of dY has none; and it would pick again for each
+tile in a row of tiles.
 """
 
 from __future__ import annotations
@@ -34,14 +38,11 @@ _CONFIGS = [
 _KEEP = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
 
 
-@triton.autotune(
-    configs=_CONFIGS[:1] if interpreting() else _CONFIGS, key=["token_class", "grid_class", "ROWS_BY_INDEX"], **_KEEP
-)
+@triton.autotune(configs=_CONFIGS[:1] if interpreting() else _CONFIGS, key=["token_class", "grid_class"], **_KEEP)
 @triton.jit
 def tiles_kernel(
-    grad_y,
+    grad_rows,
     x,
-    rows,
     tile_rows,
     tile_columns,
     offsets,
@@ -50,14 +51,12 @@ def tiles_kernel(
     grads,
     tokens,
     tokens_per_split,
-    n_rows,
-    n_columns,
-    grad_y_stride,
+    grad_rows_stride,
     x_stride,
+    n_columns,
     nnz,
     token_class,
     grid_class,
-    ROWS_BY_INDEX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -65,8 +64,8 @@ def tiles_kernel(
 ):
     """grads[split, slots] = dY^T X over the split's tokens, at the entries of one tile.
 
-    ``grad_y`` (tokens, n_rows or, where ROWS_BY_INDEX, out_features), ``x`` (tokens, n_columns), ``grads`` (splits,
-    nnz); the other pointers are fields of `Tiles`.
+    ``grad_rows`` (tokens, rows of the tiles), ``x`` (tokens, n_columns), ``grads`` (splits, nnz); the other pointers
+    are fields of `Tiles`.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -74,21 +73,20 @@ def tiles_kernel(
     j = tl.arange(0, BLOCK_COLUMNS)
     row = tl.load(tile_rows + tile) * BLOCK_ROWS + i
     column = tl.load(tile_columns + tile) * BLOCK_COLUMNS + j
-    row_exists = row < n_rows
     column_exists = column < n_columns
-    if ROWS_BY_INDEX:
-        row = tl.load(rows + row, mask=row_exists, other=0).to(tl.int32)
 
     first = split * tokens_per_split
     stop = tl.minimum(first + tokens_per_split, tokens)
     sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     for start in range(first, stop, BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
-        token_exists = (token < stop)[:, None]
-        token = token.to(tl.int64)[:, None]
-        a = tl.load(grad_y + token * grad_y_stride + row[None, :], mask=token_exists & row_exists[None, :], other=0.0)
-        b = tl.load(x + token * x_stride + column[None, :], mask=token_exists & column_exists[None, :], other=0.0)
-        sums = tl.dot(tl.trans(a), b, sums, input_precision=PRECISION)
+        token_exists = token < stop
+        token = token.to(tl.int64)
+        a_at = token[None, :] * grad_rows_stride + row[:, None]
+        b_at = token[:, None] * x_stride + column[None, :]
+        a = tl.load(grad_rows + a_at, mask=token_exists[None, :], other=0.0)
+        b = tl.load(x + b_at, mask=token_exists[:, None] & column_exists[None, :], other=0.0)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
 
     word = tl.load(words + tile.to(tl.int64) * BLOCK_ROWS + i)
     held = ((word[:, None] >> j[None, :].to(tl.int64)) & 1).to(tl.int32)
@@ -100,17 +98,13 @@ def tiles_kernel(
     tl.store(target, sums.to(grads.dtype.element_ty), mask=is_entry)
 
 
-def tiles_values_grad(
-    grad_y: Tensor, x_columns: Tensor, tiles: Tiles, splits: int | None = None, rows_by_index: bool | None = None
-) -> Tensor:
+def tiles_values_grad(grad_y: Tensor, x_columns: Tensor, tiles: Tiles, splits: int | None = None) -> Tensor:
     """dV from the tiles that hold entries; sums are float32, their order does not vary from run to run.
 
     Args:
         grad_y: dY, (tokens, out_features), contiguous.
         x_columns: X[:, columns], (tokens, columns of the plan), contiguous, in the dtype of ``grad_y``.
         splits: into how many parts the tokens are cut; chosen from the number of tiles by default.
-        rows_by_index: whether the kernel picks the rows out of ``grad_y`` itself, rather than read a copy of them; by
-            default where it reads each row once.
 
     Returns:
         (nnz) in the dtype of ``grad_y``.
@@ -118,20 +112,15 @@ def tiles_values_grad(
     tokens, nnz = grad_y.shape[0], tiles.slots.numel()
     if not tokens:
         return grad_y.new_zeros(nnz)
-    if rows_by_index is None:
-        # picking reads a sector of 32 bytes for each 2 of them: worth it once, not again for every tile beside
-        bands = -(-tiles.rows.numel() // tiles.block_rows)
-        rows_by_index = tiles.count == bands
     if splits is None:
         splits = _splits(tiles.count, tokens, grad_y.device)
     x = x_columns if tiles.columns is None else gather_columns(x_columns, tiles.columns)
-    source = grad_y if rows_by_index else gather_columns(grad_y, tiles.rows)
+    grad_rows = gather_columns(grad_y, tiles.rows)
     grads = torch.empty(splits, nnz, dtype=grad_y.dtype if splits == 1 else torch.float32, device=grad_y.device)
     with torch.cuda.device_of(grad_y):
         tiles_kernel[(tiles.count, splits)](
-            source,
+            grad_rows,
             x,
-            tiles.rows,
             tiles.tile_rows,
             tiles.tile_columns,
             tiles.offsets,
@@ -140,15 +129,13 @@ def tiles_values_grad(
             grads,
             tokens,
             triton.cdiv(tokens, splits),
-            tiles.rows.numel(),
-            x.shape[1],
-            source.stride(0),
+            grad_rows.stride(0),
             x.stride(0),
+            x.shape[1],
             nnz,
             # tuned anew where these change by a power of two: batches differ in tokens, layers in tiles
             triton.next_power_of_2(tokens),
             triton.next_power_of_2(tiles.count * splits),
-            ROWS_BY_INDEX=rows_by_index,
             BLOCK_ROWS=tiles.block_rows,
             BLOCK_COLUMNS=tiles.block_columns,
             PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",

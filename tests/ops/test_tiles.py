@@ -28,9 +28,10 @@ def clustered_mask(out_features: int, in_features: int, nnz: int, seed: int = 0)
 @pytest.mark.parametrize(("out_features", "in_features", "nnz"), SHAPES)
 @pytest.mark.parametrize("blocks", [(64, 64), (16, 32)])
 @pytest.mark.parametrize("block_entries", [150, 2**24])
-def test_tiles_partition_the_entries(out_features, in_features, nnz, blocks, block_entries):
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_tiles_partition_the_entries(out_features, in_features, nnz, blocks, block_entries, multiple):
     mask = clustered_mask(out_features, in_features, nnz)
-    plan = make_plan(mask, in_features, block_entries)
+    plan = make_plan(mask, in_features, block_entries, multiple)
     tiles = make_tiles(plan, *blocks)
     assert torch.equal(tiles.slots.sort().values, torch.arange(nnz, dtype=torch.int32))
     assert tiles.offsets[0] == 0

@@ -10,14 +10,20 @@ pytest.importorskip("triton")
 LOW = ["bf16", "fp16"]
 
 
-def compiled(kernel, signature: dict[str, str], constants: dict, arch: int, **options):
+def compiled(kernel, signature: dict[str, str], constants: dict, arch: int, divisible: tuple[str, ...] = (), **options):
+    """The kernel as it is launched with pointers, and the integers ``divisible``, that are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = signature | dict.fromkeys(constants, "constexpr")
     assert set(signature) == set(kernel.arg_names)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in signature.items()
+        if kind.startswith("*") or name in divisible
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -50,24 +56,25 @@ def test_scatter(arch, dtype, values, position):
         assert bool(re.search(r"(cvt|fma)\.rn\.bf16|add(\.rn)?\.bf16", ptx)) == (dtype == "bf16")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rows_by_index"), [("bf16", False), ("bf16", True), ("fp16", False), ("fp32", False)]
-)
-def test_tiles(arch, dtype, rows_by_index):
+@pytest.mark.parametrize("dtype", [*LOW, "fp32"])
+def test_tiles(arch, dtype):
     from axolotl_spft.ops.triton_values_grad import _CONFIGS, tiles_kernel
 
-    integers = "tokens tokens_per_split n_rows n_columns grad_y_stride x_stride nnz token_class grid_class"
-    signature = {"grad_y": f"*{dtype}", "x": f"*{dtype}", "rows": "*i64", "words": "*i64", "grads": f"*{dtype}"}
+    integers = "tokens tokens_per_split grad_rows_stride x_stride n_columns nnz token_class grid_class"
+    signature = {"grad_rows": f"*{dtype}", "x": f"*{dtype}", "words": "*i64", "grads": f"*{dtype}"}
     signature |= dict.fromkeys(["tile_rows", "tile_columns", "offsets", "slots"], "*i32")
     signature |= dict.fromkeys(integers.split(), "i32")
     config = _CONFIGS[0]
-    constants = {"ROWS_BY_INDEX": rows_by_index, "BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "PRECISION": "ieee"}
-    built = compiled(
-        tiles_kernel.fn, signature, constants | config.kwargs, arch,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    constants = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "PRECISION": "ieee"} | config.kwargs
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    widths = ("grad_rows_stride", "x_stride", "n_columns")
+    built = compiled(tiles_kernel.fn, signature, constants, arch, widths, **options)
+    ptx = built.asm["ptx"]
+    # memory is read 16 bytes at a time while the matrix units work
+    assert re.search(r"cp\.async\.\w+\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", ptx)
     if dtype in LOW:
-        assert ("wgmma" if arch == 90 else "mma.sync") in built.asm["ptx"]
+        assert not re.search(r"ld\.global\.(v4|\w*16)", ptx)
+        assert ("wgmma" if arch == 90 else "mma.sync") in ptx
     assert built.metadata.shared < 100 * 1024
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axolotl_spft.ops.plan import make_plan
+from axolotl_spft.ops.plan import GPU_MULTIPLE, make_plan
 from axolotl_spft.ops.tiles import make_tiles
 from axolotl_spft.ops.values_grad import select_columns, values_grad
 from tests.interpreter import DEVICE
@@ -17,8 +17,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CASES = [(1, 1, 1, 1), (37, 70, 65, 300), (64, 130, 40, 5200), (129, 3, 200, 150), (100, 200, 3, 77)]
 
 
-def case(tokens, out_features, in_features, nnz, dtype):
-    plan = make_plan(clustered_mask(out_features, in_features, nnz), in_features)
+def case(tokens, out_features, in_features, nnz, dtype, multiple=1):
+    plan = make_plan(clustered_mask(out_features, in_features, nnz), in_features, multiple=multiple)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, in_features, generator=generator).to(dtype)
     grad_y = torch.randn(tokens, out_features, generator=generator).to(dtype)
@@ -37,8 +37,9 @@ def assert_close(got, expected, dtype, tokens):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "out_features", "in_features", "nnz"), CASES)
-def test_gradient_equals_the_reference_within_rounding(tokens, out_features, in_features, nnz, dtype):
-    plan, grad_y, x_columns, expected = case(tokens, out_features, in_features, nnz, dtype)
+@pytest.mark.parametrize("multiple", [1, GPU_MULTIPLE])
+def test_gradient_equals_the_reference_within_rounding(tokens, out_features, in_features, nnz, dtype, multiple):
+    plan, grad_y, x_columns, expected = case(tokens, out_features, in_features, nnz, dtype, multiple)
     got = values_grad(grad_y, x_columns, plan, backend="triton")
     assert_close(got, expected, dtype, tokens)
     assert torch.equal(got, values_grad(grad_y, x_columns, plan, backend="triton"))
@@ -46,15 +47,14 @@ def test_gradient_equals_the_reference_within_rounding(tokens, out_features, in_
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [1, 3, 4])
-@pytest.mark.parametrize("rows_by_index", [False, True])
 @pytest.mark.parametrize("blocks", [(64, 64), (16, 32)])
-def test_splits_gathers_and_blocks(dtype, splits, rows_by_index, blocks):
+def test_splits_and_blocks(dtype, splits, blocks):
     from axolotl_spft.ops.triton_values_grad import tiles_values_grad
 
     plan, grad_y, x_columns, expected = case(201, 70, 65, 300, dtype)
     tiles = make_tiles(plan, *blocks)
     # 201 tokens in 4 parts of 51 leave the last part short
-    got = tiles_values_grad(grad_y, x_columns, tiles, splits, rows_by_index)
+    got = tiles_values_grad(grad_y, x_columns, tiles, splits)
     assert_close(got, expected, dtype, 201)
 
 
