@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from axolotl_spft.ops.dispatch import use_triton
+from axolotl_spft.ops.scatter import assign_sum_
 
 
 def adamw_(
@@ -33,3 +37,40 @@ def adamw_(
         values, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True,
         amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
     )  # fmt: skip
+
+
+def adamw_low_precision_(
+    values: Tensor,
+    grad: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> None:
+    """One step of `adamw_` on the float32 ``master`` of ``values``, and its rounding to ``values``.
+
+    Args:
+        values, grad: (n) bfloat16, float16 or float32; the values are changed in place.
+        master, exp_avg, exp_avg_sq: (n) float32; changed in place.
+        step: 0-dimensional float32 on the values' device; changed in place.
+        into: (weight, positions, originals): also assign originals + values to the weight there, as
+            `axolotl_spft.ops.scatter.assign_sum_` does with the new values.
+        backend: see `axolotl_spft.ops.dispatch`.
+    """
+    written = () if into is None else (into[0], into[2])
+    if use_triton(backend, values, grad, master, exp_avg, exp_avg_sq, *written):
+        from axolotl_spft.optim.triton_adamw import adamw_one_pass_
+
+        adamw_one_pass_(values, grad, master, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, into)
+        return
+    grads = [grad.to(torch.float32)]
+    adamw_([master], grads, [exp_avg], [exp_avg_sq], [step], lr, betas, eps, weight_decay)
+    values.copy_(master)
+    if into is not None:
+        assign_sum_(*into, values, backend)

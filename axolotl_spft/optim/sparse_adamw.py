@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftConfigError, SpftFileError
-from axolotl_spft.optim.adamw import adamw_
+from axolotl_spft.ops.dispatch import use_triton
+from axolotl_spft.optim.adamw import adamw_, adamw_low_precision_
 from axolotl_spft.optim.moments import BLOCK, MOMENTS, absmax_name, read_moment, write_moment, zero_moments
 
 # values whose 8-bit moments are float32 at a time: bounds the temporaries to 32 MiB
@@ -72,6 +73,8 @@ class SparseAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None and p.numel()]
+            if group["state_bits"] == 32:
+                trained = [p for p in trained if not (p.is_cuda and self._step_in_one_pass(p, group))]
             states = [self._state_of(parameter, group["state_bits"]) for parameter in trained]
             targets = [state.get("master", parameter) for parameter, state in zip(trained, states)]
             grads = [parameter.grad.to(torch.float32) for parameter in trained]
@@ -85,6 +88,15 @@ class SparseAdamW(torch.optim.Optimizer):
                 if target is not parameter:
                     parameter.copy_(target)
         return loss
+
+    def _step_in_one_pass(self, parameter: nn.Parameter, group: dict[str, Any]) -> bool:
+        """Update a parameter of lower precision, which would else take a pass for each cast, where a kernel can."""
+        if parameter.dtype == torch.float32 or not use_triton("auto", parameter, parameter.grad):
+            return False
+        state = self._state_of(parameter, 32)
+        states = state["master"], *(state[moment] for moment in MOMENTS), state["step"]
+        adamw_low_precision_(parameter, parameter.grad, *states, *_hyperparameters(group))
+        return True
 
     def _state_of(self, parameter: nn.Parameter, state_bits: int) -> dict[str, Tensor]:
         state = self.state[parameter]

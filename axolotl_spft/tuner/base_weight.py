@@ -22,6 +22,7 @@ from axolotl_spft.engine.zero3 import gathered, is_partitioned
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.csr import Mask, positions, row_indices
 from axolotl_spft.ops.linear import Delta
+from axolotl_spft.ops.scatter import add_at_, assign_sum_
 
 
 class Written(NamedTuple):
@@ -153,8 +154,7 @@ class BaseWeight:
         # .data: a layer may run several times before its backward pass, and assigning the same entries again is no
         # change that autograd should refuse; it sees a change of the values by the version of `values`
         weight = self.get_base_layer().weight.data
-        # put_ wants int64; the conversion costs less than what indexing does for int32 by itself
-        weight.put_(new.positions.to(torch.int64), _add(new.originals, new.values))
+        assign_sum_(weight, new.positions, new.originals, new.values)
         self._written = new
         return weight
 
@@ -172,9 +172,8 @@ class BaseWeight:
             weight = self.quantization_backend.get_base_weight(base_layer)
         else:
             weight = base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
-        flat = weight.view(-1)
         for values, at in deltas:
-            flat[at] = _add(flat[at], values.detach())
+            add_at_(weight, at, values.detach())
         return weight
 
     def merge_deltas(self, deltas: list[Written], check_finite: bool) -> None:
@@ -215,7 +214,7 @@ class BaseWeight:
         flat = self.get_base_layer().weight.data.view(-1)
         entries = [(delta.positions, flat[delta.positions]) for delta in deltas]
         for (at, _), delta in zip(entries, deltas):
-            flat[at] = _add(flat[at], delta.values.detach())
+            add_at_(flat, at, delta.values.detach())
             if check_finite and not torch.isfinite(flat[at]).all():
                 self._put_back(entries)
                 raise _broken_adapter()
@@ -253,8 +252,3 @@ def keep_dequantizable(base_layer: nn.Module) -> None:
 
 def _broken_adapter() -> ValueError:
     return ValueError("NaNs detected in the merged weights. The adapter seems to be broken")
-
-
-def _add(weight: Tensor, values: Tensor) -> Tensor:
-    """weight + values with one rounding, in the dtype of ``weight``."""
-    return torch.add(weight, values, out=torch.empty_like(weight))

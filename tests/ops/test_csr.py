@@ -57,11 +57,12 @@ def test_empty_mask():
 
 
 @pytest.mark.parametrize("block_entries", [1, 6, 2**24])
-def test_values_gradient_is_the_dense_one_at_the_mask(dense, block_entries):
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_values_gradient_is_the_dense_one_at_the_mask(dense, block_entries, multiple):
     if dense.shape[1] > 1000 and block_entries == 1:
         pytest.skip("one product per row")
     mask = mask_from_positions(dense.flatten().nonzero().squeeze(1), *dense.shape)
-    plan = make_plan(mask, dense.shape[1], block_entries)
+    plan = make_plan(mask, dense.shape[1], block_entries, multiple)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(9, dense.shape[1], generator=generator, dtype=torch.float64)
     grad_y = torch.randn(3, 3, dense.shape[0], generator=generator, dtype=torch.float64)
@@ -69,15 +70,18 @@ def test_values_gradient_is_the_dense_one_at_the_mask(dense, block_entries):
     torch.testing.assert_close(got, (grad_y.view(9, -1).t() @ x)[dense])
     assert plan.row_stops[-1] == plan.rows.numel()
     assert plan.value_stops[-1] == mask.nnz
+    for indices, size in zip((plan.rows, plan.columns), dense.shape):
+        assert indices.numel() % multiple == 0 or torch.equal(indices, torch.arange(size))
 
 
 @pytest.mark.parametrize("block_entries", [1, 2**24])
-def test_branch_adds_x_times_the_transposed_delta(block_entries):
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_branch_adds_x_times_the_transposed_delta(block_entries, multiple):
     mask = mask_from_positions(torch.tensor([1, 5, 9, 20, 34]), 5, 7)
     values = torch.randn(5, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     y = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    plan = make_plan(mask, 7, block_entries)
+    plan = make_plan(mask, 7, block_entries, multiple)
     torch.testing.assert_close(add_sparse_branch(y, x, values, plan), y + x @ dense_delta(values, mask, 7).t())
     assert torch.autograd.gradcheck(lambda *inputs: add_sparse_branch(*inputs, plan), (y, x, values))
 

@@ -1,0 +1,85 @@
+"""Which implementation an operation uses, chosen per call from its tensors.
+
+``auto`` takes a Triton kernel for CUDA tensors where one can run, and plain torch otherwise. ``torch`` and ``triton``
+are requests: one that cannot be met is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from axolotl_spft.errors import SpftError
+
+BACKENDS = ("auto", "torch", "triton")
+# the kernels compute in float32
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def use_triton(backend: str, *tensors: Tensor) -> bool:
+    """Whether an operation on floating point ``tensors`` of one device runs its Triton kernel.
+
+    Raises:
+        SpftError: ``backend`` is unknown, or is ``triton`` and the kernel cannot run on these tensors.
+    """
+    if backend == "auto":
+        return tensors[0].is_cuda and _fit(tensors) and _why_not(tensors[0].device) is None
+    if backend == "torch":
+        return False
+    if backend != "triton":
+        raise SpftError(f"backend: {backend!r} is unknown, it must be one of {', '.join(BACKENDS)}")
+    reason = _why_not(tensors[0].device) if tensors[0].is_cuda else _why_not_interpreted(tensors[0].device)
+    if reason is None and not _fit(tensors):
+        given = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
+        reason = f"the tensors are {given}; they must be contiguous, on one device and {' or '.join(map(str, DTYPES))}"
+    if reason is not None:
+        raise SpftError(f"backend: 'triton' cannot run: {reason}; use 'auto', which falls back to torch")
+    return True
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, which takes tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _fit(tensors: tuple[Tensor, ...]) -> bool:
+    device = tensors[0].device
+    return all(tensor.dtype in DTYPES and tensor.device == device and tensor.is_contiguous() for tensor in tensors)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _why_not_interpreted(device: torch.device) -> str | None:
+    if not _installed():
+        return "triton is not installed"
+    if device.type != "cpu" or not interpreting():
+        return f"the tensors are on {device}, kernels run on CUDA devices"
+    return None
+
+
+@functools.cache
+def _why_not(device: torch.device) -> str | None:
+    """Why kernels cannot run on a CUDA device, or None where a trial one does."""
+    if not _installed():
+        return "triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    try:
+        # triton builds its launcher with the system's C compiler at the first launch: a machine may have none
+        from axolotl_spft.ops.triton_scatter import assign_sum_
+
+        weight, values = torch.zeros(2, dtype=torch.bfloat16, device=device), torch.ones(1, device=device)
+        assign_sum_(weight, torch.ones(1, dtype=torch.int32, device=device), weight[:1], values)
+    except Exception as error:
+        reason = f"a trial kernel failed on {device} with {type(error).__name__}: {error}"
+        warnings.warn(f"spft uses plain torch: {reason}", stacklevel=2)
+        return reason
+    return None
