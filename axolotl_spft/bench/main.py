@@ -32,7 +32,7 @@ def run_sweep(options: Options, over: str, texts: Sequence[str], output: Path | 
     if output:
         report.write_json(output, report.sweep_results(options, machine(), over, points))
     if picture:
-        plot.plot_sweep(over, points, picture, _title(options))
+        plot.plot_sweep(over, points, picture, _title(options, over))
 
 
 def _get_ready(picture: Path | None) -> None:
@@ -43,10 +43,9 @@ def _get_ready(picture: Path | None) -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _title(options: Options) -> str:
+def _title(options: Options, over: str | None = None) -> str:
     what = machine()
-    quantized = "" if options.quantization == "none" else f", {options.quantization} base"
-    return (
-        f"{options.model}, {options.dtype}{quantized}, {options.tokens} tokens; "
-        f"{what['gpu'] or what['cpu']}, {what['date'][:10]}"
-    )
+    parts = [Path(options.model).name, options.dtype]
+    parts += ["4-bit base"] if options.quantization == "4bit" else []
+    parts += [] if over == "tokens" else [f"{options.tokens} tokens"]
+    return f"{', '.join(parts)}; {what['gpu'] or what['cpu']}, {what['date'][:10]}"

@@ -37,7 +37,7 @@ def plot_comparison(rows: Sequence[Row], path: Path, title: str) -> None:
     limit = next((row["median_seconds"] for row in rows if row["method"] == "limit"), None)
     if limit is not None:
         left.axvline(1000 * limit, color="black", linewidth=0.8, linestyle=":")
-    left.set_xlabel("median step, ms (bars: half the interquartile range)")
+    left.set_xlabel("median step, ms (lines: interquartile range)")
     right.barh(names, [row["kept_bytes"] / _MIB for row in rows], color=colours)
     right.set_xlabel("kept for backward, MiB")
     right.set_yticklabels([])

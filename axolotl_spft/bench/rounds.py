@@ -43,13 +43,17 @@ def compare(options: Options) -> tuple[list[dict[str, Any]], dict[str, str]]:
 def _take_turns(names: list[str], options: Options, left_out: dict[str, str]) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         contestants: dict[str, Contestant | _Worker] = {}
+        if options.processes != "shared":
+            # all begin at once; each is waited for below
+            contestants = {name: stack.enter_context(_worker(name, options)) for name in names}
         for name in tqdm(names, desc="Preparing", unit="method", leave=False, disable=len(names) == 1):
             try:
                 if options.processes == "shared":
                     contestants[name] = _in_this_process(name, options)
                 else:
-                    contestants[name] = stack.enter_context(_worker(name, options))
+                    contestants[name].wait_until_ready()
             except DoesNotFit as error:
+                contestants.pop(name, None)
                 left_out[name] = str(error)
                 print(f"{name} is left out: {error}")
         with _no_garbage_collection():
@@ -91,11 +95,20 @@ class _Worker:
     def __init__(self, name: str, connection: Connection):
         self.name, self._connection = name, connection
 
-    def ask(self, request: str) -> Any:
-        self._connection.send(request)
-        return self.answer()
+    def wait_until_ready(self) -> None:
+        self._answer()
 
-    def answer(self) -> Any:
+    def round(self) -> None:
+        self._ask("round")
+
+    def figures(self) -> dict[str, Any]:
+        return self._ask("figures")
+
+    def _ask(self, request: str) -> Any:
+        self._connection.send(request)
+        return self._answer()
+
+    def _answer(self) -> Any:
         try:
             kind, content = self._connection.recv()
         except EOFError:
@@ -108,16 +121,10 @@ class _Worker:
             raise SpftError(f"the process of {self.name} failed:\n{content}")
         return content
 
-    def round(self) -> None:
-        self.ask("round")
-
-    def figures(self) -> dict[str, Any]:
-        return self.ask("figures")
-
 
 @contextmanager
 def _worker(name: str, options: Options) -> Iterator[_Worker]:
-    """A process that lives until the end of the block; it has built its method when the block begins."""
+    """A process that lives until the end of the block and begins by building its method."""
     # spawn: a fork of a process that has used a GPU cannot use it
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -125,9 +132,7 @@ def _worker(name: str, options: Options) -> Iterator[_Worker]:
     process.start()
     there.close()
     try:
-        worker = _Worker(name, here)
-        worker.answer()
-        yield worker
+        yield _Worker(name, here)
     finally:
         here.close()
         process.join()
