@@ -47,6 +47,8 @@ def draw_mask(
     keys -= _SKEW * torch.arange(1, rows + 1, device=device).log()[:, None]
     keys -= _SKEW * torch.arange(1, columns + 1, device=device).log()
     each = torch.arange(max(rows, columns), device=device)
+    # these come first, even before a draw of 0
+    keys.clamp_max_(torch.finfo(keys.dtype).max)
     keys[each % rows, each % columns] = torch.inf
     chosen = keys.view(-1).topk(nnz, sorted=False).indices
     at = row_of[chosen // columns] * in_features + column_of[chosen % columns]

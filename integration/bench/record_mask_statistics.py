@@ -18,14 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from axolotl_spft import SpftConfig, select_mask
+from axolotl_spft.bench.base import target_layers
 from axolotl_spft.bench.machine import machine
 from axolotl_spft.bench.report import write_json
-from axolotl_spft.salience.report import MatrixReport
+from axolotl_spft.budget import layer_budgets, total_budget
+from axolotl_spft.ops.csr import mask_from_positions
+from axolotl_spft.salience.collect import gathered_gradients
+from axolotl_spft.salience.report import MatrixReport, report_masks
+from axolotl_spft.salience.scores import balanced_score, gradient_score
+from axolotl_spft.salience.select import top_k, top_k_per_row
 
 DENSITIES = (0.001, 0.005, 0.01, 0.05)
 KINDS = (("gradient", "layer"), ("gradient", "row"), ("gradient", "global"), ("balanced", "layer"))
@@ -77,20 +82,41 @@ def shares(matrices: Sequence[MatrixReport]) -> dict[str, dict[str, float]]:
     }
 
 
-def record(base: Path, data: Path, samples: int) -> dict[str, Any]:
-    """ "<salience>/<scope>" -> module type -> the figures at each density."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+def record(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path, samples: int) -> dict[str, Any]:
+    """ "<salience>/<scope>" -> module type -> the figures at each density.
+
+    One pass gathers the gradients; every mask is selected from them by the functions that `select_mask` uses.
+    """
+    layers = target_layers(model)
+    shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
+    model.requires_grad_(False)
+    with gathered_gradients(model, layers) as gradients:
+        batches = list(instruction_batches(tokenizer, data, samples))
+        for batch in tqdm(batches, desc="Gradients"):
+            model(**batch).loss.backward()
     recorded: dict[str, Any] = {}
     for (salience, scope), density in tqdm([(kind, density) for kind in KINDS for density in DENSITIES], desc="Masks"):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        config = SpftConfig(density=density, salience=salience, scope=scope, samples=samples)
-        model = get_peft_model(model, config)
-        report = select_mask(model, instruction_batches(tokenizer, data, samples))
+        if salience == "balanced":
+            scores = [balanced_score(g, g.shape[0]) for g in gradients.values()]
+        else:
+            scores = [gradient_score(g) for g in gradients.values()]
+        chosen = select(scores, shapes, scope, density)
+        masks = {name: (mask_from_positions(at, *shape), shape[1]) for name, at, shape in zip(layers, chosen, shapes)}
         points = recorded.setdefault(f"{salience}/{scope}", {})
-        for module, figures in shares(report.matrices).items():
+        for module, figures in shares(report_masks(masks, "", samples).matrices).items():
             rounded = {key: round(value, 6) for key, value in figures.items()}
             points.setdefault(module, []).append({"density": density, **rounded})
     return recorded
+
+
+def select(scores: list[Tensor], shapes: list[tuple[int, int]], scope: str, density: float) -> list[Tensor]:
+    """The positions in each matrix."""
+    if scope == "global":
+        return top_k(scores.__getitem__, shapes, total_budget(shapes, density=density))
+    counts = layer_budgets(shapes, density=density)
+    if scope == "row":
+        return [top_k_per_row(*each) for each in zip(scores, shapes, counts)]
+    return [top_k([score].__getitem__, [shape], count)[0] for score, shape, count in zip(scores, shapes, counts)]
 
 
 def main() -> None:
@@ -104,7 +130,8 @@ def main() -> None:
     for path in (options.base / "config.json", data):
         if not path.is_file():
             raise SystemExit(f"{path} does not exist: run `make quickstart` first, or name the model with --base")
-    model = AutoModelForCausalLM.from_pretrained(options.base)
+    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.base)
     content = {
         "machine": machine(),
         "command": shlex.join(["python", "-m", "integration.bench.record_mask_statistics", *_arguments(options)]),
@@ -112,7 +139,7 @@ def main() -> None:
                   ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
         | {"parameters": model.num_parameters()},
         "samples": options.samples,
-        "statistics": record(options.base, data, options.samples),
+        "statistics": record(model, tokenizer, data, options.samples),
     }  # fmt: skip
     write_json(options.output, content)
     print(f"{options.output.name}: {', '.join(content['statistics'])}", file=sys.stderr)
