@@ -29,7 +29,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 bench: $(VENV)/installed
-	$(BIN)/python -m integration.bench.step_time
+	$(BIN)/python -m axolotl_spft bench
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

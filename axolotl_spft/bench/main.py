@@ -1,0 +1,51 @@
+"""Measures, prints, writes and draws: what the command `bench` does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from axolotl_spft.bench import plot, report
+from axolotl_spft.bench.machine import machine
+from axolotl_spft.bench.options import Options
+from axolotl_spft.bench.rounds import compare
+from axolotl_spft.bench.sweep import parse_values, sweep
+
+
+def run_comparison(options: Options, output: Path | None, picture: Path | None) -> None:
+    """One comparison."""
+    _get_ready(picture)
+    rows, left_out = compare(options)
+    print(report.comparison(rows))
+    if output:
+        report.write_json(output, report.results(options, machine(), rows, left_out))
+    if picture:
+        plot.plot_comparison(rows, picture, _title(options))
+
+
+def run_sweep(options: Options, over: str, texts: Sequence[str], output: Path | None, picture: Path | None) -> None:
+    """One comparison at each value of the option ``over``."""
+    _get_ready(picture)
+    points = sweep(options, over, parse_values(over, texts))
+    print(report.sweep_table(over, points))
+    if output:
+        report.write_json(output, report.sweep_results(options, machine(), over, points))
+    if picture:
+        plot.plot_sweep(over, points, picture, _title(options, over))
+
+
+def _get_ready(picture: Path | None) -> None:
+    if picture:
+        plot.require_matplotlib()
+    # random weights have no home on a hub, and SHiRA's delta is a sparse tensor
+    for message in ("Could not find a config file", "Sparse invariant checks"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _title(options: Options, over: str | None = None) -> str:
+    what = machine()
+    parts = [Path(options.model).name, options.dtype]
+    parts += ["4-bit base"] if options.quantization == "4bit" else []
+    parts += [] if over == "tokens" else [f"{options.tokens} tokens"]
+    return f"{', '.join(parts)}; {what['gpu'] or what['cpu']}, {what['date'][:10]}"

@@ -1,0 +1,104 @@
+"""Gives a sparse adapter its mask, computed or drawn, and measures what that costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from axolotl_spft.bench.base import text_batch
+from axolotl_spft.bench.mask_statistics import MaskStatistics, shares_of_area
+from axolotl_spft.bench.masks import draw_mask
+from axolotl_spft.bench.memory import PeakMemory, synchronize
+from axolotl_spft.budget import layer_budgets
+from axolotl_spft.salience import MaskReport, select_mask
+from axolotl_spft.salience.prepare import adapted_layers, install_masks
+from axolotl_spft.salience.report import report_masks
+from axolotl_spft.tuner import SpftConfig
+
+_SHOW_PROGRESS_FROM = 100
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How masks come about.
+
+    Attributes:
+        device: where they are made.
+        memory: of the process, for the pass's peak.
+        tokens, samples: the rows that the salience pass reads. The adapter's config asks for more.
+        area: draws masks that cover this share, whatever the salience.
+        statistics: draws masks as concentrated as those recorded; None computes them.
+    """
+
+    device: torch.device
+    memory: PeakMemory
+    tokens: int
+    samples: int
+    area: float | None = None
+    statistics: MaskStatistics | None = None
+
+
+@dataclass(frozen=True)
+class MaskCost:
+    """Seconds of the salience pass and of what follows it, and the peak of both, where it can be known."""
+
+    pass_seconds: float
+    selection_seconds: float
+    peak_bytes: int | None
+
+
+def mask_model(model: nn.Module, masking: Masking) -> tuple[MaskReport, MaskCost | None]:
+    """Fill the active adapter of ``model``."""
+    config: SpftConfig = model.peft_config[model.active_adapter]
+    if config.salience != "random" and (masking.area is not None or masking.statistics is not None):
+        return _drawn(model, config, masking), None
+    return _computed(model, masking)
+
+
+def _computed(model: nn.Module, masking: Masking) -> tuple[MaskReport, MaskCost]:
+    pass_end = None
+
+    def batches() -> Iterator[Mapping[str, Any]]:
+        nonlocal pass_end
+        try:
+            for index in range(masking.samples):
+                yield text_batch(model.config.vocab_size, masking.tokens, masking.device, 100 + index)
+        finally:
+            # reached as the pass asks for one row more than there are
+            synchronize(masking.device)
+            pass_end = time.perf_counter()
+
+    masking.memory.reset()
+    synchronize(masking.device)
+    start = time.perf_counter()
+    report = select_mask(model, batches())
+    synchronize(masking.device)
+    end = time.perf_counter()
+    pass_end = pass_end or start
+    return report, MaskCost(pass_end - start, end - pass_end, masking.memory.peak_bytes())
+
+
+def _drawn(model: nn.Module, config: SpftConfig, masking: Masking) -> MaskReport:
+    layers = adapted_layers(model)
+    counts = layer_budgets(
+        [(layer.out_features, layer.in_features) for layer in layers.values()],
+        config.density, config.num_values, config.match_lora_rank,
+    )  # fmt: skip
+    generator = torch.Generator(masking.device).manual_seed(0)
+    masks = {}
+    progress = tqdm(layers.items(), desc="Masks", leave=False, disable=len(layers) < _SHOW_PROGRESS_FROM)
+    for (name, layer), nnz in zip(progress, counts):
+        if masking.area is not None:
+            shares = shares_of_area(masking.area)
+        else:
+            density = nnz / (layer.out_features * layer.in_features)
+            shares = masking.statistics.shares(config.salience, config.scope, name.rpartition(".")[2], density)
+        masks[name] = draw_mask(layer.out_features, layer.in_features, nnz, *shares, generator)
+    install_masks(model, model.active_adapter, masks, {"salience": "drawn"})
+    return report_masks({name: (mask, layers[name].in_features) for name, mask in masks.items()}, "drawn", 0)

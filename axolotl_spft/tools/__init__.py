@@ -1,0 +1,1 @@
+"""The commands of ``axolotl spft``, one file each."""

@@ -1,0 +1,40 @@
+"""The group ``axolotl spft``: finds its commands in the files beside this one.
+
+The file ``<name>.py`` of a command holds a `click.Command` called ``command``. It imports torch and the like inside the
+functions that need them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+
+import click
+
+from axolotl_spft import tools
+
+
+class CommandFiles(click.Group):
+    """A group whose commands are the files of a package; a file is imported when its command is looked up."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(module.name for module in pkgutil.iter_modules(tools.__path__) if module.name != "cli")
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        return import_module(f"{tools.__name__}.{cmd_name}").command
+
+    def invoke(self, ctx: click.Context):
+        from axolotl_spft.errors import SpftError
+
+        try:
+            return super().invoke(ctx)
+        except SpftError as error:
+            # a mistake of the user's, not of the program's: the sentence without the traceback
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=CommandFiles)
+def spft() -> None:
+    """Salience-aware sparse fine-tuning."""
