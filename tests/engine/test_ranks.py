@@ -1,0 +1,150 @@
+"""Selection and collection on several ranks equal those on one."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from axolotl_spft import SpftConfig, select_mask
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.csr import positions
+from axolotl_spft.salience.collect import gathered_gradients
+from axolotl_spft.salience.prepare import adapted_layers, check_same_mask
+from axolotl_spft.salience.scores import balanced_score
+from axolotl_spft.salience.select import top_k, top_k_per_row
+from tests.engine.processes import on_ranks
+from tests.models import tiny_llama, token_batch
+from tests.salience.test_select import KINDS, score_matrices
+
+COUNTS = (1, 2, 50, 333, 334)
+CASES = (("global", "gradient"), ("row", "balanced"), ("layer", "magnitude"))
+
+
+def select_everything() -> list[torch.Tensor]:
+    ranks, selected = Ranks.current(), []
+    for kind in KINDS:
+        scores = score_matrices(kind)
+        shapes = [tuple(matrix.shape) for matrix in scores]
+        mine = [matrix[ranks.rows(matrix.shape[0])] for matrix in scores]
+        for count in COUNTS:
+            selected += top_k(lambda index, mine=mine: mine[index], shapes, count, ranks)
+        for part, shape in zip(mine, shapes):
+            selected.append(top_k_per_row(part, shape, max(1, shape[0] * shape[1] // 3), ranks))
+        balanced = [balanced_score(part, shape[0], ranks) for part, shape in zip(mine, shapes)]
+        selected += [ranks.concatenate(part.flatten()) for part in balanced]
+    return selected
+
+
+def everything() -> dict:
+    return {
+        "selected": select_everything(),
+        "masks": [mask_of_model(*case) for case in CASES],
+        "tracked": tracked_bytes(),
+        "refused": differing_masks(),
+    }
+
+
+@pytest.fixture(scope="module")
+def by_rank():
+    """What each of two ranks found."""
+    return on_ranks(2, everything)
+
+
+def test_selection_on_shards_is_that_of_one_process(by_rank):
+    expected = select_everything()
+    # one of the matrices has fewer rows than there are ranks
+    for got in (found["selected"] for found in by_rank):
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
+def mask_of_model(scope: str, salience: str) -> tuple[list[list[int]], int]:
+    ranks = Ranks.current()
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, scope=scope, salience=salience, samples=12))
+    batches = [token_batch(rows=1, seed=seed) for seed in range(12)]
+    report = select_mask(model, batches[ranks.rank :: ranks.world])
+    return [
+        positions(layer.mask("default"), layer.in_features).tolist() for layer in adapted_layers(model).values()
+    ], report.samples
+
+
+def test_ranks_read_their_share_and_end_with_one_mask(by_rank):
+    expected = [mask_of_model(*case) for case in CASES]
+    assert [found["masks"] for found in by_rank] == [expected, expected]
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest sum of bytes at a time of tensors whose shape is a weight's, or that of some of its rows."""
+
+    def __init__(self, shapes: set[tuple[int, int]], known: list[torch.Tensor]):
+        super().__init__()
+        self.shapes, self.live, self.peak = shapes, {}, 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) in self.shapes:
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.live and key not in self.known:
+                    self.live[key] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, key, None)
+                    self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+def tracked_bytes() -> tuple[int, int, int, bool]:
+    ranks = Ranks.current()
+    model = tiny_llama()
+    layers = {name: layer for name, layer in model.named_modules() if "_proj" in name}
+    model.requires_grad_(False)
+    shapes = {(layer.out_features, layer.in_features) for layer in layers.values()}
+    shapes |= {(out_features // 2 + extra, in_features) for out_features, in_features in shapes for extra in (0, 1)}
+    dense = {name: torch.zeros(layer.out_features, layer.in_features) for name, layer in layers.items()}
+    for seed in range(ranks.world):
+        copy = tiny_llama()
+        copy(**token_batch(seed=seed)).loss.backward()
+        for name in dense:
+            dense[name] += copy.get_submodule(name).weight.grad
+    with gathered_gradients(model, layers, ranks, sharded=True) as sums:
+        accumulators = sum(total.nbytes for total in sums.values())
+        tracker = LiveBytes(shapes, [*model.parameters(), *sums.values()])
+        with tracker:
+            model(**token_batch(seed=ranks.rank)).loss.backward()
+        right = all(
+            torch.allclose(total, dense[name][ranks.rows(dense[name].shape[0])], rtol=1e-5, atol=1e-6)
+            for name, total in sums.items()
+        )
+    return tracker.peak, accumulators, 4 * max(layer.weight.numel() for layer in layers.values()), right
+
+
+def test_a_sharded_pass_holds_its_accumulators_and_one_dense_gradient(by_rank):
+    whole = sum(4 * layer.weight.numel() for name, layer in tiny_llama().named_modules() if "_proj" in name)
+    for peak, accumulators, largest, right in (found["tracked"] for found in by_rank):
+        assert right
+        assert accumulators == whole / 2
+        # beside the accumulators, which were made before
+        assert 0 < peak <= largest
+
+
+def differing_masks() -> str:
+    ranks = Ranks.current()
+    base = tiny_llama()
+    torch.manual_seed(ranks.rank)
+    model = get_peft_model(base, SpftConfig(density=0.03, init_weights=False))
+    try:
+        return check_same_mask(model, ranks)
+    except SpftError as error:
+        return str(error)
+
+
+def test_ranks_with_different_masks_refuse_to_train(by_rank):
+    assert all("the ranks hold different masks" in found["refused"] for found in by_rank)
