@@ -2,6 +2,7 @@
 #   make quickstart   train, merge and judge a sparse adapter on a small model made here
 #   make test         run all tests
 #   make bench        compare a training step with LoRA's, SHiRA's and the limit
+#   make engines      train under DDP and DeepSpeed ZeRO-1, 2, 3 on two CPU ranks, kill, resume, and compare
 # TORCH says which build: `make test TORCH=torch` takes the newest.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,11 +13,11 @@ CONFIG := examples/quickstart/spft.yml
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test bench lint clean
+.PHONY: quickstart test bench engines lint clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[dev,deepspeed]'
 	touch $@
 
 quickstart: $(VENV)/installed
@@ -30,6 +31,9 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m axolotl_spft bench
+
+engines: $(VENV)/installed
+	$(BIN)/python -m integration.engines.matrix
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
