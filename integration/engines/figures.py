@@ -66,13 +66,29 @@ def same_state(one: Path, other: Path) -> bool:
     """Whether two checkpoints hold the same adapter and the same optimizer state, bit for bit."""
     adapters = [load_file(path / "adapter_model.safetensors") for path in (one, other)]
     files = list(zip(optimizer_files(one), optimizer_files(other), strict=True))
-    states = [[dict(_named(_load(path))) for path in paths] for paths in zip(*files)]
+    states = [[_state_of(path, rank) for rank, path in enumerate(paths)] for paths in zip(*files)]
     return all(_same_bits(a, b) for a, b in zip(*([adapter, *state] for adapter, state in zip(adapters, states))))
 
 
 def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Largest difference over largest magnitude."""
     return ((one - other).abs().max() / other.abs().max()).item()
+
+
+def _state_of(path: Path, rank: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a rank's optimizer file by name; of ZeRO-3's flat ones the entries that stand for values."""
+    state = dict(_named(_load(path)))
+    models = sorted(path.parent.glob("zero_pp_rank_*_model_states.pt"))
+    if not models:
+        return state
+    # what fills a parameter's last part up is memory that nobody has written
+    world, real = len(models), []
+    for shapes in _load(models[rank])["param_shapes"]:
+        for shape in shapes.values():
+            part = -(-shape.numel() // world)
+            real.append(torch.arange(rank * part, (rank + 1) * part) < shape.numel())
+    filled = torch.cat(real)
+    return {name: tensor[filled] if tensor.shape == filled.shape else tensor for name, tensor in state.items()}
 
 
 def _load(path: Path) -> Any:

@@ -23,13 +23,11 @@ OFFLINE = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-ON_CPU = {"ACCELERATE_USE_CPU": "true"}
+# torch.load does not know the "cpu:0" that accelerate would call the device otherwise
+_DEVICE = {"ACCELERATE_TORCH_DEVICE": "cpu"}
+ON_CPU = {**_DEVICE, "ACCELERATE_USE_CPU": "true"}
 # without ACCELERATE_USE_CPU, which keeps accelerate from using DeepSpeed at all
-DEEPSPEED_ON_CPU = {
-    "ACCELERATE_TORCH_DEVICE": "cpu",
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "DS_ACCELERATOR": "cpu",
-}
+DEEPSPEED_ON_CPU = {**_DEVICE, "ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 
 
 def command(configs: Sequence[Path], ranks: int) -> list[str]:

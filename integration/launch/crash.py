@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 VARIABLE = "SPFT_CRASH"
@@ -56,8 +57,13 @@ def _before_call(number: int, owner: type, name: str, act: Callable[[], None]) -
 
 
 def _die() -> None:
-    # every process of the group, the launcher included: as when the machine loses power
-    os.killpg(os.getpgid(0), signal.SIGKILL)
+    # the launcher and the other ranks with it: as when the machine loses power
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = psutil.Process(os.getppid())
+        ranks = [process for process in launcher.children(recursive=True) if process.pid != os.getpid()]
+        for process in (launcher, *ranks):
+            process.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _die_in_next_save() -> None:
