@@ -40,6 +40,9 @@ def write_deepspeed_json(folder: Path, engine: str, bf16: bool) -> Path:
     """The shipped configuration of a ZeRO stage, in bf16 or float32, without the overlap that gloo cannot do."""
     settings = json.loads((_SHIPPED / f"{engine}.json").read_text())
     settings["zero_optimization"]["overlap_comm"] = False
+    if engine == "zero3":
+        # else every parameter of a small model would stay gathered
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     settings["bf16"]["enabled"] = bf16
     path = folder / f"{engine}_{'bf16' if bf16 else 'float32'}.json"
     path.write_text(json.dumps(settings, indent=1))
