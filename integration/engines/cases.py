@@ -29,7 +29,7 @@ _GLOBAL_BATCH = 8
 
 
 def write_case(folder: Path, name: str, engine: str, ranks: int = RANKS, **changes: Any) -> Path:
-    """Write ``<name>.yml`` for an engine of `ENGINES` on so many ranks, or for ``single``; returns its path."""
+    """Write ``<name>.yml`` for ``single``, an engine of `ENGINES`, or ``zero<stage>-offload``; returns its path."""
     keys = _TRAINING | {"gradient_accumulation_steps": _GLOBAL_BATCH // (_TRAINING["micro_batch_size"] * ranks)}
     if engine.startswith("zero"):
         keys["deepspeed"] = str(write_deepspeed_json(folder, engine, bool(changes.get("bf16"))))
@@ -37,12 +37,16 @@ def write_case(folder: Path, name: str, engine: str, ranks: int = RANKS, **chang
 
 
 def write_deepspeed_json(folder: Path, engine: str, bf16: bool) -> Path:
-    """The shipped configuration of a ZeRO stage, in bf16 or float32, without the overlap that gloo cannot do."""
-    settings = json.loads((_SHIPPED / f"{engine}.json").read_text())
-    settings["zero_optimization"]["overlap_comm"] = False
-    if engine == "zero3":
+    """The shipped configuration of a ZeRO stage, in bf16 or float32, without what CPU ranks cannot do."""
+    settings = json.loads((_SHIPPED / f"{engine.replace('-', '_')}.json").read_text())
+    zero = settings["zero_optimization"]
+    zero["overlap_comm"] = False
+    for offload in ("offload_optimizer", "offload_param"):
+        if offload in zero:
+            zero[offload]["pin_memory"] = False
+    if zero["stage"] == 3:
         # else every parameter of a small model would stay gathered
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        zero["stage3_param_persistence_threshold"] = 0
     settings["bf16"]["enabled"] = bf16
     path = folder / f"{engine}_{'bf16' if bf16 else 'float32'}.json"
     path.write_text(json.dumps(settings, indent=1))

@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from axolotl_spft.bench.machine import machine
 from integration.engines.cases import BASES, ENGINES, RANKS, STEPS, write_case
 from integration.engines.figures import Figures, figures_of, relative_difference, same_state
 from integration.engines.run import TrainingFailed, train
@@ -133,7 +134,7 @@ def main() -> None:
             rows = run_matrix(Path(folder))
     print(table(rows))
     if options.output:
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        options.output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     if any(each["verdict"] != "ok" for each in rows):
         raise SystemExit("not every verdict is ok")
 

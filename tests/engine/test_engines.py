@@ -58,6 +58,8 @@ def runs(folder):
             case("from_file", "zero3", spft={**mask, "mask_path": str(folder / "zero3_mask.safetensors")}),
             case("few", "zero3", spft=FEW),
             case("head", "zero3", spft=WITH_HEAD),
+            case("plain", "zero2-offload"),
+            case("plain", "zero3-offload"),
             case("bf16", "zero3", bf16=True, **GRADIENTS),
         ]
 
@@ -71,7 +73,7 @@ def figures(folder, name: str):
 @pytest.mark.parametrize(
     "name",
     ["ddp_plain", "ddp_few", "ddp_head", "zero1_few", "zero2_head", "zero2_four_bit", "zero3_plain", "zero3_few",
-     "zero3_head"],
+     "zero3_head", "zero2-offload_plain", "zero3-offload_plain"],
 )  # fmt: skip
 def test_equals_one_process(folder, runs, name):
     reference = f"single_{name.partition('_')[2]}"
