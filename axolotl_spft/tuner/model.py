@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft.budget import layer_budgets
 from axolotl_spft.config import SpftConfig
+from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.csr import mask_from_positions
 from axolotl_spft.tuner.layer import SpftLinear
@@ -92,6 +93,9 @@ class SpftModel(BaseTuner):
             if not any(key.startswith(prefix) and key.endswith(ending) for key in state_dict):
                 continue
             mine = {name: layer for name, layer in layers.items() if adapter_name in layer.spft_values}
+            if any(is_partitioned(layer.spft_values[adapter_name]) for layer in mine.values()):
+                # DeepSpeed's own checkpoint: it restores the values of each rank's part and holds none of them here
+                continue
             try:
                 check_state(state_dict, mine, base, adapter_name, config.nnz, config.base_shapes)
             except SpftFileError:
