@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -132,7 +133,10 @@ _RULES = {
     "scope": (lambda v: v in SCOPES, f"must be one of {', '.join(SCOPES)}"),
     "samples": (lambda v: _is_int(v) and v >= 1, "must be a whole number of at least 1"),
     "seed": (lambda v: _is_int(v) and 0 <= v < 2**63, "must be a whole number of at least 0"),
-    "mask_path": (lambda v: isinstance(v, str) and bool(v), "must be the path of a file"),
+    "mask_path": (
+        lambda v: isinstance(v, str) and bool(v) and not Path(v).is_dir(),
+        "must be the path of a file, not of a folder",
+    ),
     "init_weights": (lambda v: isinstance(v, bool), "must be true or false"),
 }
 _OPTIONAL = ("density", "num_values", "match_lora_rank", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -157,6 +161,14 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
             kept = False
         if not kept:
             problems.append(f"`{name}: {value}` {rule}")
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(options.get(name), str):
+            try:
+                re.compile(options[name])
+            except re.error as error:
+                problems.append(
+                    f"`{name}: {options[name]}` is not a regular expression ({error}): correct it, or list names"
+                )
     budgets = [f"`{name}: {options[name]}`" for name in BUDGETS if options.get(name) is not None]
     if len(budgets) > 1:
         problems.append(f"{' and '.join(budgets)} each set the number of trained values: keep exactly one")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -72,10 +73,12 @@ class Ranks(NamedTuple):
         dist.all_gather(parts, padded)
         return torch.cat([each[:length] for each, length in zip(parts, lengths)]).to(part.device)
 
-    def wait(self) -> None:
-        """Return when every rank has come here."""
+    def from_first(self, work: Callable[[], Any]) -> Any:
+        """What ``work()`` gives on rank 0, where alone it runs, on every rank; it must not raise."""
+        found = [work() if self.rank == 0 else None]
         if self.world > 1:
-            dist.barrier()
+            dist.broadcast_object_list(found, src=0, device=_device())
+        return found[0]
 
 
 def _device() -> torch.device:

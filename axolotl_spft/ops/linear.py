@@ -45,6 +45,9 @@ class WeightOwner(Protocol):
     def effective_weight(self, values: Tensor, delta: Delta) -> Tensor:
         """W + S as (out_features, in_features), to be read at once."""
 
+    def plain_weight(self) -> Tensor:
+        """W as (out_features, in_features), to be read at once."""
+
     def effective_weight_again(self, values: Tensor, delta: Delta) -> AbstractContextManager[Tensor]:
         """The same for the backward pass: afterwards the layer is as it was before."""
 
@@ -121,6 +124,26 @@ class _EagerLinear(torch.autograd.Function):
             grad_y, *ctx.saved_tensors, ctx.delta, ctx.kept_columns, ctx.owner, need_x, need_values
         )
         return grad_x, _bias_gradient(grad_y) if need_bias else None, grad_values, None, None
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A layer without any delta, which keeps nothing at all for backward."""
+
+    @staticmethod
+    def forward(ctx, x, bias, owner):
+        ctx.owner = owner
+        return F.linear(x, owner.plain_weight().to(x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        grad_x = grad_y.matmul(ctx.owner.plain_weight().to(grad_y.dtype)) if ctx.needs_input_grad[0] else None
+        return grad_x, _bias_gradient(grad_y) if ctx.needs_input_grad[1] else None, None
+
+
+def frozen_linear(x: Tensor, bias: Tensor | None, owner: WeightOwner) -> Tensor:
+    """y = x W^T + b, asking ``owner`` for W again in the backward pass; shapes as in `sparse_linear`."""
+    return _FrozenLinear.apply(x, bias, owner)
 
 
 # --- the same as a custom op, for torch.compile

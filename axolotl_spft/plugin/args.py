@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}
 _FOREIGN_KEYS = {
     "lora_r": "set `spft.match_lora_rank`",
     "lora_alpha": "leave it out: sparse values are not scaled",
+    "lora_dropout": "leave it out: sparse values are not dropped",
     "lora_target_modules": "set `spft.target_modules`",
     "lora_target_linear": "set `spft.target_modules: all-linear`",
     "lora_target_parameters": "leave it out: only linear modules are adapted",
@@ -41,7 +43,13 @@ _UNSUPPORTED = {
         "leave it out: `adapter: spft` does not train under FSDP; shard with `deepspeed` and ZeRO-3 instead",
     ),
     **dict.fromkeys(
-        ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size"),
+        (
+            "tensor_parallel_size",
+            "context_parallel_size",
+            "sequence_parallel_degree",
+            "expert_parallel_size",
+            "dp_shard_size",
+        ),
         "leave it out: `adapter: spft` trains data-parallel only (DDP, DeepSpeed ZeRO-1, 2, 3)",
     ),
 }
@@ -82,12 +90,41 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
         if cfg.get(key)
     ]
     problems += [
-        f"`{key}: {cfg[key]}`: {remedy}"
-        for key, remedy in _UNSUPPORTED.items()
-        if cfg.get(key) and not (key.endswith("_parallel_size") and cfg[key] == 1)
+        f"`{key}: {cfg[key]}`: {remedy}" for key, remedy in _UNSUPPORTED.items() if cfg.get(key) and cfg[key] != 1
     ]
+    if cfg.get("save_only_model") and (cfg.get("resume_from_checkpoint") or cfg.get("auto_resume_from_checkpoints")):
+        problems.append(
+            "`save_only_model: true` writes checkpoints without optimizer state, which cannot be resumed: leave it "
+            "out, or go on from one with `lora_model_dir`"
+        )
+    if cfg.get("rl") in ("dpo", "ipo", "kto") and cfg.get("lora_model_dir") and not cfg.get("inference"):
+        problems.append(
+            f"`lora_model_dir` is not read under `rl: {cfg['rl']}`, whose trainer makes the adapter itself: merge the "
+            "adapter first (`axolotl merge-lora`) and name the result as `base_model`"
+        )
+    problems += problems_of_launcher(cfg)
     if cfg.get("deepspeed"):
         problems += problems_of_deepspeed(cfg, optimizer in OPTIMIZERS)
+    return problems
+
+
+def problems_of_launcher(cfg: Mapping[str, Any]) -> list[str]:
+    """An engine that accelerate's own configuration switches on, behind the keys of the run."""
+
+    def asked(variable: str) -> bool:
+        return os.environ.get(variable, "false").lower() in ("true", "1")
+
+    problems = []
+    if asked("ACCELERATE_USE_FSDP"):
+        problems.append(
+            "accelerate's configuration asks for FSDP, under which `adapter: spft` does not train: launch with "
+            "`integration/accelerate/one_node.yml` and set `deepspeed`"
+        )
+    if asked("ACCELERATE_USE_DEEPSPEED") and not cfg.get("deepspeed"):
+        problems.append(
+            "accelerate's configuration asks for DeepSpeed, but the key `deepspeed` is not set: name the JSON file "
+            "there, and launch with `integration/accelerate/one_node.yml`"
+        )
     return problems
 
 

@@ -40,17 +40,33 @@ def checkpoint_to_resume(cfg: Any, ranks: Ranks, engine: str) -> str | None:
         SpftError: the checkpoint that ``resume_from_checkpoint`` names is not complete, or the run that made it had
             another number of ranks or another engine.
     """
+    # one rank looks and all do as it found: a file system may show the others another state for a while
+    name, error = ranks.from_first(lambda: _find(cfg, ranks.world, engine))
+    if error:
+        raise SpftError(error)
+    if name:
+        cfg.resume_from_checkpoint = name
+        if ranks.sum_numbers(int(Path(name, ADAPTER_FILE).is_file()))[0] < ranks.world:
+            raise SpftError(f"{name} is not there on every node: write checkpoints to a folder that all nodes see")
+    return name
+
+
+def _find(cfg: Any, world: int, engine: str) -> tuple[str | None, str | None]:
+    """The checkpoint to resume from, or what is wrong with it."""
     from axolotl.utils.train import determine_last_checkpoint
 
-    automatic = cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None
-    if automatic:
-        if ranks.rank == 0:
+    try:
+        if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
             _set_incomplete_aside(Path(cfg.output_dir))
-        ranks.wait()
-    name = determine_last_checkpoint(cfg)
-    if not name:
-        return None
-    checkpoint = Path(name)
+        name = determine_last_checkpoint(cfg)
+        if name:
+            _check(Path(name), world, engine)
+    except (SpftError, OSError) as error:
+        return None, str(error)
+    return name or None, None
+
+
+def _check(checkpoint: Path, world: int, engine: str) -> None:
     problems = problems_of_checkpoint(checkpoint)
     if problems:
         raise SpftError(
@@ -58,42 +74,59 @@ def checkpoint_to_resume(cfg: Any, ranks: Ranks, engine: str) -> str | None:
             "`resume_from_checkpoint`, or delete this folder"
         )
     made_by = _recorded_run(checkpoint)
-    if made_by and made_by != {"world": ranks.world, "engine": engine}:
+    if made_by and made_by != {"world": world, "engine": engine}:
         raise SpftError(
             f"{checkpoint} was made by {made_by['world']} ranks under {made_by['engine']}, but this run has "
-            f"{ranks.world} under {engine}: start it as it was, or leave `resume_from_checkpoint` and "
+            f"{world} under {engine}: start it as it was, or leave `resume_from_checkpoint` and "
             f"`auto_resume_from_checkpoints` out and set `lora_model_dir: {checkpoint}` to go on from its values with "
             "a new optimizer state"
         )
-    return name
 
 
 def problems_of_checkpoint(checkpoint: Path) -> list[str]:
     """What a checkpoint folder lacks to be resumed from; empty when it is complete."""
-    problems = [f"{name} is missing" for name in _expected_files(checkpoint) if not (checkpoint / name).is_file()]
+    problems = [f"{name} is missing" for name in _missing_files(checkpoint)]
     for path in sorted(checkpoint.rglob("*")):
         try:
             if path.suffix == ".safetensors":
                 check_safetensors(path)
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-                problems.append(f"{path.relative_to(checkpoint)} is cut off")
-        except (SpftFileError, ValueError):
+            elif path.suffix in (".pt", ".pth"):
+                # reads everything: a machine that loses power can leave zeros in a file of the right length
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip() is not None:
+                        raise ValueError
+        except (SpftFileError, ValueError, zipfile.BadZipFile):
             problems.append(f"{path.relative_to(checkpoint)} is cut off")
     return problems
 
 
-def _expected_files(checkpoint: Path) -> list[str]:
-    expected = ["adapter_config.json", ADAPTER_FILE, "scheduler.pt", "trainer_state.json"]
+def _missing_files(checkpoint: Path) -> list[str]:
+    # the trainer writes its state last, when all ranks have written theirs
+    expected = ["adapter_config.json", ADAPTER_FILE, "trainer_state.json"]
     made_by = _recorded_run(checkpoint)
-    if made_by and made_by["world"] > 1:
-        expected += [f"rng_state_{rank}.pth" for rank in range(made_by["world"])]
+    world = made_by["world"] if made_by else 1
+    if world > 1:
+        expected += [f"rng_state_{rank}.pth" for rank in range(world)]
     elif made_by:
         expected.append("rng_state.pth")
-    # DeepSpeed writes `latest` when all ranks have written their parts
-    expected.append("latest" if any(checkpoint.glob("global_step*")) else "optimizer.pt")
-    return expected
+    by_deepspeed = any(checkpoint.glob("global_step*"))
+    if not by_deepspeed:
+        # with DeepSpeed a schedule of its own is in its files
+        expected += ["optimizer.pt", "scheduler.pt"]
+    missing = [name for name in expected if not (checkpoint / name).is_file()]
+    return missing + (_missing_of_deepspeed(checkpoint, world) if by_deepspeed else [])
+
+
+def _missing_of_deepspeed(checkpoint: Path, world: int) -> list[str]:
+    latest = checkpoint / "latest"
+    tag = latest.read_text().strip() if latest.is_file() else ""
+    if not tag or not (checkpoint / tag).is_dir():
+        return [tag or "latest"]
+    parts = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(world)]
+    # with a prefix where DeepSpeed's optimizer is the one for bf16
+    return [f"{tag}/{part}" for part in parts if not any((checkpoint / tag).glob(f"*{part}"))]
 
 
 def _recorded_run(checkpoint: Path) -> dict[str, Any] | None:
@@ -105,9 +138,16 @@ def _recorded_run(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _set_incomplete_aside(output_dir: Path) -> None:
-    """Rename every incomplete ``checkpoint-<step>`` to ``incomplete-checkpoint-<step>``."""
+    """Rename every ``checkpoint-<step>`` that a crash left incomplete to ``incomplete-checkpoint-<step>``."""
     for checkpoint in output_dir.glob("checkpoint-*"):
         problems = problems_of_checkpoint(checkpoint) if checkpoint.name.split("-")[-1].isdigit() else []
+        if problems and any(
+            (checkpoint / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
+        ):
+            raise SpftError(
+                f"{checkpoint} is a whole model's checkpoint, not a sparse adapter's: set another `output_dir`, or "
+                "leave `auto_resume_from_checkpoints` out"
+            )
         if problems:
             aside, number = checkpoint.with_name(f"incomplete-{checkpoint.name}"), 1
             while aside.exists():

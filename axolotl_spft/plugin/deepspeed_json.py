@@ -18,6 +18,8 @@ def read_deepspeed_json(deepspeed: str | Mapping[str, Any]) -> Mapping[str, Any]
     """
     if isinstance(deepspeed, Mapping):
         return deepspeed
+    if not isinstance(deepspeed, str):
+        raise ValueError(f"`deepspeed: {deepspeed}` must be the path of a JSON file or a block of its keys")
     try:
         settings = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
     except OSError as error:
@@ -50,8 +52,28 @@ def problems_of_deepspeed(cfg: Mapping[str, Any], own_optimizer: bool) -> list[s
     except ValueError as error:
         return [str(error)]
     name = "the DeepSpeed settings" if isinstance(deepspeed, Mapping) else str(deepspeed)
+    problems = [
+        f'{name}: "{key}": {settings[key]} must be a block of keys, as in `integration/deepspeed`'
+        for key in ("zero_optimization", "bf16", "fp16")
+        if not isinstance(settings.get(key) or {}, Mapping)
+    ]
+    if problems:
+        return problems
     zero = settings.get("zero_optimization") or {}
-    problems = []
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        return [f'{name}: "stage": {zero["stage"]} must be 0, 1, 2 or 3']
+    if (settings.get("bf16") or {}).get("enabled") is True and run_dtype(cfg) != "bfloat16":
+        problems.append(
+            f'{name}: "bf16" is enabled, but the run computes in {run_dtype(cfg)}: write `bf16: true` in the YAML '
+            'file, or "enabled": false here'
+        )
+    if zero.get("round_robin_gradients"):
+        problems.append(f'{name}: "round_robin_gradients" is not supported: leave it out')
+    problems += [
+        f'{name}: "{key}" to nvme is not supported: write "device": "cpu", or leave it out'
+        for key in ("offload_optimizer", "offload_param")
+        if (zero.get(key) or {}).get("device") == "nvme"
+    ]
     if "optimizer" in settings:
         problems.append(
             f'{name}: its "optimizer" block would replace `optimizer: {cfg.get("optimizer")}`: remove the block, and '

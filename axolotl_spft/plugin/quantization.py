@@ -37,12 +37,13 @@ def run_dtype(cfg: MutableMapping[str, Any]) -> str:
     """The dtype that Axolotl will choose from the same raw keys."""
     from transformers.utils import is_torch_bf16_gpu_available
 
-    bf16, fp16 = cfg.get("bf16", "auto"), cfg.get("fp16") or cfg.get("float16")
-    if bf16 in ("auto", None):
+    bf16, fp16, float16 = cfg.get("bf16", "auto"), cfg.get("fp16"), cfg.get("float16")
+    if bf16 == "auto":
         bf16 = not fp16 and is_torch_bf16_gpu_available()
+        fp16 = fp16 or (not bf16 and fp16 is None and not float16)
     if bf16 or cfg.get("bfloat16"):
         return "bfloat16"
-    return "float16" if fp16 else "float32"
+    return "float16" if fp16 or float16 else "float32"
 
 
 def check_quantized(model: nn.Module, load_in_4bit: bool, load_in_8bit: bool) -> None:

@@ -70,8 +70,14 @@ def select_mask(
     source = {"salience": config.salience, "scope": config.scope, "samples": 0, "seed": config.seed or 0}
     ranks = Ranks.current()
     # asked once for all: another rank may write the file while this one still looks for it
-    if ranks.sum_numbers(int(bool(config.mask_path) and Path(config.mask_path).is_file()))[0] == ranks.world:
-        masks, source = _masks_from_file(config, layers)
+    found = ranks.sum_numbers(int(bool(config.mask_path) and Path(config.mask_path).is_file()))[0]
+    if 0 < found < ranks.world:
+        raise SpftFileError(
+            f"`mask_path: {config.mask_path}` exists for {found} of {ranks.world} ranks only: copy the file to every "
+            "node, or delete it everywhere to compute the mask anew"
+        )
+    if found:
+        masks, source = on_every_rank(lambda: _masks_from_file(config, layers), ranks)
         origin = f"{config.mask_path} ({_describe(source)})"
     else:
         gradients = None
@@ -80,13 +86,28 @@ def select_mask(
             gradients = list(sums.values())
         masks = _select(config, layers, gradients, ranks)
         origin = _describe(source)
-        if config.mask_path and ranks.rank == 0:
-            save_masks(config.mask_path, masks, source)
+        if config.mask_path:
+            on_every_rank(lambda: save_masks(config.mask_path, masks, source) if ranks.rank == 0 else None, ranks)
     install_masks(model, adapter_name, masks, source)
     check_same_mask(model, ranks, adapter_name)
     return report_masks(
         {name: (masks[name], layer.in_features) for name, layer in layers.items()}, origin, source.get("samples", 0)
     )
+
+
+def on_every_rank(work: Callable[[], Any], ranks: Ranks) -> Any:
+    """``work()``; an error on one rank is raised on all, where the others would wait for it at their next exchange."""
+    result, failure = None, None
+    try:
+        result = work()
+    except (SpftError, OSError) as error:
+        failure = error
+    failed = ranks.sum_numbers(int(failure is not None))[0]
+    if failure is not None:
+        raise failure
+    if failed:
+        raise SpftError(f"{failed} of {ranks.world} ranks failed: their messages say why")
+    return result
 
 
 def adapted_layers(model: nn.Module) -> dict[str, SpftLinear]:

@@ -64,6 +64,11 @@ class BaseWeight:
         return self.quantization_backend is not None and not self.quantization_backend.supports_merge
 
     @property
+    def keeps_gathered_weight(self) -> bool:
+        """Whether the base layer's own forward would keep a weight that ZeRO-3 has gathered until backward."""
+        return self.quantization_backend is not None and not self.forward_only and is_deepspeed_zero3_enabled()
+
+    @property
     def in_place(self) -> bool:
         """Whether the weight may hold W + S itself."""
         if self._in_place is None:
@@ -126,6 +131,10 @@ class BaseWeight:
         if self.in_place:
             return self._oriented(self._write(Written(values.detach(), delta.positions, delta.originals)))
         return self._oriented(self._fresh_sum([(values, delta.positions)]))
+
+    def plain_weight(self) -> Tensor:
+        """W as (out_features, in_features), to be read at once, of a weight that is made afresh for each use."""
+        return self._oriented(self._fresh_sum([]))
 
     @contextmanager
     def effective_weight_again(self, values: Tensor, delta: Delta) -> Iterator[Tensor]:

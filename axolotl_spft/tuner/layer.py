@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.branch import add_sparse_branch
 from axolotl_spft.ops.csr import Mask, empty_mask, mask_from_positions, positions
-from axolotl_spft.ops.linear import Delta, register_owner, sparse_linear
+from axolotl_spft.ops.linear import Delta, frozen_linear, register_owner, sparse_linear
 from axolotl_spft.ops.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.base_weight import BaseWeight, Written, keep_dequantizable
@@ -211,14 +211,14 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         names = () if self.merged else self._filled_active_adapters()
-        if not names:
+        if not names and not self.keeps_gathered_weight:
             return self.base_layer(x, *args, **kwargs)
-        if names not in self._deltas:
+        if names and names not in self._deltas:
             self._deltas[names] = self._make_delta(names)
-        delta, places = self._deltas[names]
-        values = self._values(names, delta, places)
         if self.forward_only:
-            return add_sparse_branch(self.base_layer(x, *args, **kwargs), x, values, delta.plan)
+            delta, places = self._deltas[names]
+            y = self.base_layer(x, *args, **kwargs)
+            return add_sparse_branch(y, x, self._values(names, delta, places), delta.plan)
         base_layer = self.get_base_layer()
         autocast = torch.is_autocast_enabled(x.device.type)
         if autocast:
@@ -228,10 +228,13 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             dtype = getattr(base_layer, "compute_dtype", None) or x.dtype
         else:
             dtype = x.dtype
-        bias = base_layer.bias
-        y = sparse_linear(
-            x.to(dtype), None if bias is None else bias.to(dtype), values, delta, self.out_features, self, self._owner
-        )
+        bias = None if base_layer.bias is None else base_layer.bias.to(dtype)
+        if names:
+            delta, places = self._deltas[names]
+            values = self._values(names, delta, places)
+            y = sparse_linear(x.to(dtype), bias, values, delta, self.out_features, self, self._owner)
+        else:
+            y = frozen_linear(x.to(dtype), bias, self)
         return y if autocast else y.to(x.dtype)
 
     def get_base_layer(self) -> nn.Module:

@@ -54,6 +54,8 @@ def runs(folder):
             case("bf16", "zero2", bf16=True),
             case("eight_bit", "zero1", optimizer="sparse_adamw_8bit"),
             case("four_bit", "zero2", **BASES["4bit"]),
+            case("bf16", "zero1", bf16=True),
+            case("eight_bit_base", "zero2", load_in_8bit=True),
             case("plain", "zero3", spft={**mask, "mask_path": str(folder / "zero3_mask.safetensors")}),
             case("from_file", "zero3", spft={**mask, "mask_path": str(folder / "zero3_mask.safetensors")}),
             case("few", "zero3", spft=FEW),
@@ -81,7 +83,7 @@ def test_equals_one_process(folder, runs, name):
     assert problems_of(figures(folder, name), figures(folder, reference)) == []
 
 
-@pytest.mark.parametrize("name", ["zero2_bf16", "zero3_bf16"])
+@pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
 def test_bf16_is_close_to_one_process(folder, runs, name):
     """The engines round the values, whose masters they keep, to bf16; one process computes with the masters."""
     assert (runs[name], runs["single_bf16"]) == (None, None)
@@ -98,9 +100,10 @@ def test_salience_pass_leaves_no_trace(folder, runs, engine):
     assert figures(folder, f"{engine}_plain").losses == figures(folder, f"{engine}_from_file").losses
 
 
-def test_eight_bit_base_trains(folder, runs):
-    assert runs["ddp_eight_bit_base"] is None
-    losses = figures(folder, "ddp_eight_bit_base").losses
+@pytest.mark.parametrize("name", ["ddp_eight_bit_base", "zero2_eight_bit_base"])
+def test_eight_bit_base_trains(folder, runs, name):
+    assert runs[name] is None
+    losses = figures(folder, name).losses
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -151,7 +154,12 @@ def test_the_saved_adapter_is_complete(folder, runs, name):
 
 @pytest.mark.parametrize(
     ("engine", "base", "dies_at"),
-    [("ddp", "float", "step:4"), ("zero2", "float", "checkpoint:2"), ("zero3", "4bit", "salience:2")],
+    [
+        ("ddp", "float", "step:4"),
+        ("zero2", "float", "checkpoint:2"),
+        ("zero3", "4bit", "salience:2"),
+        ("zero3", "float", "checkpoint:2"),
+    ],
 )
 def test_killed_and_resumed_equals_uninterrupted(folder, engine, base, dies_at):
     fresh, killed = (write_case(folder, f"{engine}_{name}", engine, **BASES[base]) for name in ("whole", "killed"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,19 +42,20 @@ def select_everything() -> list[torch.Tensor]:
     return selected
 
 
-def everything() -> dict:
+def everything(folder: str) -> dict:
     return {
         "selected": select_everything(),
         "masks": [mask_of_model(*case) for case in CASES],
         "tracked": tracked_bytes(),
         "refused": differing_masks(),
+        "half": mask_on_one_node(folder),
     }
 
 
 @pytest.fixture(scope="module")
-def by_rank():
+def by_rank(tmp_path_factory):
     """What each of two ranks found."""
-    return on_ranks(2, everything)
+    return on_ranks(2, everything, str(tmp_path_factory.mktemp("nodes")))
 
 
 def test_selection_on_shards_is_that_of_one_process(by_rank):
@@ -86,18 +88,17 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, shapes: set[tuple[int, int]], known: list[torch.Tensor]):
         super().__init__()
         self.shapes, self.live, self.peak = shapes, {}, 0
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.known = {tensor.data_ptr() for tensor in known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) in self.shapes:
                 storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.live and key not in self.known:
-                    self.live[key] = storage.nbytes()
-                    weakref.finalize(storage, self.live.pop, key, None)
-                    self.peak = max(self.peak, sum(self.live.values()))
+                if storage.data_ptr() not in self.known:
+                    self.live = {at: each for at, each in self.live.items() if not each[0].expired()}
+                    self.live[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+                    self.peak = max(self.peak, sum(nbytes for _, nbytes in self.live.values()))
         return result
 
 
@@ -144,6 +145,30 @@ def differing_masks() -> str:
         return check_same_mask(model, ranks)
     except SpftError as error:
         return str(error)
+
+
+def mask_on_one_node(folder: str) -> list[str]:
+    """What is said about a mask file that one rank alone has, and one that is damaged for it."""
+    ranks, said = Ranks.current(), []
+    for name, contents in (("absent", [b"mine", None]), ("damaged", [b"torn", b"torn"])):
+        path = Path(folder, f"{name}-{ranks.rank}")
+        if contents[ranks.rank] is not None:
+            path.write_bytes(contents[ranks.rank])
+        model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, mask_path=str(path)))
+        try:
+            select_mask(model, [token_batch()])
+        except SpftError as error:
+            said.append(str(error))
+        if path.exists():
+            assert path.read_bytes() == contents[ranks.rank]
+    return said
+
+
+def test_a_mask_file_of_some_nodes_only_is_neither_used_nor_replaced(by_rank):
+    for found in by_rank:
+        absent, damaged = found["half"]
+        assert "exists for 1 of 2 ranks only: copy the file to every node" in absent
+        assert "not a complete safetensors file" in damaged
 
 
 def test_ranks_with_different_masks_refuse_to_train(by_rank):

@@ -9,6 +9,7 @@ from axolotl_spft import SpftArgs
 from axolotl_spft.config import option_names
 from axolotl_spft.plugin.args import check_run
 
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
 GOOD = {"adapter": "spft", "optimizer": "sparse_adamw", "output_dir": "out"}
 
 
@@ -36,6 +37,36 @@ def test_good_configurations_pass(options):
         ({"deepspeed": "no_such.json"}, ["`deepspeed: no_such.json` cannot be read", "integration/deepspeed"]),
         ({"fsdp_config": {"a": 1}, "fsdp_version": 2}, ["`fsdp_version: 2`: leave it out", "ZeRO-3 instead"]),
         ({"tensor_parallel_size": 2}, ["`tensor_parallel_size: 2`: leave it out", "data-parallel only"]),
+        ({"dp_shard_size": 2}, ["`dp_shard_size: 2`: leave it out"]),
+        ({"sequence_parallel_degree": 2}, ["`sequence_parallel_degree: 2`: leave it out"]),
+        ({"save_only_model": True, "auto_resume_from_checkpoints": True}, ["cannot be resumed", "`lora_model_dir`"]),
+        ({"rl": "dpo", "lora_model_dir": "x"}, ["is not read under `rl: dpo`", "axolotl merge-lora"]),
+        ({"lora_dropout": 0.1}, ["`lora_dropout: 0.1` has no meaning"]),
+        ({"spft": {"target_modules": "(q"}}, ["`target_modules: (q` is not a regular expression"]),
+        ({"spft": {"mask_path": "."}}, ["`mask_path: .` must be the path of a file"]),
+        ({"deepspeed": 3}, ["`deepspeed: 3` must be the path of a JSON file"]),
+        ({"deepspeed": {"zero_optimization": True}}, ['"zero_optimization": True must be a block']),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}, "bf16": True}}, ['"bf16": True must be a block']),
+        ({"deepspeed": {"zero_optimization": {"stage": "auto"}}}, ['"stage": auto must be 0, 1, 2 or 3']),
+        ({"deepspeed": {"bf16": {"enabled": True}}, "bf16": False}, ['"bf16" is enabled, but the run computes in']),
+        ({"deepspeed": {"optimizer": {"type": "AdamW"}}}, ['"optimizer" block would replace', "remove the block"]),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}},
+            ['add "zero_force_ds_cpu_optimizer": false'],
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}},
+            ['"offload_optimizer" to nvme is not supported'],
+        ),
+        ({"deepspeed": {"zero_optimization": {"stage": 1, "round_robin_gradients": True}}}, ["round_robin"]),
+        ({"deepspeed": ZERO3, "bf16": True}, ['write "bf16": {"enabled": true}']),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["stage3_gather_16bit_weights_on_model_save"]),
+        ({"deepspeed": ZERO3, "load_in_8bit": True}, ["write `load_in_4bit: true`, or use ZeRO-2"]),
+        (
+            {"deepspeed": ZERO3, "load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_quant_storage": "uint8"}},
+            ["differs from the run's"],
+        ),
+        ({"deepspeed": ZERO3, "gradient_checkpointing": True, "rl": "orpo"}, ["{use_reentrant: true}"]),
         ({"unfrozen_parameters": ["lm_head"]}, ["set `spft.modules_to_save`"]),
     ],
 )
@@ -55,3 +86,10 @@ def test_all_problems_come_together():
 def test_other_adapters_are_left_alone():
     assert check_run({"adapter": "lora", "lora_r": 8, "optimizer": "adamw_torch", "deepspeed": "zero3.json"}) == []
     assert check_run({}) == []
+
+
+def test_engines_that_accelerate_switches_on_are_refused_too(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert "the key `deepspeed` is not set" in check_run(GOOD)[0]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "asks for FSDP" in check_run({**GOOD, "deepspeed": ZERO3, "bf16": False, "fp16": False})[0]

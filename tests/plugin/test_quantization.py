@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.plugin.quantization import check_quantized, prepare_for_training, request_quantization
+from axolotl_spft.plugin.quantization import check_quantized, prepare_for_training, request_quantization, run_dtype
 from tests.models import tiny_llama
 from tests.tuner.test_quantized import quantize
 
@@ -23,6 +23,21 @@ def test_four_bit_as_on_axolotls_qlora_path(keys, dtype):
     assert settings["bnb_4bit_use_double_quant"] is True
     assert settings["bnb_4bit_compute_dtype"] == settings["bnb_4bit_quant_storage"] == dtype
     assert settings["load_in_4bit"] is True
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+@pytest.mark.parametrize("fp16", [None, False, True])
+@pytest.mark.parametrize("bf16", ["auto", True, False])
+def test_the_runs_dtype_is_the_one_that_axolotl_resolves(monkeypatch, bf16, fp16, has_bf16):
+    import axolotl.utils.config
+    from axolotl.utils.dict import DictDefault
+
+    for module in ("axolotl.utils.config", "transformers.utils"):
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: has_bf16)
+    keys = {"bf16": bf16} if fp16 is None else {"bf16": bf16, "fp16": fp16}
+    resolved = DictDefault(keys)
+    axolotl.utils.config.resolve_dtype(resolved)
+    assert run_dtype(keys) == str(resolved.torch_dtype).removeprefix("torch.")
 
 
 def test_eight_bit_and_neither():

@@ -13,6 +13,7 @@ from torch import nn
 
 from axolotl_spft import SparseAdamW, SpftConfig, select_mask
 from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.tuner import SpftLinear
 from tests.models import ARCHITECTURES, logits, same_weights, tiny_llama, token_batch, weights_of, with_adapter
 
 KINDS = ["4bit", "4bit-double", "8bit"]
@@ -150,6 +151,20 @@ def test_the_mask_is_that_of_the_dequantized_model(kind):
         shared, total = shared + len(first & second), total + len(first)
     # scores that differ by rounding may change places at the threshold
     assert shared >= (0.99 if kind != "8bit" else 0.9) * total
+
+
+def test_an_empty_layer_under_zero3_keeps_nothing_of_its_weight(monkeypatch):
+    monkeypatch.setattr("axolotl_spft.tuner.base_weight.is_deepspeed_zero3_enabled", lambda: True)
+    layer = SpftLinear(quantize(tiny_llama(), "4bit").model.layers[0].mlp.up_proj, "default")
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert kept == []
+    y.square().sum().backward()
+    weight = layer.get_base_weight().to(x.dtype)
+    torch.testing.assert_close(y, x.detach() @ weight.t())
+    torch.testing.assert_close(x.grad, 2 * y.detach() @ weight)
 
 
 def test_nothing_dequantized_is_kept_for_backward():
