@@ -51,6 +51,7 @@ def memory_per_rank(
     world: int,
     state_bits: int = 32,
     others: tuple[int, int] = (0, 4),
+    buckets: int = 0,
     reads_gradients: bool = True,
 ) -> MemoryPerRank:
     """The bytes that one rank needs.
@@ -64,6 +65,7 @@ def memory_per_rank(
         engine: of `engine_of`.
         world: ranks.
         state_bits: of the moments, 32 or 8.
+        buckets: elements of DeepSpeed's buckets, which it allocates whole to send gradients from.
         others: entries of the parameters that are trained whole (``modules_to_save``), and the bytes of each.
         reads_gradients: whether a salience pass collects dense gradients.
     """
@@ -78,7 +80,7 @@ def memory_per_rank(
     indices = nnz * (per_value + original_bytes) + sum(4 * (out_features + 1) for out_features, _ in shapes)
     if stage:
         # float32; whole on every rank until stage 2 leaves each rank its part
-        gradients = 4 * count / (world if stage >= 2 else 1)
+        gradients = 4 * count / (world if stage >= 2 else 1) + buckets * value_bytes
         masters = 4 * count
     else:
         # DistributedDataParallel sends them from buckets of its own

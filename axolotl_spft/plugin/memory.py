@@ -40,9 +40,18 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, world: int, state_bi
         engine=engine,
         world=world,
         state_bits=state_bits,
+        buckets=_bucket_elements(args),
         others=(sum(map(_numel, others)), 2 if low_precision or not others else others[0].element_size()),
         reads_gradients=not held and config.salience in NEEDS_GRADIENT,
     )
+
+
+def _bucket_elements(args: Any) -> int:
+    settings = getattr(args, "hf_deepspeed_config", None)
+    zero = settings.config.get("zero_optimization", {}) if settings else {}
+    size = zero.get("reduce_bucket_size", 500_000_000) if zero.get("stage") else 0
+    # "auto" until the engine is made: then the square of the hidden size, a few million
+    return (2 if zero.get("overlap_comm") else 1) * size if isinstance(size, int) else 0
 
 
 def _numel(parameter: nn.Parameter) -> int:

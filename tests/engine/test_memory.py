@@ -76,3 +76,13 @@ def test_stages_share_more_and_more():
     assert [stage.base for stage in stages] == [1000, 1000, 250]
     assert [stage.salience for stage in stages] == [2000 + 1200, 2000 + 1200, 500 + 1200]
     assert "in training" in str(single)
+
+
+def test_deepspeeds_buckets_are_counted():
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.05))
+    zero = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": True}
+    arguments = SimpleNamespace(
+        bf16=True, fp16=False, hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": zero})
+    )
+    with_buckets, without = (memory_of_run(model, each, "zero2", 2, 32) for each in (arguments, ARGUMENTS))
+    assert with_buckets.gradients - without.gradients == 2 * 1000 * 2
