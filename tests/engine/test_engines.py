@@ -163,7 +163,9 @@ def test_the_saved_adapter_is_complete(folder, runs, name):
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(folder, engine, base, dies_at):
-    fresh, killed = (write_case(folder, f"{engine}_{name}", engine, **BASES[base]) for name in ("whole", "killed"))
+    fresh, killed = (
+        write_case(folder, f"{engine}_{base}_{name}", engine, **BASES[base]) for name in ("whole", "killed")
+    )
     train(fresh, RANKS)
     train(killed, RANKS, dies_at=dies_at)
     left = sorted(path.name for path in (folder / killed.stem).glob("checkpoint-*"))
