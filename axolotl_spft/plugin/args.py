@@ -90,7 +90,10 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
         if cfg.get(key)
     ]
     problems += [
-        f"`{key}: {cfg[key]}`: {remedy}" for key, remedy in _UNSUPPORTED.items() if cfg.get(key) and cfg[key] != 1
+        f"`{key}: {cfg[key]}`: {remedy}"
+        for key, remedy in _UNSUPPORTED.items()
+        # one rank of a kind of parallelism is none of it
+        if cfg.get(key) and (key.startswith("fsdp") or cfg[key] != 1)
     ]
     if cfg.get("save_only_model") and (cfg.get("resume_from_checkpoint") or cfg.get("auto_resume_from_checkpoints")):
         problems.append(

@@ -36,6 +36,7 @@ def test_good_configurations_pass(options):
         ({"inference": True}, ["add `lora_model_dir: out`"]),
         ({"deepspeed": "no_such.json"}, ["`deepspeed: no_such.json` cannot be read", "integration/deepspeed"]),
         ({"fsdp_config": {"a": 1}, "fsdp_version": 2}, ["`fsdp_version: 2`: leave it out", "ZeRO-3 instead"]),
+        ({"fsdp_version": 1}, ["`fsdp_version: 1`: leave it out"]),
         ({"tensor_parallel_size": 2}, ["`tensor_parallel_size: 2`: leave it out", "data-parallel only"]),
         ({"dp_shard_size": 2}, ["`dp_shard_size: 2`: leave it out"]),
         ({"sequence_parallel_degree": 2}, ["`sequence_parallel_degree: 2`: leave it out"]),
