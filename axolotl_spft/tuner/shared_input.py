@@ -47,9 +47,13 @@ class SharedInput:
         self.readers = readers
         self.forget()
 
-    def __reduce__(self) -> tuple:
+    def __getstate__(self) -> dict:
         # reached by copy.deepcopy and pickling, which weak references would not survive
-        return SharedInput, (self.readers,)
+        return {"readers": self.readers}
+
+    def __setstate__(self, state: dict) -> None:
+        self.readers = state["readers"]
+        self.forget()
 
     def forget(self) -> None:
         """Forget what was worked out from the masks, and from x."""
