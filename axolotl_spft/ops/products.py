@@ -20,6 +20,8 @@ _LEAD_OF_TILES = 200  # halves with AMX: estimated from 1.7 TFLOP/s on two cores
 
 @functools.cache
 def _lacks_instructions(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
