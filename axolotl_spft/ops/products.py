@@ -19,7 +19,8 @@ _LEAD_OF_TILES = 200  # halves with AMX: estimated from 1.7 TFLOP/s on two cores
 
 
 @functools.cache
-def _lacks_instructions(dtype: torch.dtype) -> bool:
+def lacks_instructions(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU multiplies ``dtype`` without instructions for it."""
     if not torch.backends.mkldnn.is_available():
         return False
     supported = {
@@ -31,7 +32,7 @@ def _lacks_instructions(dtype: torch.dtype) -> bool:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products with ``x`` are fastest."""
-    return torch.float32 if x.device.type == "cpu" and _lacks_instructions(x.dtype) else x.dtype
+    return torch.float32 if x.device.type == "cpu" and lacks_instructions(x.dtype) else x.dtype
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
@@ -51,5 +52,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @functools.cache
 def product_lead(dtype: torch.dtype) -> int:
     """How many times as fast as a sampled product a matrix product of ``dtype`` is, for each multiply-add."""
-    has_tiles = dtype in _HALVES and not _lacks_instructions(dtype) and torch.cpu._is_amx_tile_supported()
+    has_tiles = dtype in _HALVES and not lacks_instructions(dtype) and torch.cpu._is_amx_tile_supported()
     return _LEAD_OF_TILES if has_tiles else _LEAD_OF_VECTORS
