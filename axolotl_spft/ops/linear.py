@@ -227,9 +227,8 @@ def kept_columns(x: Tensor, plan: Plan) -> Tensor:
     x = x.detach()
     if plan.kept is None:
         return x
-    return (
-        torch.ops.spft.select_columns(x, plan.kept) if torch.compiler.is_compiling() else select_columns(x, plan.kept)
-    )
+    select = torch.ops.spft.select_columns if torch.compiler.is_compiling() else select_columns
+    return select(x, plan.kept)
 
 
 def sparse_linear(

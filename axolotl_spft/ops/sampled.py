@@ -20,7 +20,7 @@ from axolotl_spft.ops.products import product_lead
 
 def sampling_pays(plan: Plan, nnz: int, grad_y: Tensor) -> bool:
     """Whether `sampled_values_grad` takes less time than the product of rows and columns; both grow with the tokens."""
-    return not grad_y.is_cuda and nnz * product_lead(grad_y.dtype) < plan.n_rows * plan.n_columns
+    return grad_y.device.type == "cpu" and nnz * product_lead(grad_y.dtype) < plan.n_rows * plan.n_columns
 
 
 def sampled_values_grad(grad_y: Tensor, x_columns: Tensor, mask: Mask, plan: Plan) -> Tensor:

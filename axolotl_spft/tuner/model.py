@@ -141,7 +141,7 @@ def _mark_shared_weights(model: nn.Module) -> None:
 def _mark_shared_inputs(model: nn.Module) -> None:
     """Tell sparse layers which others read the same tensor."""
     layers = spft_layers(model)
-    for names in group_by_input(layers):
+    for names in group_by_input({name: layer.in_features for name, layer in layers.items()}):
         readers = [layers[name] for name in names]
         shared_input = SharedInput(readers)
         for layer in readers:

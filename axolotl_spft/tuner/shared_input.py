@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -97,11 +97,15 @@ class _Kept(NamedTuple):
     kept: TensorWeakRef
 
 
-def group_by_input(names: Iterable[str]) -> list[list[str]]:
-    """Groups of modules, by their full names, that read one tensor; each module is in one of them."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in names:
+def group_by_input(in_features: Mapping[str, int]) -> list[list[str]]:
+    """Groups of modules that read one tensor, by their full names; each module is in one of them.
+
+    Args:
+        in_features: of each module, by its full name.
+    """
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for name, width in in_features.items():
         parent, _, last = name.rpartition(".")
         first = next((together[0] for together in _SAME_INPUT if last in together), last)
-        groups.setdefault((parent, first), []).append(name)
+        groups.setdefault((parent, first, width), []).append(name)
     return list(groups.values())

@@ -186,4 +186,8 @@ def test_copies_of_a_model_share_among_themselves():
     ],
 )
 def test_groups(names, groups):
-    assert group_by_input(names) == groups
+    assert group_by_input(dict.fromkeys(names, 8)) == groups
+
+
+def test_layers_of_different_widths_do_not_read_one_tensor():
+    assert group_by_input({"q_proj": 8, "k_proj": 12, "v_proj": 12}) == [["q_proj"], ["k_proj", "v_proj"]]
