@@ -45,7 +45,7 @@ def _masks(modules: list[nn.Module], sparse: list[SpftLinear]) -> Iterator[Tenso
 def _derived(sparse: list[SpftLinear]) -> Iterator[Tensor]:
     for layer in sparse:
         for delta, places in layer._deltas.values():
-            yield from (delta.positions, delta.originals, *places)
+            yield from (*delta.mask, delta.originals, *places)
             yield from (part for part in delta.plan if isinstance(part, Tensor))
 
 

@@ -16,7 +16,7 @@ class MemoryPerRank(NamedTuple):
     Attributes:
         base: the frozen weights.
         values: the trained parameters in the dtype of the forward pass.
-        indices: masks, the positions derived from them, and the weights' original entries.
+        indices: masks and the weights' original entries.
         gradients: of the trained parameters, with what the engine keeps to accumulate and send them.
         optimizer: moments and float32 masters.
         salience: the accumulators of the salience pass and its largest dense gradient; freed before training.
@@ -31,7 +31,7 @@ class MemoryPerRank(NamedTuple):
 
     def __str__(self) -> str:
         names = {
-            "base": "base weights", "values": "trained values", "indices": "mask and positions",
+            "base": "base weights", "values": "trained values", "indices": "masks and originals",
             "gradients": "gradients", "optimizer": "moments and masters", "salience": "salience pass (before training)",
         }  # fmt: skip
         lines = [f"{names[field]:32} {getattr(self, field) / _MIB:12,.1f} MiB" for field in self._fields]
@@ -73,10 +73,9 @@ def memory_per_rank(
     count, values = sum(entries for entries, _ in trained), sum(entries * each for entries, each in trained)
     stage = int(engine[-1]) if engine.startswith("zero") else 0
     columns = [2 if in_features <= 2**16 else 4 for _, in_features in shapes]
-    positions = [4 if out_features * in_features < 2**31 else 8 for out_features, in_features in shapes]
     entries = [out_features * in_features for out_features, in_features in shapes]
-    # a column, a position, a slot in the compact block, an original; spread evenly over the entries
-    per_value = sum(n * (column + at + 4) for n, column, at in zip(entries, columns, positions)) / sum(entries)
+    # a column and an original each; spread evenly over the entries
+    per_value = sum(n * column for n, column in zip(entries, columns)) / sum(entries)
     indices = nnz * (per_value + original_bytes) + sum(4 * (out_features + 1) for out_features, _ in shapes)
     if stage:
         # float32; whole on every rank until stage 2 leaves each rank its part

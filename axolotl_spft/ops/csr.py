@@ -2,7 +2,8 @@
 
 Symbols: a weight has shape (out_features, in_features); ``nnz`` is how many of its entries are trained.
 ``columns`` (nnz) holds the column of each entry, rows ascending and columns strictly ascending in a row;
-``row_offsets`` (out_features + 1, int32) says where each row begins. A position is row * in_features + column.
+``row_offsets`` (out_features + 1, int32) says where each row begins. A position is row * in_features + column. Nothing
+else with nnz numbers is kept of a mask: what an operation needs is worked out while it runs.
 """
 
 from __future__ import annotations
@@ -50,16 +51,25 @@ def mask_from_positions(positions: Tensor, out_features: int, in_features: int) 
     return Mask((positions % in_features).to(column_dtype(in_features)), row_offsets)
 
 
+def spread(per_row: Tensor, mask: Mask) -> Tensor:
+    """For each entry what ``per_row`` (out_features) holds for its row: (nnz), new memory."""
+    return torch.repeat_interleave(per_row, mask.row_offsets.diff(), output_size=mask.nnz)
+
+
 def row_indices(mask: Mask) -> Tensor:
     """The row of each entry: (nnz) int64."""
-    counts = mask.row_offsets.diff()
-    rows = torch.arange(counts.numel(), device=counts.device)
-    return torch.repeat_interleave(rows, counts, output_size=mask.nnz)
+    return spread(torch.arange(mask.out_features, device=mask.row_offsets.device), mask)
 
 
 def positions(mask: Mask, in_features: int) -> Tensor:
     """The position of each entry in the flattened weight: (nnz) int64, ascending."""
-    return row_indices(mask) * in_features + mask.columns.to(torch.int64)
+    row_starts = torch.arange(0, mask.out_features * in_features, in_features, device=mask.row_offsets.device)
+    return spread(row_starts, mask).add_(mask.columns.to(torch.int64))
+
+
+def transposed_positions(mask: Mask) -> Tensor:
+    """The position of each entry in the flattened transpose of the weight: (nnz) int64."""
+    return (mask.columns.to(torch.int64) * mask.out_features).add_(row_indices(mask))
 
 
 def used_rows(mask: Mask) -> Tensor:

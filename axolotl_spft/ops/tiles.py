@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from axolotl_spft.ops.plan import Plan, by_count, padded
+from axolotl_spft.ops.csr import Mask, row_indices, used_rows
+from axolotl_spft.ops.plan import Plan, padded
 
 # one bit per column of a tile fits a 64-bit word
 BLOCK_ROWS = BLOCK_COLUMNS = 64
@@ -54,16 +55,15 @@ class Tiles(NamedTuple):
 
     def share(self, plan: Plan) -> float:
         """The tiles' area over that of the rows x columns product; above 1 where they overhang it."""
-        area = plan.rows.numel() * plan.columns.numel()
-        return self.count * self.block_rows * self.block_columns / area
+        return self.count * self.block_rows * self.block_columns / (plan.n_rows * plan.n_columns)
 
 
-def make_tiles(plan: Plan, block_rows: int = BLOCK_ROWS, block_columns: int = BLOCK_COLUMNS) -> Tiles:
-    """The tiles of ``plan``; both block sizes are powers of two, ``block_columns`` at most 64."""
-    row_ranks, column_ranks = _ranks(plan)
-    row_order, row_places = by_count(row_ranks, plan.rows.numel())
-    column_order, column_places = by_count(column_ranks, plan.columns.numel())
-    bands = -(-plan.columns.numel() // block_columns)
+def make_tiles(mask: Mask, plan: Plan, block_rows: int = BLOCK_ROWS, block_columns: int = BLOCK_COLUMNS) -> Tiles:
+    """The tiles of a mask and its plan; both block sizes are powers of two, ``block_columns`` at most 64."""
+    row_ranks, column_ranks = _ranks(mask, plan)
+    row_order, row_places = _by_count(row_ranks, plan.n_rows)
+    column_order, column_places = _by_count(column_ranks, plan.n_columns)
+    bands = -(-plan.n_columns // block_columns)
     tile = row_places // block_rows * bands + column_places // block_columns
     row, column = row_places % block_rows, column_places % block_columns
     slots = ((tile * block_rows + row) * block_columns + column).argsort()
@@ -75,7 +75,7 @@ def make_tiles(plan: Plan, block_rows: int = BLOCK_ROWS, block_columns: int = BL
     offsets[1:] = counts.cumsum(0)
     ordered = bool((column_order.diff() > 0).all())
     return Tiles(
-        padded(plan.rows[row_order], block_rows),
+        padded(row_order if plan.rows is None else plan.rows[row_order].to(torch.int64), block_rows),
         None if ordered else padded(column_order, block_columns),
         (numbers // bands).to(torch.int32),
         (numbers % bands).to(torch.int32),
@@ -89,15 +89,15 @@ def make_tiles(plan: Plan, block_rows: int = BLOCK_ROWS, block_columns: int = BL
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def tiles_of(plan: Plan) -> Tiles | None:
-    """The tiles of ``plan`` where they are few enough to pay; kept as long as the plan's tensors are."""
+def tiles_of(mask: Mask, plan: Plan) -> Tiles | None:
+    """The tiles of a mask and its plan where they are few enough to pay; kept as long as the plan's tensors are."""
     # by storage: a compiled graph hands over the same memory in tensors of its own
-    key = plan.slots.untyped_storage()
+    key = plan.row_starts.untyped_storage()
     if key not in _kept:
-        if plan.slots.is_cuda and torch.cuda.is_current_stream_capturing():
+        if plan.row_starts.is_cuda and torch.cuda.is_current_stream_capturing():
             # making them waits for the device, which a capture forbids
             return None
-        tiles = make_tiles(plan)
+        tiles = make_tiles(mask, plan)
         _kept[key] = tiles if tiles.share(plan) <= TILES_UP_TO else None
     return _kept[key]
 
@@ -124,10 +124,17 @@ def product_by_tiles(grad_y: Tensor, x_columns: Tensor, tiles: Tiles) -> Tensor:
     return grads
 
 
-def _ranks(plan: Plan) -> tuple[Tensor, Tensor]:
+def _ranks(mask: Mask, plan: Plan) -> tuple[Tensor, Tensor]:
     """The index into the plan's rows and columns of each entry: (nnz; int64) each."""
-    ranks = plan.slots.to(torch.int64)
-    rows, columns = ranks // plan.columns.numel(), ranks % plan.columns.numel()
-    for row_stop, value_start, value_stop in zip(plan.row_stops, plan.value_stops, plan.value_stops[1:]):
-        rows[value_start:value_stop] += row_stop
-    return rows, columns
+    rows, columns = row_indices(mask), mask.columns.to(torch.int64)
+    if plan.rows is not None:
+        rows = torch.searchsorted(used_rows(mask), rows)
+    return rows, columns if plan.column_ranks is None else plan.column_ranks[columns].to(torch.int64)
+
+
+def _by_count(ranks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The order of 0..size-1 that puts what occurs most often in ``ranks`` first, and each rank's place in it."""
+    order = torch.bincount(ranks, minlength=size).argsort(descending=True, stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(size, device=order.device)
+    return order, places[ranks]

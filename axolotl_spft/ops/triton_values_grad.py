@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.dispatch import interpreting
 from axolotl_spft.ops.tiles import Tiles
-from axolotl_spft.ops.values_grad import gather_columns
 
 # so many programs for each multiprocessor keep the GPU busy; fewer tiles than that are split along the tokens
 _PROGRAMS_PER_PROCESSOR = 4
@@ -114,8 +114,8 @@ def tiles_values_grad(grad_y: Tensor, x_columns: Tensor, tiles: Tiles, splits: i
         return grad_y.new_zeros(nnz)
     if splits is None:
         splits = _splits(tiles.count, tokens, grad_y.device)
-    x = x_columns if tiles.columns is None else gather_columns(x_columns, tiles.columns)
-    grad_rows = gather_columns(grad_y, tiles.rows)
+    x = select_columns(x_columns, tiles.columns)
+    grad_rows = select_columns(grad_y, tiles.rows)
     grads = torch.empty(splits, nnz, dtype=grad_y.dtype if splits == 1 else torch.float32, device=grad_y.device)
     with torch.cuda.device_of(grad_y):
         tiles_kernel[(tiles.count, splits)](

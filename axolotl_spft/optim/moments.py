@@ -24,12 +24,18 @@ def _code(moment: str, device: torch.device) -> Tensor:
     return create_dynamic_map(signed=moment == "exp_avg").to(device)
 
 
+@functools.lru_cache(maxsize=8)
+def padding(moment: str, device: torch.device) -> Tensor:
+    """A block of zeros: (256) uint8."""
+    zero = int((_code(moment, device) == 0).nonzero()[0])
+    return torch.full((BLOCK,), zero, dtype=torch.uint8, device=device)
+
+
 def zero_moments(numel: int, device: torch.device) -> dict[str, Tensor]:
     """Both moments of ``numel`` values at 0: a byte a value and a scale for each block."""
     state = {}
     for moment in MOMENTS:
-        zero = int((_code(moment, device) == 0).nonzero()[0])
-        state[moment] = torch.full((numel,), zero, dtype=torch.uint8, device=device)
+        state[moment] = padding(moment, device)[:1].repeat(numel)
         state[absmax_name(moment)] = torch.zeros(-(-numel // BLOCK), dtype=torch.float32, device=device)
     return state
 

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from axolotl_spft.errors import SpftConfigError, SpftFileError
 from axolotl_spft.ops.dispatch import use_triton
 from axolotl_spft.optim.adamw import adamw_, adamw_low_precision_
-from axolotl_spft.optim.moments import BLOCK, MOMENTS, absmax_name, read_moment, write_moment, zero_moments
-
-# values whose 8-bit moments are float32 at a time: bounds the temporaries to 32 MiB
-_CHUNK_VALUES = 2**14 * BLOCK
+from axolotl_spft.optim.adamw_8bit import adamw_8bit_
+from axolotl_spft.optim.moments import MOMENTS, zero_moments
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -79,8 +77,8 @@ class SparseAdamW(torch.optim.Optimizer):
             targets = [state.get("master", parameter) for parameter, state in zip(trained, states)]
             grads = [parameter.grad.to(torch.float32) for parameter in trained]
             if group["state_bits"] == 8:
-                for target, grad, state in zip(targets, grads, states):
-                    _step_8bit(target, grad, state, group)
+                if trained:
+                    adamw_8bit_(targets, grads, states, *_hyperparameters(group))
             else:
                 moments = ([state[moment] for state in states] for moment in MOMENTS)
                 adamw_(targets, grads, *moments, [state["step"] for state in states], *_hyperparameters(group))
@@ -136,20 +134,6 @@ class SparseAdamW(torch.optim.Optimizer):
 
 def _hyperparameters(group: dict[str, Any]) -> tuple[float, tuple[float, float], float, float]:
     return float(group["lr"]), group["betas"], group["eps"], group["weight_decay"]
-
-
-def _step_8bit(target: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """The update of one tensor whose moments are float32 for some blocks at a time only."""
-    target, grad = target.view(-1), grad.view(-1)
-    for start in range(0, target.numel(), _CHUNK_VALUES):
-        part, blocks = slice(start, start + _CHUNK_VALUES), slice(start // BLOCK, (start + _CHUNK_VALUES) // BLOCK)
-        stored = [(moment, state[moment][part], state[absmax_name(moment)][blocks]) for moment in MOMENTS]
-        moments = [read_moment(*each) for each in stored]
-        step = state["step"].clone()
-        adamw_([target[part]], [grad[part]], *([each] for each in moments), [step], *_hyperparameters(group))
-        for each, moment in zip(stored, moments):
-            write_moment(*each, moment)
-    state["step"] += 1
 
 
 def _check_slots(saved: Mapping[str, tuple[int, str]], slots: Mapping[str, tuple[int, str]]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.ops.products import matmul
 
 _ONE_PROCESS = Ranks()
 
@@ -83,7 +84,7 @@ def _device_of(layer: nn.Module) -> torch.device:
 
 def _adder(total: Tensor) -> Callable[[Tensor, Tensor], None]:
     def add(grad_rows: Tensor, x_rows: Tensor) -> None:
-        total.add_((grad_rows.t() @ x_rows).to(total.device))
+        total.add_(matmul(grad_rows.t(), x_rows).to(total.device))
 
     return add
 
@@ -91,7 +92,7 @@ def _adder(total: Tensor) -> Callable[[Tensor, Tensor], None]:
 def _adder_to_shard(total: Tensor, out_features: int, ranks: Ranks) -> Callable[[Tensor, Tensor], None]:
     def add(grad_rows: Tensor, x_rows: Tensor) -> None:
         for rank in range(ranks.world):
-            part = (grad_rows[:, ranks.rows(out_features, rank)].t() @ x_rows).to(torch.float32)
+            part = matmul(grad_rows[:, ranks.rows(out_features, rank)].t(), x_rows).to(torch.float32)
             ranks.sum_to_(part, rank)
             if rank == ranks.rank:
                 total.add_(part.to(total.device))

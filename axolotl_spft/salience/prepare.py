@@ -82,7 +82,7 @@ def select_mask(
     else:
         gradients = None
         if config.salience in NEEDS_GRADIENT:
-            sums, source["samples"] = _summed_gradients(model, layers, batches, loss_fn, config.samples, ranks)
+            sums, source["samples"] = summed_gradients(model, layers, batches, loss_fn, config.samples, ranks)
             gradients = list(sums.values())
         masks = _select(config, layers, gradients, ranks)
         origin = _describe(source)
@@ -173,7 +173,7 @@ def _masks_from_file(config: SpftConfig, layers: Mapping[str, SpftLinear]) -> tu
     return masks, source
 
 
-def _summed_gradients(
+def summed_gradients(
     model: nn.Module,
     layers: Mapping[str, SpftLinear],
     batches: Iterable[Batch] | None,

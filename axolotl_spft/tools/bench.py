@@ -43,7 +43,11 @@ SWEPT = ("tokens", "density", "width", "area")
 @click.option("--tokens", type=int, default=512, help="Tokens of a step, in one row.")
 @click.option("--rank", type=int, help=f"LoRA's rank; the other methods train as many. {DEFAULT_RANK} by default.")
 @click.option("--density", type=float, help="Instead of --rank: the share that trains; LoRA gets the nearest rank.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="bf16", help="Of the base and of the computation.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Of the base and of the computation. By default bf16, but fp32 on a CPU without instructions for bf16.",
+)
 @click.option(
     "--quantization",
     type=click.Choice(QUANTIZATIONS),
@@ -111,17 +115,24 @@ def command(sweep, values, output, plot, **chosen) -> None:  # fmt: skip
         run_comparison(options, output, plot)
 
 
-def _options(sweep, values, methods, mask, device, processes, serving, **others) -> Options:
+def _options(sweep, values, methods, mask, device, dtype, processes, serving, **others) -> Options:
     if values and not sweep:
         raise click.UsageError(f"unexpected {' '.join(values)}: VALUES belong to --sweep")
     if device == "auto":
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        import torch
+
+        from axolotl_spft.ops.products import lacks_instructions
+
+        dtype = "fp32" if device == "cpu" and lacks_instructions(torch.bfloat16) else "bf16"
     return Options(
         methods=methods or (SWEEP_METHODS if sweep else METHODS),
         mask=mask or default_mask(others["model"]),
         device=device,
+        dtype=dtype,
         processes=processes or "shared",
         serving=not sweep if serving is None else serving,
         **others,

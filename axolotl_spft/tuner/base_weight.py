@@ -20,16 +20,16 @@ from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft.engine.zero3 import gathered, is_partitioned
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.csr import Mask, positions, row_indices
+from axolotl_spft.ops.csr import Mask, positions, transposed_positions
 from axolotl_spft.ops.linear import Delta
 from axolotl_spft.ops.scatter import add_at_, assign_sum_
 
 
 class Written(NamedTuple):
-    """A sparse delta that a plain weight holds: (nnz) each."""
+    """A sparse delta that a plain weight holds; values and originals are (nnz)."""
 
     values: Tensor
-    positions: Tensor
+    mask: Mask
     originals: Tensor
 
 
@@ -93,12 +93,8 @@ class BaseWeight:
         )
 
     def storage_positions(self, mask: Mask) -> Tensor:
-        """Where the mask's entries stand in the flattened weight: (nnz) int32, or int64 where that is too small."""
-        if self.transposed:
-            at = mask.columns.to(torch.int64) * self.out_features + row_indices(mask)
-        else:
-            at = positions(mask, self.in_features)
-        return at.to(torch.int32) if self.out_features * self.in_features < 2**31 else at
+        """Where the mask's entries stand in the flattened weight as it is stored: (nnz) int64."""
+        return transposed_positions(mask) if self.transposed else positions(mask, self.in_features)
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight
@@ -114,23 +110,23 @@ class BaseWeight:
                 return self._oriented(weight.detach().clone())
         return self._oriented(weight.detach())
 
-    def read_originals(self, at: Tensor) -> Tensor:
-        """The entries of W at ``at`` (nnz), which `revert` puts back; empty where nothing is written in place."""
+    def read_originals(self, mask: Mask) -> Tensor:
+        """The entries of W at the mask (nnz), which `revert` puts back; empty where nothing is written in place."""
         if self.forward_only or not self.in_place:
-            return torch.empty(0, device=at.device)
+            return torch.empty(0, device=mask.columns.device)
         self.revert()
-        return self.get_base_layer().weight.detach().view(-1)[at]
+        return self.get_base_layer().weight.detach().take(self.storage_positions(mask))
 
     def effective_weight(self, values: Tensor, delta: Delta) -> Tensor:
         """W + S as (out_features, in_features), to be read at once: the next call may overwrite it.
 
         Args:
             values: (nnz), nnz >= 1.
-            delta: its positions come from `storage_positions`, its originals from `read_originals`.
+            delta: its originals come from `read_originals`.
         """
         if self.in_place:
-            return self._oriented(self._write(Written(values.detach(), delta.positions, delta.originals)))
-        return self._oriented(self._fresh_sum([(values, delta.positions)]))
+            return self._oriented(self._write(Written(values.detach(), delta.mask, delta.originals)))
+        return self._oriented(self._fresh_sum([(values, delta.mask)]))
 
     def plain_weight(self) -> Tensor:
         """W as (out_features, in_features), to be read at once, of a weight that is made afresh for each use."""
@@ -143,14 +139,14 @@ class BaseWeight:
         Between forward and backward another adapter may have been chosen, or all disabled.
         """
         if not self.in_place:
-            yield self._oriented(self._fresh_sum([(values, delta.positions)]))
+            yield self._oriented(self._fresh_sum([(values, delta.mask)]))
             return
         held = self._written
-        if held is not None and held.positions.data_ptr() == delta.positions.data_ptr():
+        if held is not None and _same(held.mask, delta.mask):
             yield self._oriented(self.get_base_layer().weight.detach())
             return
         try:
-            yield self._oriented(self._write(Written(values.detach(), delta.positions, delta.originals)))
+            yield self._oriented(self._write(Written(values.detach(), delta.mask, delta.originals)))
         finally:
             self.revert()
             if held is not None:
@@ -158,12 +154,12 @@ class BaseWeight:
 
     def _write(self, new: Written) -> Tensor:
         held = self._written
-        if held is not None and held.positions.data_ptr() != new.positions.data_ptr():
+        if held is not None and not _same(held.mask, new.mask):
             self.revert()
         # .data: a layer may run several times before its backward pass, and assigning the same entries again is no
         # change that autograd should refuse; it sees a change of the values by the version of `values`
         weight = self.get_base_layer().weight.data
-        assign_sum_(weight, new.positions, new.originals, new.values)
+        assign_sum_(weight, self.storage_positions(new.mask), new.originals, new.values)
         self._written = new
         return weight
 
@@ -171,18 +167,17 @@ class BaseWeight:
         """Put W back, bit for bit, where it holds W + S."""
         if self._written is not None:
             written, self._written = self._written, None
-            flat = self.get_base_layer().weight.data.view(-1)
-            flat[written.positions] = written.originals
+            self.get_base_layer().weight.data.put_(self.storage_positions(written.mask), written.originals)
 
-    def _fresh_sum(self, deltas: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """A new tensor with W plus all deltas (values, positions), in the layout of storage."""
+    def _fresh_sum(self, deltas: list[tuple[Tensor, Mask]]) -> Tensor:
+        """A new tensor with W plus all deltas (values, mask), in the layout of storage."""
         base_layer = self.get_base_layer()
         if self.quantization_backend is not None:
             weight = self.quantization_backend.get_base_weight(base_layer)
         else:
             weight = base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
-        for values, at in deltas:
-            add_at_(weight, at, values.detach())
+        for values, mask in deltas:
+            add_at_(weight, self.storage_positions(mask), values.detach())
         return weight
 
     def merge_deltas(self, deltas: list[Written], check_finite: bool) -> None:
@@ -221,7 +216,7 @@ class BaseWeight:
 
     def _merge_in_place(self, deltas: list[Written], check_finite: bool) -> list[tuple[Tensor, Tensor]]:
         flat = self.get_base_layer().weight.data.view(-1)
-        entries = [(delta.positions, flat[delta.positions]) for delta in deltas]
+        entries = [(at, flat[at]) for at in (self.storage_positions(delta.mask) for delta in deltas)]
         for (at, _), delta in zip(entries, deltas):
             add_at_(flat, at, delta.values.detach())
             if check_finite and not torch.isfinite(flat[at]).all():
@@ -230,7 +225,7 @@ class BaseWeight:
         return entries
 
     def _merge_by_replacing(self, deltas: list[Written], check_finite: bool) -> Replaced:
-        weight = self._fresh_sum([(delta.values, delta.positions) for delta in deltas])
+        weight = self._fresh_sum([(delta.values, delta.mask) for delta in deltas])
         if check_finite and not torch.isfinite(weight).all():
             raise _broken_adapter()
         base_layer = self.get_base_layer()
@@ -257,6 +252,10 @@ def keep_dequantizable(base_layer: nn.Module) -> None:
                 base_layer.weight.data, quant_state
             )
         base_layer.support_avx512bf16_for_cpu = False
+
+
+def _same(mask: Mask, other: Mask) -> bool:
+    return mask.columns.data_ptr() == other.columns.data_ptr()
 
 
 def _broken_adapter() -> ValueError:

@@ -18,6 +18,7 @@ from axolotl_spft.ops.linear import Delta, frozen_linear, register_owner, sparse
 from axolotl_spft.ops.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.base_weight import BaseWeight, Written, keep_dequantizable
+from axolotl_spft.tuner.shared_input import SharedInput
 
 
 class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
@@ -43,7 +44,8 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._undo_merge = []
-        self._forget_derived()
+        self._deltas = {}
+        self.share_input(SharedInput([self]))
         self._owner = register_owner(self)
         self.register_load_state_dict_post_hook(_base_weight_loaded)
         self.add_empty_adapter(adapter_name)
@@ -87,10 +89,17 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             "start one process per GPU with `accelerate launch` or `torchrun`"
         )
 
+    def share_input(self, shared_input: SharedInput) -> None:
+        """Say which layers read the same tensor, this one among them."""
+        self._shared_input = shared_input
+        self._forget_derived()
+
     def _forget_derived(self) -> None:
         self._in_place = None
-        # of the active adapters: where their values stand, and for several where each one's go in the union
-        self._deltas: dict[tuple[str, ...], tuple[Delta, tuple[Tensor, ...]]] = {}
+        self._shared_input.forget()
+        for layer in self._shared_input.readers:
+            # of the active adapters: where their values stand, and for several where each one's go in the union
+            layer._deltas: dict[tuple[str, ...], tuple[Delta, tuple[Tensor, ...]]] = {}
 
     # --- adapters
 
@@ -134,7 +143,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
                 self.spft_values.register_buffer(adapter_name, values.detach())
 
     def _keep_originals(self, adapter_name: str) -> None:
-        originals = self.read_originals(self.storage_positions(self.mask(adapter_name)))
+        originals = self.read_originals(self.mask(adapter_name))
         # a plain buffer: PEFT would cast the entries of a BufferDict to float32
         self.register_buffer(f"_originals_{adapter_name}", originals, persistent=False)
         self._forget_derived()
@@ -187,7 +196,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.spft_values]
         deltas = [
-            Written(self.spft_values[name], self.storage_positions(self.mask(name)), self._originals(name))
+            Written(self.spft_values[name], self.mask(name), self._originals(name))
             for name in names
             if self.mask(name).nnz
         ]
@@ -218,7 +227,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         if self.forward_only:
             delta, places = self._deltas[names]
             y = self.base_layer(x, *args, **kwargs)
-            return add_sparse_branch(y, x, self._values(names, delta, places), delta.plan)
+            return add_sparse_branch(y, x, self._values(names, delta, places), delta.mask, delta.plan)
         base_layer = self.get_base_layer()
         autocast = torch.is_autocast_enabled(x.device.type)
         if autocast:
@@ -231,8 +240,10 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         bias = None if base_layer.bias is None else base_layer.bias.to(dtype)
         if names:
             delta, places = self._deltas[names]
-            values = self._values(names, delta, places)
-            y = sparse_linear(x.to(dtype), bias, values, delta, self.out_features, self, self._owner)
+            values, cast, kept = self._values(names, delta, places), x.to(dtype), None
+            if values.requires_grad and torch.is_grad_enabled():
+                kept = self._shared_input.keep(x, cast, delta.plan)
+            y = sparse_linear(cast, kept, bias, values, delta, self, self._owner)
         else:
             y = frozen_linear(x.to(dtype), bias, self)
         return y if autocast else y.to(x.dtype)
@@ -254,7 +265,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         each = [self._modules["spft_values"]._parameters[name] for name in names]
         if len(each) == 1:
             return each[0]
-        total = torch.zeros_like(delta.positions, dtype=each[0].dtype)
+        total = each[0].new_zeros(delta.mask.nnz)
         for values, at in zip(each, places):
             total = total.index_add(0, at, values.to(total.dtype))
         return total
@@ -266,9 +277,9 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             union = torch.cat(each).unique()
             mask = mask_from_positions(union, self.out_features, self.in_features)
             places = tuple(torch.searchsorted(union, at) for at in each)
-        at = self.storage_positions(mask)
-        originals = self._originals(names[0]) if len(names) == 1 else self.read_originals(at)
-        return Delta(at, originals, make_plan(mask, self.in_features)), places
+        originals = self._originals(names[0]) if len(names) == 1 else self.read_originals(mask)
+        plan = make_plan(mask, self.in_features, shared_columns=self._shared_input.columns(names))
+        return Delta(mask, originals, plan), places
 
     def extra_repr(self) -> str:
         counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())

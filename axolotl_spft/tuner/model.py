@@ -18,6 +18,7 @@ from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.csr import mask_from_positions
 from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.state import base_shapes_of, check_state, spft_layers
 
 _SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.", "._originals_")
@@ -46,6 +47,7 @@ class SpftModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _mark_shared_weights(model)
+        _mark_shared_inputs(model)
         config = self.peft_config[adapter_name]
         if not config.init_weights:
             self._fill_randomly(adapter_name, config)
@@ -134,3 +136,13 @@ def _mark_shared_weights(model: nn.Module) -> None:
     for layer in spft_layers(model).values():
         weight = layer.get_base_layer()._parameters.get("weight")
         layer.share_weight(weight is not None and users[id(weight)] > 1)
+
+
+def _mark_shared_inputs(model: nn.Module) -> None:
+    """Tell sparse layers which others read the same tensor."""
+    layers = spft_layers(model)
+    for names in group_by_input({name: layer.in_features for name, layer in layers.items()}):
+        readers = [layers[name] for name in names]
+        shared_input = SharedInput(readers)
+        for layer in readers:
+            layer.share_input(shared_input)

@@ -12,6 +12,7 @@ from axolotl_spft.bench.contestant import Contestant, spread
 from axolotl_spft.bench.kept import kept_for_backward
 from axolotl_spft.bench.methods import METHODS, Budget
 from axolotl_spft.bench.shapes import model_config
+from axolotl_spft.salience.prepare import adapted_layers
 from axolotl_spft.tools.bench import METHODS as COMMAND_METHODS
 
 CPU = torch.device("cpu")
@@ -95,11 +96,14 @@ def test_checkpointing_keeps_the_blocks_inputs(tiny_options):
 def test_the_footprint_is_that_of_the_tensors(tiny_options):
     footprint = {name: contestant(tiny_options(), name).footprint for name in ("spft-gradient", "shira", "lora")}
     trained = contestant(tiny_options(), "lora").method.trained
+    layers = adapted_layers(contestant(tiny_options(), "spft-gradient").method.model).values()
     spft = footprint["spft-gradient"]
     assert spft["values"] == spft["gradients"] == spft["originals"] == 4 * trained
     # two moments, and a step count for each matrix
     assert spft["optimizer_state"] == (8 * trained) + 14 * 4
-    assert spft["masks"] > 2 * trained and spft["derived"] > 8 * trained
+    # the mask as in its file, and lists of rows and columns
+    assert spft["masks"] == 2 * trained + sum(4 * (layer.out_features + 1) for layer in layers)
+    assert 0 < spft["derived"] <= sum(4 * (2 * layer.out_features + 4 * layer.in_features) for layer in layers)
     assert footprint["shira"]["masks"] == 8 * trained
     assert footprint["lora"]["masks"] == footprint["lora"]["derived"] == footprint["lora"]["originals"] == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.csr import positions
 from axolotl_spft.salience.collect import gathered_gradients
-from axolotl_spft.salience.prepare import adapted_layers, check_same_mask
+from axolotl_spft.salience.prepare import adapted_layers, check_same_mask, summed_gradients
 from axolotl_spft.salience.scores import balanced_score
 from axolotl_spft.salience.select import top_k, top_k_per_row
 from tests.engine.processes import on_ranks
@@ -134,6 +135,41 @@ def test_a_sharded_pass_holds_its_accumulators_and_one_dense_gradient(by_rank):
         assert accumulators == whole / 2
         # beside the accumulators, which were made before
         assert 0 < peak <= largest
+
+
+def partitioned_pass() -> tuple[int, list[int], bool]:
+    """Of a ZeRO-3 pass: the most bytes at a time in matrices as large as a weight, the weights' own in float32, and
+    whether these are in parts again.
+    """
+    # before deepspeed is imported: it would look for an accelerator
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(Ranks.current().rank)}
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    deepspeed.init_distributed("gloo")
+    held = HfDeepSpeedConfig(config)
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        base = tiny_llama()
+    ranks, model = Ranks.current(), get_peft_model(base, SpftConfig(density=0.03))
+    layers = adapted_layers(model)
+    shapes = {(layer.out_features, layer.in_features) for layer in layers.values()}
+    with LiveBytes(shapes, []) as tracker:
+        summed_gradients(model, layers, [token_batch(rows=1, seed=ranks.rank)], None, 2, ranks)
+    assert held.is_zero3()
+    partitioned = [parameter.numel() == 0 for parameter in base.parameters() if hasattr(parameter, "ds_id")]
+    sizes = [4 * layer.out_features * layer.in_features for layer in layers.values()]
+    return tracker.peak, sizes, all(partitioned) and len(partitioned) > len(layers)
+
+
+def test_a_pass_over_partitioned_weights_never_has_all_gradients_on_a_rank():
+    for peak, sizes, partitioned_again in on_ranks(2, partitioned_pass):
+        # a gathered weight and what DeepSpeed makes of it; the accumulators are parts
+        assert 0 < peak <= 3 * max(sizes) < sum(sizes) / 3
+        assert partitioned_again
 
 
 def differing_masks() -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from axolotl_spft.ops.branch import add_sparse_branch
+from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import (
     Mask,
     column_dtype,
@@ -14,12 +15,14 @@ from axolotl_spft.ops.csr import (
     positions,
     problems_of,
     row_indices,
+    transposed_positions,
     used_columns,
     used_rows,
 )
-from axolotl_spft.ops.plan import make_plan
+from axolotl_spft.ops.plan import block_slots, make_plan
 from axolotl_spft.ops.reference import dense_delta
-from axolotl_spft.ops.values_grad import select_columns, values_grad
+from axolotl_spft.ops.sampled import sampled_values_grad
+from axolotl_spft.ops.values_grad import compact_values_grad, values_grad
 
 
 @pytest.fixture(params=[(5, 7, 0.3), (1, 1, 1.0), (40, 3, 0.05), (3, 40, 0.9), (2, 65_537, 0.0001)])
@@ -34,6 +37,7 @@ def test_mask_round_trip(dense):
     at = dense.flatten().nonzero().squeeze(1)
     mask = mask_from_positions(at, *dense.shape)
     assert torch.equal(positions(mask, dense.shape[1]), at)
+    assert torch.equal(transposed_positions(mask).sort().values, dense.t().flatten().nonzero().squeeze(1))
     assert torch.equal(row_indices(mask), dense.nonzero()[:, 0])
     assert torch.equal(used_rows(mask), dense.any(1).nonzero().squeeze(1))
     assert torch.equal(used_columns(mask, dense.shape[1]), dense.any(0).nonzero().squeeze(1))
@@ -66,12 +70,49 @@ def test_values_gradient_is_the_dense_one_at_the_mask(dense, block_entries, mult
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(9, dense.shape[1], generator=generator, dtype=torch.float64)
     grad_y = torch.randn(3, 3, dense.shape[0], generator=generator, dtype=torch.float64)
-    got = values_grad(grad_y, select_columns(x, plan.columns), plan)
-    torch.testing.assert_close(got, (grad_y.view(9, -1).t() @ x)[dense])
-    assert plan.row_stops[-1] == plan.rows.numel()
+    expected, grad_y = (grad_y.view(9, -1).t() @ x)[dense], grad_y.view(9, -1)
+    torch.testing.assert_close(values_grad(grad_y, select_columns(x, plan.kept), mask, plan), expected)
+    for product in (compact_values_grad, sampled_values_grad):
+        torch.testing.assert_close(product(grad_y, select_columns(x, plan.columns), mask, plan), expected)
     assert plan.value_stops[-1] == mask.nnz
-    for indices, size in zip((plan.rows, plan.columns), dense.shape):
-        assert indices.numel() % multiple == 0 or torch.equal(indices, torch.arange(size))
+    for indices, number in ((plan.rows, plan.n_rows), (plan.columns, plan.n_columns)):
+        assert indices is None or indices.numel() == number
+        assert indices is None or number % multiple == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("product", [compact_values_grad, sampled_values_grad])
+def test_values_gradient_is_rounded_once(dtype, product):
+    mask = mask_from_positions(torch.arange(0, 40 * 30, 7), 40, 30)
+    plan = make_plan(mask, 30)
+    x, grad_y = (torch.randn(50, size).to(dtype) for size in (30, 40))
+    got = product(grad_y, x, mask, plan)
+    expected = (grad_y.double().t() @ x.double()).flatten()[::7]
+    assert got.dtype == dtype
+    assert ((got.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize(("shared", "kept"), [(None, 3), ([0, 2, 4, 5, 8], 5), (list(range(10)), None)])
+def test_backward_is_given_the_columns_that_layers_share(shared, kept):
+    mask = mask_from_positions(torch.tensor([5, 8, 12, 15]), 3, 10)
+    shared = None if shared is None else torch.tensor(shared, dtype=torch.int32)
+    plan = make_plan(mask, 10, shared_columns=shared)
+    assert plan.columns.tolist() == [5, 2, 8]
+    assert (None if plan.kept is None else plan.kept.numel()) == kept
+    x, grad_y = torch.randn(4, 10), torch.randn(4, 3)
+    given = select_columns(x, plan.kept)
+    assert torch.equal(select_columns(given, plan.places), x[:, [5, 2, 8]])
+    expected = (grad_y.t() @ x).flatten()[[5, 8, 12, 15]]
+    torch.testing.assert_close(values_grad(grad_y, given, mask, plan), expected)
+
+
+def test_block_slots_say_where_entries_stand():
+    mask = mask_from_positions(torch.tensor([5, 8, 12, 22, 25]), 3, 10)
+    plan = make_plan(mask, 10)
+    assert plan.columns.tolist() == [2, 5, 8]
+    assert block_slots(plan, mask).tolist() == [1, 2, 3, 6, 7]
+    assert block_slots(make_plan(mask, 10, block_entries=6), mask).tolist() == [1, 2, 3, 0, 1]
+    assert plan.area() == 9 / 30
 
 
 @pytest.mark.parametrize("block_entries", [1, 2**24])
@@ -82,8 +123,8 @@ def test_branch_adds_x_times_the_transposed_delta(block_entries, multiple):
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     y = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     plan = make_plan(mask, 7, block_entries, multiple)
-    torch.testing.assert_close(add_sparse_branch(y, x, values, plan), y + x @ dense_delta(values, mask, 7).t())
-    assert torch.autograd.gradcheck(lambda *inputs: add_sparse_branch(*inputs, plan), (y, x, values))
+    torch.testing.assert_close(add_sparse_branch(y, x, values, mask, plan), y + x @ dense_delta(values, mask, 7).t())
+    assert torch.autograd.gradcheck(lambda *inputs: add_sparse_branch(*inputs, mask, plan), (y, x, values))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ import torch
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.csr import mask_from_positions, positions
-from axolotl_spft.ops.linear import Delta, register_owner, sparse_linear
+from axolotl_spft.ops.linear import Delta, kept_columns, register_owner, sparse_linear
 from axolotl_spft.ops.plan import make_plan
 from axolotl_spft.ops.reference import sparse_linear as reference_linear
 
@@ -22,7 +22,7 @@ class DenseOwner:
 
     def effective_weight(self, values, delta):
         weight = self.weight.clone()
-        weight.view(-1)[delta.positions] += values.to(weight.dtype)
+        weight.view(-1)[positions(delta.mask, weight.shape[1])] += values.to(weight.dtype)
         return weight
 
     @contextmanager
@@ -41,21 +41,42 @@ def random_case(out_features, in_features, nnz, dtype=torch.float64, seed=0):
     return weight, mask, values.requires_grad_(), x.requires_grad_(), bias.requires_grad_()
 
 
+def delta_of(mask, in_features, *args, **kwargs):
+    return Delta(mask, torch.empty(0), make_plan(mask, in_features, *args, **kwargs))
+
+
+def linear(x, bias, values, delta, owner):
+    return sparse_linear(x, kept_columns(x, delta.plan), bias, values, delta, owner, register_owner(owner))
+
+
+# what backward is given: the used columns, more columns than these, or x itself
+KEPT = ["used", "shared", "all"]
+
+
+def keep(plan, kept):
+    """``plan`` with another choice of what backward is given."""
+    if kept == "used":
+        return plan._replace(kept=plan.columns, places=None)
+    if kept == "all":
+        return plan._replace(kept=None, places=plan.columns)
+    every = torch.arange(plan.in_features, dtype=torch.int32)
+    return plan._replace(kept=every, places=every if plan.columns is None else plan.columns)
+
+
 SHAPES = [(13, 17, 20), (7, 3, 21), (1, 9, 1), (9, 1, 5), (33, 31, 2), (16, 24, 300)]
 
 
 @pytest.mark.parametrize(("out_features", "in_features", "nnz"), SHAPES)
 @pytest.mark.parametrize("block_entries", [5, 2**24])
-@pytest.mark.parametrize("save_columns", [True, False])
-def test_gradcheck(out_features, in_features, nnz, block_entries, save_columns):
+@pytest.mark.parametrize("kept", KEPT)
+def test_gradcheck(out_features, in_features, nnz, block_entries, kept):
     weight, mask, values, x, bias = random_case(out_features, in_features, nnz)
-    plan = make_plan(mask, in_features, block_entries)._replace(save_columns=save_columns)
+    delta = delta_of(mask, in_features, block_entries)
+    delta = delta._replace(plan=keep(delta.plan, kept))
     owner = DenseOwner(weight)
-    delta = Delta(positions(mask, in_features), torch.empty(0), plan)
-    number = register_owner(owner)
 
     def function(x, bias, values):
-        return sparse_linear(x, bias, values, delta, out_features, owner, number)
+        return linear(x, bias, values, delta, owner)
 
     torch.testing.assert_close(function(x, bias, values), reference_linear(x, weight, bias, values, mask))
     assert torch.autograd.gradcheck(function, (x, bias, values))
@@ -65,8 +86,7 @@ def test_gradcheck(out_features, in_features, nnz, block_entries, save_columns):
 def test_gradients_equal_the_reference_within_rounding(dtype):
     weight, mask, values, x, bias = random_case(33, 29, 101, dtype)
     owner = DenseOwner(weight)
-    delta = Delta(positions(mask, 29), torch.empty(0), make_plan(mask, 29))
-    y = sparse_linear(x, bias, values, delta, 33, owner, register_owner(owner))
+    y = linear(x, bias, values, delta_of(mask, 29), owner)
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = (y, *torch.autograd.grad(y, (x, bias, values), grad_y))
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, bias, values)]
@@ -81,14 +101,14 @@ def test_gradients_equal_the_reference_within_rounding(dtype):
         assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
 
 
-@pytest.mark.parametrize("save_columns", [True, False])
-def test_opcheck(save_columns):
+@pytest.mark.parametrize("kept", KEPT)
+def test_opcheck(kept):
     weight, mask, values, x, bias = random_case(13, 17, 20)
-    plan = make_plan(mask, 17, 40)._replace(save_columns=save_columns)
+    plan = keep(make_plan(mask, 17, 40), kept)
     owner = DenseOwner(weight)
-    at = positions(mask, 17)
-    arguments = (x, bias, values, at, torch.empty(0), *plan, 13, register_owner(owner))
+    arguments = (x, kept_columns(x, plan), bias, values, *mask, torch.empty(0), *plan, register_owner(owner))
     torch.library.opcheck(torch.ops.spft.linear, arguments)
+    torch.library.opcheck(torch.ops.spft.select_columns, (x.detach(), torch.tensor([3, 0], dtype=torch.int32)))
 
 
 def test_backward_keeps_only_the_used_columns_of_x():
@@ -96,34 +116,34 @@ def test_backward_keeps_only_the_used_columns_of_x():
     mask = mask_from_positions(torch.tensor([3, 48 + 3, 48 + 7, 200 * 8 + 7]), 64, 48)
     values = torch.zeros(mask.nnz, requires_grad=True)
     owner = DenseOwner(weight)
-    delta = Delta(positions(mask, 48), torch.empty(0), make_plan(mask, 48))
+    delta = delta_of(mask, 48)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        sparse_linear(x, None, values, delta, 64, owner, register_owner(owner))
+        linear(x, None, values, delta, owner)
     floats = [tensor for tensor in kept if tensor.is_floating_point() and tensor.numel() > mask.nnz]
-    assert [tuple(tensor.shape) for tensor in floats] == [(10, delta.plan.columns.numel())]
+    assert [tuple(tensor.shape) for tensor in floats] == [(10, 3)]
 
 
 def test_frozen_values_and_inputs_get_no_gradient():
     weight, mask, values, x, _ = random_case(13, 17, 20)
     owner = DenseOwner(weight)
-    delta = Delta(positions(mask, 17), torch.empty(0), make_plan(mask, 17))
-    arguments = (delta, 13, owner, register_owner(owner))
-    y = sparse_linear(x.detach(), None, values, *arguments)
+    delta = delta_of(mask, 17)
+    y = linear(x.detach(), None, values, delta, owner)
     (only,) = torch.autograd.grad(y.sum(), (values,))
     assert only.shape == values.shape
-    y = sparse_linear(x, None, values.detach(), *arguments)
+    number = register_owner(owner)
+    y = sparse_linear(x, None, None, values.detach(), delta, owner, number)
     (only,) = torch.autograd.grad(y.sum(), (x,))
     assert only.shape == x.shape
-    assert not sparse_linear(x.detach(), None, values.detach(), *arguments).requires_grad
+    assert not sparse_linear(x.detach(), None, None, values.detach(), delta, owner, number).requires_grad
 
 
 def test_a_compiled_graph_that_outlives_its_layer_is_a_clear_error():
     weight, mask, values, x, _ = random_case(13, 17, 20)
     owner = DenseOwner(weight)
     plan = make_plan(mask, 17)
-    at = positions(mask, 17)
-    y, _ = torch.ops.spft.linear(x, None, values, at, torch.empty(0), *plan, 13, register_owner(owner))
+    kept = kept_columns(x, plan)
+    y = torch.ops.spft.linear(x, kept, None, values, *mask, torch.empty(0), *plan, register_owner(owner))
     del owner
     with pytest.raises(SpftError, match="keep the model alive"):
         y.sum().backward()

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from axolotl_spft.ops import tiles as tiles_module
+from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import Mask, mask_from_positions, positions
-from axolotl_spft.ops.plan import make_plan
+from axolotl_spft.ops.plan import block_slots, make_plan
 from axolotl_spft.ops.tiles import make_tiles, product_by_tiles, tiles_of
-from axolotl_spft.ops.values_grad import select_columns, values_grad
+from axolotl_spft.ops.values_grad import compact_values_grad
 
 # out_features, in_features, nnz
 SHAPES = [(1, 1, 1), (70, 65, 300), (130, 40, 5200), (3, 200, 150), (200, 3, 77), (64, 64, 64)]
@@ -32,12 +33,13 @@ def clustered_mask(out_features: int, in_features: int, nnz: int, seed: int = 0)
 def test_tiles_partition_the_entries(out_features, in_features, nnz, blocks, block_entries, multiple):
     mask = clustered_mask(out_features, in_features, nnz)
     plan = make_plan(mask, in_features, block_entries, multiple)
-    tiles = make_tiles(plan, *blocks)
+    tiles = make_tiles(mask, plan, *blocks)
     assert torch.equal(tiles.slots.sort().values, torch.arange(nnz, dtype=torch.int32))
     assert tiles.offsets[0] == 0
     assert tiles.offsets[-1] == nnz
     assert (tiles.offsets.diff() > 0).all()
-    columns = plan.columns if tiles.columns is None else plan.columns[tiles.columns]
+    columns = torch.arange(in_features) if plan.columns is None else plan.columns
+    columns = columns if tiles.columns is None else columns[tiles.columns]
     at = positions(mask, in_features)
     for tile in range(tiles.count):
         bits = (tiles.words[tile, :, None] >> torch.arange(tiles.block_columns)) & 1
@@ -57,15 +59,17 @@ def test_product_by_tiles_is_the_values_gradient(out_features, in_features, nnz,
     x = torch.randn(11, in_features, generator=generator, dtype=torch.float64)
     grad_y = torch.randn(11, out_features, generator=generator, dtype=torch.float64)
     x_columns = select_columns(x, plan.columns)
-    got = product_by_tiles(grad_y, x_columns, make_tiles(plan, *blocks))
-    torch.testing.assert_close(got, values_grad(grad_y, x_columns, plan))
+    got = product_by_tiles(grad_y, x_columns, make_tiles(mask, plan, *blocks))
+    torch.testing.assert_close(got, compact_values_grad(grad_y, x_columns, mask, plan))
 
 
 def test_sorting_by_count_gathers_the_entries_in_few_tiles():
-    plan = make_plan(clustered_mask(512, 512, 5000), 512)
-    tiles = make_tiles(plan, 32, 32)
+    mask = clustered_mask(512, 512, 5000)
+    plan = make_plan(mask, 512)
+    tiles = make_tiles(mask, plan, 32, 32)
     in_place = plan.rows // 32 * 16
-    entries = plan.slots // plan.columns.numel(), plan.slots % plan.columns.numel()
+    slots = block_slots(plan, mask)
+    entries = slots // plan.n_columns, slots % plan.n_columns
     unsorted = (in_place[entries[0]] + plan.columns[entries[1]] // 32).unique().numel()
     assert tiles.columns is None
     assert tiles.count < unsorted / 2
@@ -73,13 +77,14 @@ def test_sorting_by_count_gathers_the_entries_in_few_tiles():
 
 
 def test_tiles_are_kept_with_their_plan_where_they_pay(monkeypatch):
-    clustered, spread = make_plan(clustered_mask(512, 512, 5000), 512), make_plan(clustered_mask(9, 512, 4000), 512)
-    monkeypatch.setattr(tiles_module, "TILES_UP_TO", make_tiles(clustered).share(clustered))
-    tiles = tiles_of(clustered)
-    assert tiles_of(clustered._replace(slots=clustered.slots.detach(), save_columns=False)) is tiles
-    assert tiles_of(spread) is None
+    masks = clustered_mask(512, 512, 5000), clustered_mask(9, 512, 4000)
+    clustered, spread = (make_plan(mask, 512) for mask in masks)
+    monkeypatch.setattr(tiles_module, "TILES_UP_TO", make_tiles(masks[0], clustered).share(clustered))
+    tiles = tiles_of(masks[0], clustered)
+    assert tiles_of(masks[0], clustered._replace(row_starts=clustered.row_starts.detach(), kept=None)) is tiles
+    assert tiles_of(masks[1], spread) is None
     monkeypatch.setattr(tiles_module, "make_tiles", None)
-    assert tiles_of(spread) is None
+    assert tiles_of(masks[1], spread) is None
     held = len(tiles_module._kept)
     del clustered
     gc.collect()

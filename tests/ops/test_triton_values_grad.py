@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from axolotl_spft.ops.columns import select_columns
+from axolotl_spft.ops.csr import Mask
 from axolotl_spft.ops.plan import GPU_MULTIPLE, make_plan
 from axolotl_spft.ops.tiles import make_tiles
-from axolotl_spft.ops.values_grad import select_columns, values_grad
+from axolotl_spft.ops.values_grad import compact_values_grad, values_grad
 from tests.interpreter import DEVICE
 from tests.ops.test_tiles import clustered_mask
 
@@ -18,14 +20,18 @@ CASES = [(1, 1, 1, 1), (37, 70, 65, 300), (64, 130, 40, 5200), (129, 3, 200, 150
 
 
 def case(tokens, out_features, in_features, nnz, dtype, multiple=1):
-    plan = make_plan(clustered_mask(out_features, in_features, nnz), in_features, multiple=multiple)
+    mask = clustered_mask(out_features, in_features, nnz)
+    plan = make_plan(mask, in_features, multiple=multiple)
+    # as a layer that keeps its own columns alone
+    plan = plan._replace(kept=plan.columns, places=None)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, in_features, generator=generator).to(dtype)
     grad_y = torch.randn(tokens, out_features, generator=generator).to(dtype)
     x_columns = select_columns(x, plan.columns)
-    expected = values_grad(grad_y.double(), x_columns.double(), plan)
-    plan = plan._replace(**{name: getattr(plan, name).to(DEVICE) for name in ("rows", "columns", "slots")})
-    return plan, grad_y.to(DEVICE), x_columns.to(DEVICE), expected
+    expected = compact_values_grad(grad_y.double(), x_columns.double(), mask, plan)
+    tensors = {name: part.to(DEVICE) for name, part in plan._asdict().items() if isinstance(part, torch.Tensor)}
+    mask = Mask(*(part.to(DEVICE) for part in mask))
+    return mask, plan._replace(**tensors), grad_y.to(DEVICE), x_columns.to(DEVICE), expected
 
 
 def assert_close(got, expected, dtype, tokens):
@@ -39,10 +45,10 @@ def assert_close(got, expected, dtype, tokens):
 @pytest.mark.parametrize(("tokens", "out_features", "in_features", "nnz"), CASES)
 @pytest.mark.parametrize("multiple", [1, GPU_MULTIPLE])
 def test_gradient_equals_the_reference_within_rounding(tokens, out_features, in_features, nnz, dtype, multiple):
-    plan, grad_y, x_columns, expected = case(tokens, out_features, in_features, nnz, dtype, multiple)
-    got = values_grad(grad_y, x_columns, plan, backend="triton")
+    mask, plan, grad_y, x_columns, expected = case(tokens, out_features, in_features, nnz, dtype, multiple)
+    got = values_grad(grad_y, x_columns, mask, plan, backend="triton")
     assert_close(got, expected, dtype, tokens)
-    assert torch.equal(got, values_grad(grad_y, x_columns, plan, backend="triton"))
+    assert torch.equal(got, values_grad(grad_y, x_columns, mask, plan, backend="triton"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,8 +57,8 @@ def test_gradient_equals_the_reference_within_rounding(tokens, out_features, in_
 def test_splits_and_blocks(dtype, splits, blocks):
     from axolotl_spft.ops.triton_values_grad import tiles_values_grad
 
-    plan, grad_y, x_columns, expected = case(201, 70, 65, 300, dtype)
-    tiles = make_tiles(plan, *blocks)
+    mask, plan, grad_y, x_columns, expected = case(201, 70, 65, 300, dtype)
+    tiles = make_tiles(mask, plan, *blocks)
     # 201 tokens in 4 parts of 51 leave the last part short
     got = tiles_values_grad(grad_y, x_columns, tiles, splits)
     assert_close(got, expected, dtype, 201)
@@ -61,23 +67,23 @@ def test_splits_and_blocks(dtype, splits, blocks):
 def test_more_splits_than_tokens_and_no_tokens():
     from axolotl_spft.ops.triton_values_grad import tiles_values_grad
 
-    plan, grad_y, x_columns, expected = case(5, 70, 65, 300, torch.float32)
-    assert_close(tiles_values_grad(grad_y, x_columns, make_tiles(plan), splits=4), expected, torch.float32, 5)
-    none = tiles_values_grad(grad_y[:0], x_columns[:0], make_tiles(plan))
+    mask, plan, grad_y, x_columns, expected = case(5, 70, 65, 300, torch.float32)
+    assert_close(tiles_values_grad(grad_y, x_columns, make_tiles(mask, plan), splits=4), expected, torch.float32, 5)
+    none = tiles_values_grad(grad_y[:0], x_columns[:0], make_tiles(mask, plan))
     assert torch.equal(none, torch.zeros_like(none))
 
 
 def test_columns_in_their_own_order_are_put_in_that_of_the_tiles():
-    plan, grad_y, x_columns, expected = case(33, 64, 48, 2900, torch.float32)
-    assert plan.columns.numel() == 48
-    assert make_tiles(plan).columns is not None
-    assert_close(values_grad(grad_y, x_columns, plan, backend="triton"), expected, torch.float32, 33)
+    mask, plan, grad_y, x_columns, expected = case(33, 64, 48, 2900, torch.float32)
+    assert plan.columns is None
+    assert make_tiles(mask, plan).columns is not None
+    assert_close(values_grad(grad_y, x_columns, mask, plan, backend="triton"), expected, torch.float32, 33)
 
 
 def test_what_no_entry_uses_does_not_matter():
     """A NaN in a column of dY that holds no entry stays out of the gradient."""
-    plan, grad_y, x_columns, expected = case(33, 300, 100, 40, torch.float32)
+    mask, plan, grad_y, x_columns, expected = case(33, 300, 100, 40, torch.float32)
     unused = torch.ones(300, dtype=torch.bool)
     unused[plan.rows.cpu()] = False
     grad_y[:, unused.to(DEVICE)] = float("nan")
-    assert_close(values_grad(grad_y, x_columns, plan, backend="triton"), expected, torch.float32, 33)
+    assert_close(values_grad(grad_y, x_columns, mask, plan, backend="triton"), expected, torch.float32, 33)

@@ -74,7 +74,7 @@ def test_a_sweep_measures_few_methods_and_the_big_shapes_draw_their_masks(monkey
     (swept, over, values, *_), (big, *_), (plain, *_) = asked
     assert (swept.methods, swept.serving, over, values) == (bench.SWEEP_METHODS, False, "area", ("0.1", "0.2"))
     assert (big.mask, big.processes, plain.mask, plain.processes) == ("drawn", "sequential", "gradient", "shared")
-    assert plain == Options(methods=bench.METHODS)
+    assert plain == Options(methods=bench.METHODS, dtype=plain.dtype)
 
 
 def test_the_names_that_help_spells_out_are_the_real_ones():
@@ -91,3 +91,16 @@ def test_axolotl_finds_the_group():
         pytest.skip("no axolotl command beside this Python")
     output = subprocess.run([axolotl, "spft", "bench", "--help"], capture_output=True, text=True, check=True).stdout
     assert "Usage: axolotl spft bench" in output
+
+
+def test_bench_takes_the_precision_that_the_processor_has(monkeypatch):
+    from axolotl_spft.bench import main
+    from axolotl_spft.ops import products
+
+    chosen = []
+    monkeypatch.setattr(main, "run_comparison", lambda options, *_: chosen.append(options.dtype))
+    for lacks, arguments in ((True, []), (False, []), (True, ["--dtype", "bf16"])):
+        monkeypatch.setattr(products, "lacks_instructions", lambda _, lacks=lacks: lacks)
+        result = CliRunner().invoke(bench.command, ["--device", "cpu", *arguments])
+        assert result.exit_code == 0, result.output
+    assert chosen == ["fp32", "bf16", "bf16"]

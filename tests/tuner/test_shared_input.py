@@ -1,0 +1,193 @@
+"""Layers that read one tensor keep one copy of its columns, and none that backward does not need."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from axolotl_spft import SpftConfig
+from axolotl_spft.ops.csr import Mask, mask_from_positions
+from axolotl_spft.tuner import shared_input
+from axolotl_spft.tuner.shared_input import group_by_input
+
+TOKENS, WIDTH = 6, 20
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, 8, bias=False) for _ in range(3))
+        self.o_proj = nn.Linear(8, WIDTH, bias=False)
+
+    def forward(self, x, other=None):
+        other = x if other is None else other
+        return self.o_proj(self.q_proj(x) * self.k_proj(other) + self.v_proj(other))
+
+
+def mask_of(columns: list[int], in_features: int = WIDTH) -> Mask:
+    return mask_from_positions(torch.tensor(sorted(3 * in_features + c for c in columns)), 8, in_features)
+
+
+MASKS = {"q_proj": mask_of([1, 2]), "k_proj": mask_of([2, 3, 5]), "v_proj": mask_of([9]), "o_proj": mask_of([4], 8)}
+
+
+def adapted(masks=MASKS):
+    torch.manual_seed(0)
+    model = get_peft_model(Attention(), SpftConfig(target_modules=list(MASKS)))
+    for name, mask in masks.items():
+        model.get_submodule(f"base_model.model.{name}").set_mask("default", mask, torch.randn(mask.nnz))
+    return model
+
+
+def kept_columns_of(model, *inputs) -> tuple[torch.Tensor, list[int]]:
+    """The output, and the widths of the copies of inputs' columns that are kept for backward."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*inputs, *model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage().data_ptr()
+        if storage not in own and tensor.shape[0] == TOKENS and tensor.shape[-1] not in (8, WIDTH):
+            kept[storage] = tensor.shape[-1]
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(*inputs)
+    return y, sorted(kept.values())
+
+
+def gradients(model, *inputs) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    y, _ = kept_columns_of(model, *inputs)
+    y.square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def dense_gradients(model, *inputs) -> dict[str, torch.Tensor]:
+    """The same from the merged model with all of its weights trained."""
+    twin = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
+    twin(*inputs).square().sum().backward()
+    found = {}
+    for name in MASKS:
+        layer = model.get_submodule(f"base_model.model.{name}")
+        at = layer.storage_positions(layer.mask("default"))
+        found[f"base_model.model.{name}.spft_values.default"] = twin.get_submodule(name).weight.grad.flatten()[at]
+    return found
+
+
+def assert_right(model, *inputs) -> None:
+    got, expected = gradients(model, *inputs), dense_gradients(model, *inputs)
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_one_copy_for_all_readers():
+    model, x = adapted(), torch.randn(TOKENS, WIDTH, requires_grad=True)
+    _, kept = kept_columns_of(model, x)
+    # the union of q, k and v, and o's own
+    assert kept == [1, 5]
+    assert_right(model, x)
+
+
+def test_readers_of_different_tensors_keep_a_copy_each():
+    model = adapted()
+    inputs = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.randn(TOKENS, WIDTH, requires_grad=True)
+    _, kept = kept_columns_of(model, *inputs)
+    assert kept == [1, 5, 5]
+    assert_right(model, *inputs)
+
+
+def test_an_input_that_changed_in_place_is_another_input():
+    model = adapted()
+    x = torch.randn(TOKENS, WIDTH)
+    layers = [model.get_submodule(f"base_model.model.{name}") for name in ("q_proj", "k_proj")]
+    first = layers[0](x)
+    x.add_(1)
+    layers[1](x).square().sum().backward()
+    expected = copy.deepcopy(layers[1])
+    expected.spft_values["default"].grad = None
+    expected(x.clone()).square().sum().backward()
+    assert torch.equal(layers[1].spft_values["default"].grad, expected.spft_values["default"].grad)
+    first.sum().backward()
+
+
+def test_a_copy_lives_as_long_as_backward_needs_it():
+    model, x = adapted(), torch.randn(TOKENS, WIDTH)
+    shared = model.base_model.model.q_proj._shared_input
+    y = model(x)
+    assert shared._last.kept() is not None
+    y.sum().backward()
+    del y
+    assert shared._last.kept() is None
+
+
+def test_nothing_is_copied_without_gradients(monkeypatch):
+    model = adapted()
+    monkeypatch.setattr(shared_input, "kept_columns", None)
+    with torch.no_grad():
+        model(torch.randn(TOKENS, WIDTH))
+    model.requires_grad_(False)
+    model(torch.randn(TOKENS, WIDTH, requires_grad=True)).sum().backward()
+
+
+def test_autocast_copies_in_its_own_dtype():
+    model, x = adapted(), torch.randn(TOKENS, WIDTH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, kept = kept_columns_of(model, x)
+    assert kept == [1, 5]
+    y.float().square().sum().backward()
+    expected = dense_gradients(model, x)
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert (parameter.grad - expected[name]).norm() < 0.05 * expected[name].norm()
+
+
+def test_new_masks_and_other_adapters_change_what_is_kept():
+    model, x = adapted(), torch.randn(TOKENS, WIDTH)
+    assert kept_columns_of(model, x)[1] == [1, 5]
+    model.base_model.model.v_proj.set_mask("default", mask_of([2, 3]), torch.randn(2))
+    assert kept_columns_of(model, x)[1] == [1, 4]
+    assert_right(model, x)
+    model.add_adapter("other", SpftConfig(target_modules=["k_proj"]))
+    model.base_model.model.k_proj.set_mask("other", mask_of([7]), torch.randn(1))
+    model.base_model.set_adapter(["default", "other"])
+    _, kept = kept_columns_of(model, x)
+    assert 5 in kept  # k's: 1, 2, 3, 5 and 7
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    assert_right(model, x)
+
+
+def test_copies_of_a_model_share_among_themselves():
+    model, x = adapted(), torch.randn(TOKENS, WIDTH)
+    model(x)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        readers = twin.base_model.model.q_proj._shared_input.readers
+        assert readers[1] is twin.base_model.model.k_proj
+        assert kept_columns_of(twin, x)[1] == [1, 5]
+        assert_right(twin, x)
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["a.q_proj", "a.k_proj", "a.o_proj", "b.v_proj"], [["a.q_proj", "a.k_proj"], ["a.o_proj"], ["b.v_proj"]]),
+        (["m.gate_proj", "m.up_proj", "m.down_proj"], [["m.gate_proj", "m.up_proj"], ["m.down_proj"]]),
+        (["c_attn", "w3", "w1"], [["c_attn"], ["w3", "w1"]]),
+        ([], []),
+    ],
+)
+def test_groups(names, groups):
+    assert group_by_input(dict.fromkeys(names, 8)) == groups
+
+
+def test_layers_of_different_widths_do_not_read_one_tensor():
+    assert group_by_input({"q_proj": 8, "k_proj": 12, "v_proj": 12}) == [["q_proj"], ["k_proj", "v_proj"]]
