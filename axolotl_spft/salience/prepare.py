@@ -18,6 +18,7 @@ from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.ops.csr import Mask, mask_from_positions
 from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards
 from axolotl_spft.salience.mask_file import load_masks, save_masks
+from axolotl_spft.salience.release import give_back_memory
 from axolotl_spft.salience.report import MaskReport, report_masks
 from axolotl_spft.salience.scores import (
     NEEDS_GRADIENT,
@@ -80,11 +81,8 @@ def select_mask(
         masks, source = on_every_rank(lambda: _masks_from_file(config, layers), ranks)
         origin = f"{config.mask_path} ({_describe(source)})"
     else:
-        gradients = None
-        if config.salience in NEEDS_GRADIENT:
-            sums, source["samples"] = summed_gradients(model, layers, batches, loss_fn, config.samples, ranks)
-            gradients = list(sums.values())
-        masks = _select(config, layers, gradients, ranks)
+        masks, source["samples"] = _computed_masks(model, config, layers, batches, loss_fn, ranks)
+        give_back_memory()
         origin = _describe(source)
         if config.mask_path:
             on_every_rank(lambda: save_masks(config.mask_path, masks, source) if ranks.rank == 0 else None, ranks)
@@ -171,6 +169,22 @@ def _masks_from_file(config: SpftConfig, layers: Mapping[str, SpftLinear]) -> tu
             f"set `num_values: {held}`, or delete the file to compute the mask anew"
         )
     return masks, source
+
+
+def _computed_masks(
+    model: nn.Module,
+    config: SpftConfig,
+    layers: Mapping[str, SpftLinear],
+    batches: Iterable[Batch] | None,
+    loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
+    ranks: Ranks,
+) -> tuple[dict[str, Mask], int]:
+    """The masks, and the examples read for them."""
+    gradients, read = None, 0
+    if config.salience in NEEDS_GRADIENT:
+        sums, read = summed_gradients(model, layers, batches, loss_fn, config.samples, ranks)
+        gradients = list(sums.values())
+    return _select(config, layers, gradients, ranks), read
 
 
 def summed_gradients(
