@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.budget import layer_budgets, total_budget
 from axolotl_spft.errors import SpftConfigError, SpftError, SpftFileError
 from axolotl_spft.ops.csr import positions
-from axolotl_spft.salience.prepare import adapted_layers, count_examples
+from axolotl_spft.salience import prepare
+from axolotl_spft.salience.prepare import adapted_layers, count_examples, summed_gradients
 from axolotl_spft.salience.scores import balanced_score
 from tests.models import ARCHITECTURES, same_weights, tiny_llama, token_batch, weights_of, with_adapter
 from tests.salience.test_select import sorted_top_k, sorted_top_k_per_row
@@ -270,3 +272,21 @@ def test_random_adapters_keep_their_mask():
 )
 def test_counted_examples(batch, expected):
     assert count_examples(batch) == expected
+
+
+def test_memory_is_given_back_once_the_accumulators_are_gone(monkeypatch):
+    accumulators, alive = [], []
+
+    def summed(*args):
+        sums, read = summed_gradients(*args)
+        accumulators.extend(weakref.ref(total) for total in sums.values())
+        return sums, read
+
+    monkeypatch.setattr(prepare, "summed_gradients", summed)
+    monkeypatch.setattr(
+        prepare, "give_back_memory", lambda: alive.append(sum(total() is not None for total in accumulators))
+    )
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, samples=2))
+    select_mask(model, BATCHES)
+    assert len(accumulators) == len(adapted_layers(model))
+    assert alive == [0]
