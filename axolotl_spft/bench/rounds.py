@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 
 from axolotl_spft.bench.contestant import Contestant, reason_to_leave_out, set_threads
@@ -70,8 +71,7 @@ def _in_this_process(name: str, options: Options) -> Contestant:
     except torch.OutOfMemoryError as error:
         reason = _does_not_fit(error)
     # outside the handler, whose traceback would keep the half-made model alive
-    gc.collect()
-    torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)
     raise DoesNotFit(reason)
 
 
