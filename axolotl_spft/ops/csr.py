@@ -61,15 +61,12 @@ def row_indices(mask: Mask) -> Tensor:
     return spread(torch.arange(mask.out_features, device=mask.row_offsets.device), mask)
 
 
-def positions(mask: Mask, in_features: int) -> Tensor:
-    """The position of each entry in the flattened weight: (nnz) int64, ascending."""
+def positions(mask: Mask, in_features: int, transposed: bool = False) -> Tensor:
+    """The position of each entry in the flattened weight, ascending, or in that of its transpose: (nnz) int64."""
+    if transposed:
+        return (mask.columns.to(torch.int64) * mask.out_features).add_(row_indices(mask))
     row_starts = torch.arange(0, mask.out_features * in_features, in_features, device=mask.row_offsets.device)
     return spread(row_starts, mask).add_(mask.columns.to(torch.int64))
-
-
-def transposed_positions(mask: Mask) -> Tensor:
-    """The position of each entry in the flattened transpose of the weight: (nnz) int64."""
-    return (mask.columns.to(torch.int64) * mask.out_features).add_(row_indices(mask))
 
 
 def used_rows(mask: Mask) -> Tensor:

@@ -74,10 +74,9 @@ def _why_not(device: torch.device) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     try:
         # triton builds its launcher with the system's C compiler at the first launch: a machine may have none
-        from axolotl_spft.ops.triton_scatter import assign_sum_
+        from axolotl_spft.ops.triton_columns import select_columns
 
-        weight, values = torch.zeros(2, dtype=torch.bfloat16, device=device), torch.ones(1, device=device)
-        assign_sum_(weight, torch.ones(1, dtype=torch.int32, device=device), weight[:1], values)
+        select_columns(torch.zeros(1, 2, device=device), torch.ones(1, dtype=torch.int32, device=device))
     except Exception as error:
         reason = f"a trial kernel failed on {device} with {type(error).__name__}: {error}"
         warnings.warn(f"spft uses plain torch: {reason}", stacklevel=2)

@@ -95,7 +95,7 @@ def _backward(
             grad_x = matmul(grad_y, weight.to(grad_y.dtype))
     if need_values:
         kept = kept.reshape(-1, kept.shape[-1])
-        grad_values = values_grad(grad_y, kept, delta.mask, delta.plan).to(values.dtype)
+        grad_values = values_grad(grad_y, kept, delta.mask, delta.plan, values.dtype)
     return grad_x, grad_values
 
 
@@ -144,10 +144,9 @@ def frozen_linear(x: Tensor, bias: Tensor | None, owner: WeightOwner) -> Tensor:
 
 _DELTA = (
     "Tensor values, Tensor mask_columns, Tensor row_offsets, Tensor originals, Tensor? rows, Tensor? columns, "
-    "Tensor row_starts, Tensor? column_ranks, Tensor? kept_columns, Tensor? places, int[] row_stops, "
-    "int[] value_stops, int in_features"
+    "Tensor row_starts, Tensor? column_ranks, int[] row_stops, int[] value_stops, int in_features"
 )
-_TENSORS = 10
+_TENSORS = 8
 _library = torch.library.Library("spft", "DEF")
 _library.define("select_columns(Tensor x, Tensor columns) -> Tensor")
 _library.define(f"linear(Tensor x, Tensor? kept, Tensor? bias, {_DELTA}, int owner) -> Tensor")
@@ -223,12 +222,12 @@ torch.library.register_autograd("spft::linear", _op_gradients, setup_context=_se
 
 
 def kept_columns(x: Tensor, plan: Plan) -> Tensor:
-    """What `sparse_linear` needs to form the values' gradient: X[:, plan.kept], (tokens, columns), or x itself."""
+    """What `sparse_linear` needs to form the values' gradient: X[:, plan.columns], (tokens, columns)."""
     x = x.detach()
-    if plan.kept is None:
+    if plan.columns is None:
         return x
     select = torch.ops.spft.select_columns if torch.compiler.is_compiling() else select_columns
-    return select(x, plan.kept)
+    return select(x, plan.columns)
 
 
 def sparse_linear(

@@ -25,13 +25,11 @@ class Plan(NamedTuple):
     """Rows and columns that hold an entry, cut into blocks of rows.
 
     Attributes:
-        rows: used rows, int32, ascending, some again at the end; None: all.
-        columns: used columns, int32, those with the most entries first, so that `axolotl_spft.ops.tiles` finds the
-            columns of x in its own order, some again at the end; None: all, ascending.
+        rows: used rows, int32, ascending, the last one again to fill up; None: all.
+        columns: the columns of x that backward is given, int32, ascending, the last one again to fill up; None: x
+            itself. Those that the mask uses are among them.
         row_starts: (out_features; int32) where a used row begins in its flattened block of rows x columns.
         column_ranks: (in_features; int32) where a used column stands in ``columns``; None where these are all.
-        kept: columns of x that backward is given, int32; None: x itself.
-        places: where ``columns`` stand in what backward is given, int32; None: in the same order.
         row_stops: for each block, the index into ``rows`` where it ends.
         value_stops: for each block, the index into the values where it ends.
         in_features: of the weight.
@@ -41,8 +39,6 @@ class Plan(NamedTuple):
     columns: Tensor | None
     row_starts: Tensor
     column_ranks: Tensor | None
-    kept: Tensor | None
-    places: Tensor | None
     row_stops: list[int]
     value_stops: list[int]
     in_features: int
@@ -55,46 +51,36 @@ class Plan(NamedTuple):
     def n_rows(self) -> int:
         return self.row_stops[-1]
 
-    def area(self) -> float:
-        """Share of the weight's entries that lie on a used row and a used column."""
-        return self.n_rows * self.n_columns / (self.row_starts.numel() * self.in_features)
-
 
 def make_plan(
     mask: Mask,
     in_features: int,
     block_entries: int = BLOCK_ENTRIES,
     multiple: int | None = None,
-    shared_columns: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> Plan:
     """The plan of ``mask`` (nnz >= 1) for a weight with ``in_features`` columns.
 
-    The numbers of rows and columns are multiples of ``multiple`` (by default `GPU_MULTIPLE` on a GPU, else 1), or all
-    are taken.
+    The numbers of rows and columns are multiples of ``multiple`` (by default that of `multiple_on`), or all are taken.
 
     Args:
-        shared_columns: columns of x that this and other layers keep one copy of (int32, ascending, all used ones among
-            them).
+        columns: that this and other layers keep one copy of (ascending, all that the mask uses among them); by default
+            those that the mask uses.
     """
-    if multiple is None:
-        multiple = GPU_MULTIPLE if mask.columns.is_cuda else 1
-    rows, columns = used_rows(mask), used_columns(mask, in_features)
+    multiple = multiple or multiple_on(mask.columns.device)
+    rows = used_rows(mask)
     row_ranks = torch.zeros(mask.out_features, dtype=torch.int64, device=rows.device)
     row_ranks[rows] = torch.arange(rows.numel(), device=rows.device)
-    if _rounded_up(rows.numel(), multiple) < mask.out_features:
-        rows = padded(rows, multiple)
-    else:
-        rows, row_ranks = None, torch.arange(mask.out_features, device=rows.device)
+    rows = padded(rows, multiple)
+    if rows.numel() >= mask.out_features:
+        rows, row_ranks = None, torch.arange(mask.out_features, device=row_ranks.device)
+    columns = padded(used_columns(mask, in_features) if columns is None else columns, multiple).to(torch.int32)
     column_ranks = None
-    if _rounded_up(columns.numel(), multiple) < in_features:
-        counts = torch.bincount(mask.columns.to(torch.int64), minlength=in_features)
-        columns = columns[counts[columns].argsort(descending=True, stable=True)]
-        column_ranks = torch.zeros(in_features, dtype=torch.int32, device=columns.device)
-        column_ranks[columns] = torch.arange(columns.numel(), dtype=torch.int32, device=columns.device)
-        columns = padded(columns, multiple).to(torch.int32)
-    else:
-        # in their own order all columns are x itself, without a copy
+    if columns.numel() > KEEP_COLUMNS_UP_TO * in_features:
         columns = None
+    else:
+        every = torch.arange(in_features, dtype=torch.int32, device=columns.device)
+        column_ranks = torch.searchsorted(columns, every, out_int32=True)
     n_rows = mask.out_features if rows is None else rows.numel()
     n_columns = in_features if columns is None else columns.numel()
     rows_per_block = max(1, block_entries // n_columns)
@@ -110,21 +96,15 @@ def make_plan(
         columns,
         (row_ranks % rows_per_block * n_columns).to(torch.int32),
         column_ranks,
-        *_kept(columns, shared_columns, in_features),
         row_stops,
         value_stops,
         in_features,
     )
 
 
-def _kept(columns: Tensor | None, shared: Tensor | None, in_features: int) -> tuple[Tensor | None, Tensor | None]:
-    """`Plan.kept` and `Plan.places`."""
-    kept = columns if shared is None else shared
-    if columns is None or kept.numel() > KEEP_COLUMNS_UP_TO * in_features:
-        return None, columns
-    if shared is None:
-        return columns, None
-    return shared, torch.searchsorted(shared, columns, out_int32=True)
+def multiple_on(device: torch.device) -> int:
+    """What the numbers of rows and columns of a product are multiples of."""
+    return GPU_MULTIPLE if device.type == "cuda" else 1
 
 
 def column_ranks(plan: Plan, mask: Mask) -> Tensor:
@@ -139,10 +119,6 @@ def block_slots(plan: Plan, mask: Mask) -> Tensor:
 
 
 def padded(indices: Tensor, multiple: int) -> Tensor:
-    """``indices`` with the first repeated at the end until their number is a multiple of ``multiple``."""
-    missing = _rounded_up(indices.numel(), multiple) - indices.numel()
-    return torch.cat([indices, indices[:1].expand(missing)]) if missing else indices
-
-
-def _rounded_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+    """``indices`` with the last one repeated until their number is a multiple of ``multiple``."""
+    missing = -indices.numel() % multiple
+    return torch.cat([indices, indices[-1:].expand(missing)]) if missing else indices

@@ -23,12 +23,12 @@ def sampling_pays(plan: Plan, nnz: int, grad_y: Tensor) -> bool:
     return grad_y.device.type == "cpu" and nnz * product_lead(grad_y.dtype) < plan.n_rows * plan.n_columns
 
 
-def sampled_values_grad(grad_y: Tensor, x_columns: Tensor, mask: Mask, plan: Plan) -> Tensor:
+def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) -> Tensor:
     """dV = (dY^T X)[mask]; sums in float32 (float64 for such tensors).
 
     Args:
         grad_y: dY, (tokens, out_features).
-        x_columns: X[:, plan.columns], (tokens, columns).
+        kept: X[:, plan.columns], (tokens, columns).
 
     Returns:
         (nnz) in the dtype of ``grad_y``.
@@ -36,7 +36,7 @@ def sampled_values_grad(grad_y: Tensor, x_columns: Tensor, mask: Mask, plan: Pla
     rows = used_rows(mask)
     offsets = torch.cat([mask.row_offsets[rows], mask.row_offsets[-1:]])
     left = _transposed(grad_y if rows.numel() == grad_y.shape[1] else select_columns(grad_y, rows))
-    right = _transposed(x_columns)
+    right = _transposed(kept)
     _hear_of_the_beta_once()
     entries = torch.sparse_csr_tensor(
         offsets, column_ranks(plan, mask), left.new_zeros(mask.nnz), (len(left), len(right)), check_invariants=False

@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from axolotl_spft.ops.csr import Mask, positions
 from axolotl_spft.ops.dispatch import use_triton
 
 
-def assign_sum_(weight: Tensor, positions: Tensor, originals: Tensor, values: Tensor, backend: str = "auto") -> None:
-    """weight.view(-1)[positions] = originals + values, rounded once; repeating it changes nothing.
+def assign_sum_(
+    weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool = False, backend: str = "auto"
+) -> None:
+    """weight[mask] = originals + values, rounded once; repeating it changes nothing.
 
     Args:
-        weight: contiguous, of any shape; changed in place.
-        positions: (nnz; int32 or int64), without repeats.
+        weight: (out_features, in_features), or (in_features, out_features) if ``transposed``; contiguous; changed in
+            place.
         originals: (nnz) in the dtype of ``weight``.
         values: (nnz).
         backend: see `axolotl_spft.ops.dispatch`.
@@ -21,23 +24,27 @@ def assign_sum_(weight: Tensor, positions: Tensor, originals: Tensor, values: Te
     if use_triton(backend, weight, originals, values):
         from axolotl_spft.ops import triton_scatter
 
-        triton_scatter.assign_sum_(weight, positions, originals, values)
+        triton_scatter.assign_sum_(weight, mask, originals, values, transposed)
         return
-    # put_ wants int64; the conversion costs less than what indexing does for int32 by itself
-    weight.put_(positions.to(torch.int64), _rounded_sum(originals, values))
+    weight.put_(positions_in(weight, mask, transposed), rounded_sum(originals, values))
 
 
-def add_at_(weight: Tensor, positions: Tensor, values: Tensor, backend: str = "auto") -> None:
-    """weight.view(-1)[positions] += values, rounded once; arguments as in `assign_sum_`."""
+def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool = False, backend: str = "auto") -> None:
+    """weight[mask] += values, rounded once; arguments as in `assign_sum_`."""
     if use_triton(backend, weight, values):
         from axolotl_spft.ops import triton_scatter
 
-        triton_scatter.add_at_(weight, positions, values)
+        triton_scatter.add_at_(weight, mask, values, transposed)
         return
-    flat = weight.view(-1)
-    flat[positions] = _rounded_sum(flat[positions], values)
+    at = positions_in(weight, mask, transposed)
+    weight.put_(at, rounded_sum(weight.take(at), values))
 
 
-def _rounded_sum(weight: Tensor, values: Tensor) -> Tensor:
+def positions_in(weight: Tensor, mask: Mask, transposed: bool = False) -> Tensor:
+    """Where the entries stand in the flattened ``weight`` as it is stored: (nnz) int64."""
+    return positions(mask, weight.shape[0 if transposed else 1], transposed)
+
+
+def rounded_sum(weight: Tensor, values: Tensor) -> Tensor:
     """weight + values with one rounding, in the dtype of ``weight``."""
     return torch.add(weight, values, out=torch.empty_like(weight))

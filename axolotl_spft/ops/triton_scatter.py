@@ -1,4 +1,4 @@
-"""Triton kernel of `axolotl_spft.ops.scatter`: sum, rounding and scattered write in one pass.
+"""Triton kernel of `axolotl_spft.ops.scatter`: positions, sum, rounding and scattered write in one pass.
 
 The time goes to scattered memory accesses, so there is nothing to tune: no block size changes how many there are.
 """
@@ -10,38 +10,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
+from axolotl_spft.ops.csr import Mask
+
+# entries of a row that a program works on at a time: the fullest rows of a mask by gradient hold thousands
+_BLOCK = 512
 
 
 @triton.jit
-def scatter_kernel(weight, positions, originals, values, nnz, FROM_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
-    """weight[positions] = base + values; base is weight[positions] where FROM_WEIGHT, else ``originals``."""
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = entry < nnz
-    target = weight + tl.load(positions + entry, mask=exists, other=0).to(tl.int64)
-    if FROM_WEIGHT:
-        base = tl.load(target, mask=exists, other=0.0)
-    else:
-        base = tl.load(originals + entry, mask=exists, other=0.0)
-    total = base.to(tl.float32) + tl.load(values + entry, mask=exists, other=0.0).to(tl.float32)
-    tl.store(target, total.to(weight.dtype.element_ty), mask=exists)
+def scatter_kernel(
+    weight,
+    columns,
+    row_offsets,
+    originals,
+    values,
+    row_stride,
+    column_stride,
+    FROM_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: weight[mask] = base + values; base is weight[mask] where FROM_WEIGHT, else ``originals``."""
+    row = tl.program_id(0)
+    stop = tl.load(row_offsets + row + 1)
+    row_start = weight + row.to(tl.int64) * row_stride
+    for first in range(tl.load(row_offsets + row), stop, BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        exists = entry < stop
+        target = row_start + tl.load(columns + entry, mask=exists, other=0).to(tl.int64) * column_stride
+        if FROM_WEIGHT:
+            base = tl.load(target, mask=exists, other=0.0)
+        else:
+            base = tl.load(originals + entry, mask=exists, other=0.0)
+        total = base.to(tl.float32) + tl.load(values + entry, mask=exists, other=0.0).to(tl.float32)
+        tl.store(target, total.to(weight.dtype.element_ty), mask=exists)
 
 
-def assign_sum_(weight: Tensor, positions: Tensor, originals: Tensor, values: Tensor) -> None:
+def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool) -> None:
     """See `axolotl_spft.ops.scatter.assign_sum_`."""
-    _launch(weight, positions, originals, values, from_weight=False)
+    _launch(weight, mask, originals, values, transposed, from_weight=False)
 
 
-def add_at_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
+def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool) -> None:
     """See `axolotl_spft.ops.scatter.add_at_`."""
-    _launch(weight, positions, weight, values, from_weight=True)
+    _launch(weight, mask, weight, values, transposed, from_weight=True)
 
 
-def _launch(weight: Tensor, positions: Tensor, originals: Tensor, values: Tensor, from_weight: bool) -> None:
-    nnz = values.numel()
-    if nnz:
-        # triton launches on the current device, which need not be the tensors'
-        with torch.cuda.device_of(weight):
-            scatter_kernel[(triton.cdiv(nnz, _BLOCK),)](
-                weight, positions, originals, values, nnz, FROM_WEIGHT=from_weight, BLOCK=_BLOCK
-            )
+def _launch(weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool, from_weight: bool) -> None:
+    strides = weight.stride()[::-1] if transposed else weight.stride()
+    # triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(weight):
+        scatter_kernel[(mask.out_features,)](
+            weight, *mask, originals, values, *strides, FROM_WEIGHT=from_weight, BLOCK=_BLOCK
+        )

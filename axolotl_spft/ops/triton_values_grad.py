@@ -98,25 +98,28 @@ def tiles_kernel(
     tl.store(target, sums.to(grads.dtype.element_ty), mask=is_entry)
 
 
-def tiles_values_grad(grad_y: Tensor, x_columns: Tensor, tiles: Tiles, splits: int | None = None) -> Tensor:
+def tiles_values_grad(
+    grad_y: Tensor, kept: Tensor, tiles: Tiles, dtype: torch.dtype | None = None, splits: int | None = None
+) -> Tensor:
     """dV from the tiles that hold entries; sums are float32, their order does not vary from run to run.
 
     Args:
         grad_y: dY, (tokens, out_features), contiguous.
-        x_columns: X[:, columns], (tokens, columns of the plan), contiguous, in the dtype of ``grad_y``.
+        kept: X[:, plan.columns], (tokens, columns), contiguous, in the dtype of ``grad_y``.
+        dtype: of the result; by default that of ``grad_y``.
         splits: into how many parts the tokens are cut; chosen from the number of tiles by default.
 
     Returns:
-        (nnz) in the dtype of ``grad_y``.
+        (nnz) in ``dtype``.
     """
-    tokens, nnz = grad_y.shape[0], tiles.slots.numel()
+    tokens, nnz, dtype = grad_y.shape[0], tiles.slots.numel(), dtype or grad_y.dtype
     if not tokens:
-        return grad_y.new_zeros(nnz)
+        return grad_y.new_zeros(nnz, dtype=dtype)
     if splits is None:
         splits = _splits(tiles.count, tokens, grad_y.device)
-    x = select_columns(x_columns, tiles.columns)
+    x = select_columns(kept, tiles.columns)
     grad_rows = select_columns(grad_y, tiles.rows)
-    grads = torch.empty(splits, nnz, dtype=grad_y.dtype if splits == 1 else torch.float32, device=grad_y.device)
+    grads = torch.empty(splits, nnz, dtype=dtype if splits == 1 else torch.float32, device=grad_y.device)
     with torch.cuda.device_of(grad_y):
         tiles_kernel[(tiles.count, splits)](
             grad_rows,
@@ -140,7 +143,7 @@ def tiles_values_grad(grad_y: Tensor, x_columns: Tensor, tiles: Tiles, splits: i
             BLOCK_COLUMNS=tiles.block_columns,
             PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         )
-    return grads[0] if splits == 1 else grads.sum(0).to(grad_y.dtype)
+    return grads[0] if splits == 1 else grads.sum(0).to(dtype)
 
 
 def _splits(tiles: int, tokens: int, device: torch.device) -> int:

@@ -2,65 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import Mask
 from axolotl_spft.ops.dispatch import use_triton
-from axolotl_spft.ops.plan import Plan, block_slots
+from axolotl_spft.ops.entries import entries_of
+from axolotl_spft.ops.plan import Plan
 from axolotl_spft.ops.products import product_dtype
 from axolotl_spft.ops.sampled import sampled_values_grad, sampling_pays
 from axolotl_spft.ops.tiles import Tiles, make_tiles, tiles_of
 
 
-def values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan, backend: str = "auto") -> Tensor:
+def values_grad(
+    grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan, dtype: torch.dtype | None = None, backend: str = "auto"
+) -> Tensor:
     """dV = (dY[:, rows]^T X[:, columns])[mask], whole, or only the tiles that hold entries, or only the entries.
 
     Args:
         grad_y: dY, (..., out_features), contiguous.
-        kept: X[:, plan.kept], (tokens, columns), from `axolotl_spft.ops.columns.select_columns`.
+        kept: X[:, plan.columns], (tokens, columns), from `axolotl_spft.ops.columns.select_columns`.
         plan: of the mask.
+        dtype: of the result; by default that of ``grad_y``.
         backend: see `axolotl_spft.ops.dispatch`; ``triton`` is the product by tiles.
 
     Returns:
-        (nnz) in the dtype of ``grad_y``.
+        (nnz) in ``dtype``.
     """
-    grad_y, x_columns = grad_y.view(-1, grad_y.shape[-1]), select_columns(kept, plan.places)
-    if use_triton(backend, grad_y, x_columns):
+    grad_y, dtype = grad_y.view(-1, grad_y.shape[-1]), dtype or grad_y.dtype
+    if use_triton(backend, grad_y, kept):
         tiles = make_tiles(mask, plan) if backend == "triton" else _paying_tiles(grad_y, mask, plan)
         if tiles is not None:
             from axolotl_spft.ops.triton_values_grad import tiles_values_grad
 
-            return tiles_values_grad(grad_y, x_columns, tiles)
-    elif backend == "auto" and sampling_pays(plan, mask.nnz, grad_y):
-        return sampled_values_grad(grad_y, x_columns, mask, plan)
-    return compact_values_grad(grad_y, x_columns, mask, plan)
+            return tiles_values_grad(grad_y, kept, tiles, dtype)
+    if backend == "auto" and sampling_pays(plan, mask.nnz, grad_y):
+        return sampled_values_grad(grad_y, kept, mask, plan).to(dtype)
+    return compact_values_grad(grad_y, kept, mask, plan, dtype)
 
 
-def compact_values_grad(grad_y: Tensor, x_columns: Tensor, mask: Mask, plan: Plan) -> Tensor:
+def compact_values_grad(
+    grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan, dtype: torch.dtype | None = None
+) -> Tensor:
     """dV by the product of the used rows and columns, block of rows by block of rows.
 
     Args:
         grad_y: dY, (tokens, out_features).
-        x_columns: X[:, plan.columns], (tokens, columns).
+        kept: X[:, plan.columns], (tokens, columns).
+        dtype: of the result; by default that of ``grad_y``.
 
     Returns:
-        (nnz) in the dtype of ``grad_y``.
+        (nnz) in ``dtype``.
     """
+    return entries_of(_compact_blocks(grad_y, kept, plan), mask, plan, dtype or grad_y.dtype)
+
+
+def _compact_blocks(grad_y: Tensor, kept: Tensor, plan: Plan) -> Iterator[Tensor]:
+    """dY[:, rows]^T X[:, columns] for each of the plan's blocks of rows."""
     dtype = product_dtype(grad_y)
-    x_columns = x_columns.to(dtype)
-    slots = block_slots(plan, mask)
-    grads, row_start, value_start = [], 0, 0
-    for row_stop, value_stop in zip(plan.row_stops, plan.value_stops):
-        if plan.rows is None:
-            grad_rows = grad_y[:, row_start:row_stop]
-        else:
-            grad_rows = select_columns(grad_y, plan.rows[row_start:row_stop])
-        block = grad_rows.to(dtype).t().mm(x_columns)
-        grads.append(block.view(-1).index_select(0, slots[value_start:value_stop]))
-        row_start, value_start = row_stop, value_stop
-    return (grads[0] if len(grads) == 1 else torch.cat(grads)).to(grad_y.dtype)
+    kept = kept.to(dtype)
+    for start, stop in zip([0, *plan.row_stops], plan.row_stops):
+        rows = grad_y[:, start:stop] if plan.rows is None else select_columns(grad_y, plan.rows[start:stop])
+        yield rows.to(dtype).t().mm(kept)
 
 
 def _paying_tiles(grad_y: Tensor, mask: Mask, plan: Plan) -> Tiles | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from axolotl_spft.ops.dispatch import use_triton
-from axolotl_spft.ops.scatter import assign_sum_
+from axolotl_spft.ops.scatter import rounded_sum
 
 
 def adamw_(
@@ -59,8 +59,8 @@ def adamw_low_precision_(
         values, grad: (n) bfloat16, float16 or float32; the values are changed in place.
         master, exp_avg, exp_avg_sq: (n) float32; changed in place.
         step: 0-dimensional float32 on the values' device; changed in place.
-        into: (weight, positions, originals): also assign originals + values to the weight there, as
-            `axolotl_spft.ops.scatter.assign_sum_` does with the new values.
+        into: (weight, positions, originals): also assign originals + the new values to the flattened weight there,
+            rounded once.
         backend: see `axolotl_spft.ops.dispatch`.
     """
     written = () if into is None else (into[0], into[2])
@@ -73,4 +73,5 @@ def adamw_low_precision_(
     adamw_([master], grads, [exp_avg], [exp_avg_sq], [step], lr, betas, eps, weight_decay)
     values.copy_(master)
     if into is not None:
-        assign_sum_(*into, values, backend)
+        weight, positions, originals = into
+        weight.put_(positions.to(torch.int64), rounded_sum(originals, values))

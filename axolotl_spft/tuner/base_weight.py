@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft.engine.zero3 import gathered, is_partitioned
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.csr import Mask, positions, transposed_positions
+from axolotl_spft.ops.csr import Mask, positions
 from axolotl_spft.ops.linear import Delta
 from axolotl_spft.ops.scatter import add_at_, assign_sum_
 
@@ -94,7 +94,7 @@ class BaseWeight:
 
     def storage_positions(self, mask: Mask) -> Tensor:
         """Where the mask's entries stand in the flattened weight as it is stored: (nnz) int64."""
-        return transposed_positions(mask) if self.transposed else positions(mask, self.in_features)
+        return positions(mask, self.in_features, self.transposed)
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight
@@ -159,7 +159,7 @@ class BaseWeight:
         # .data: a layer may run several times before its backward pass, and assigning the same entries again is no
         # change that autograd should refuse; it sees a change of the values by the version of `values`
         weight = self.get_base_layer().weight.data
-        assign_sum_(weight, self.storage_positions(new.mask), new.originals, new.values)
+        assign_sum_(weight, new.mask, new.originals, new.values, self.transposed)
         self._written = new
         return weight
 
@@ -177,7 +177,7 @@ class BaseWeight:
         else:
             weight = base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
         for values, mask in deltas:
-            add_at_(weight, self.storage_positions(mask), values.detach())
+            add_at_(weight, mask, values.detach(), self.transposed)
         return weight
 
     def merge_deltas(self, deltas: list[Written], check_finite: bool) -> None:
@@ -215,10 +215,11 @@ class BaseWeight:
             flat[at.to(flat.device)] = before.to(flat)
 
     def _merge_in_place(self, deltas: list[Written], check_finite: bool) -> list[tuple[Tensor, Tensor]]:
-        flat = self.get_base_layer().weight.data.view(-1)
+        weight = self.get_base_layer().weight.data
+        flat = weight.view(-1)
         entries = [(at, flat[at]) for at in (self.storage_positions(delta.mask) for delta in deltas)]
         for (at, _), delta in zip(entries, deltas):
-            add_at_(flat, at, delta.values.detach())
+            add_at_(weight, delta.mask, delta.values.detach(), self.transposed)
             if check_finite and not torch.isfinite(flat[at]).all():
                 self._put_back(entries)
                 raise _broken_adapter()

@@ -278,7 +278,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             mask = mask_from_positions(union, self.out_features, self.in_features)
             places = tuple(torch.searchsorted(union, at) for at in each)
         originals = self._originals(names[0]) if len(names) == 1 else self.read_originals(mask)
-        plan = make_plan(mask, self.in_features, shared_columns=self._shared_input.columns(names))
+        plan = make_plan(mask, self.in_features, columns=self._shared_input.columns(names))
         return Delta(mask, originals, plan), places
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from torch.utils.weak import TensorWeakRef
 
 from axolotl_spft.ops.csr import Mask, used_columns
 from axolotl_spft.ops.linear import kept_columns
-from axolotl_spft.ops.plan import Plan
+from axolotl_spft.ops.plan import Plan, multiple_on, padded
 
 # names, under one parent, of the layers that transformers' models call with one tensor. Where such layers get
 # different ones all the same, as in cross-attention, each keeps a copy of its own, of a few columns more
@@ -61,7 +61,7 @@ class SharedInput:
         self._last: _Kept | None = None
 
     def columns(self, adapter_names: tuple[str, ...]) -> Tensor | None:
-        """The columns of x that any reader uses for these adapters: int32, ascending; None for a single reader."""
+        """The columns of x that any reader uses for these adapters, for `make_plan`; None for a single reader."""
         if len(self.readers) == 1:
             return None
         if adapter_names not in self._union:
@@ -71,20 +71,22 @@ class SharedInput:
                 for name in adapter_names
                 if name in reader.spft_columns
             ]
-            self._union[adapter_names] = torch.cat(used).unique().to(torch.int32)
+            union = torch.cat(used).unique().to(torch.int32)
+            # here and not by each reader, so that all copy the same columns
+            self._union[adapter_names] = padded(union, multiple_on(union.device))
         return self._union[adapter_names]
 
     def keep(self, x: Tensor, cast: Tensor, plan: Plan) -> Tensor:
         """`kept_columns` of ``cast``, which is x in the dtype of the computation: once for all readers."""
-        if plan.kept is None or len(self.readers) == 1 or torch.compiler.is_compiling():
+        if plan.columns is None or len(self.readers) == 1 or torch.compiler.is_compiling():
             return kept_columns(cast, plan)
         last = self._last
-        if last is not None and last.x() is x and last.version == x._version and last.columns is plan.kept:
+        if last is not None and last.x() is x and last.version == x._version and last.columns is plan.columns:
             kept = last.kept()
             if kept is not None and kept.dtype == cast.dtype:
                 return kept
         kept = kept_columns(cast, plan)
-        self._last = _Kept(TensorWeakRef(x), x._version, plan.kept, TensorWeakRef(kept))
+        self._last = _Kept(TensorWeakRef(x), x._version, plan.columns, TensorWeakRef(kept))
         return kept
 
 

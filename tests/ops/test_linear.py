@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.csr import mask_from_positions, positions
+from axolotl_spft.ops import plan as plan_module
+from axolotl_spft.ops.csr import mask_from_positions, positions, used_columns
 from axolotl_spft.ops.linear import Delta, kept_columns, register_owner, sparse_linear
 from axolotl_spft.ops.plan import make_plan
 from axolotl_spft.ops.reference import sparse_linear as reference_linear
@@ -49,18 +50,20 @@ def linear(x, bias, values, delta, owner):
     return sparse_linear(x, kept_columns(x, delta.plan), bias, values, delta, owner, register_owner(owner))
 
 
-# what backward is given: the used columns, more columns than these, or x itself
-KEPT = ["used", "shared", "all"]
+# columns of x that backward is given: those that the mask uses, more than these, or all
+KEPT = {"used": 1.0, "shared": 1.0, "all": 0.0}
 
 
-def keep(plan, kept):
-    """``plan`` with another choice of what backward is given."""
-    if kept == "used":
-        return plan._replace(kept=plan.columns, places=None)
-    if kept == "all":
-        return plan._replace(kept=None, places=plan.columns)
-    every = torch.arange(plan.in_features, dtype=torch.int32)
-    return plan._replace(kept=every, places=every if plan.columns is None else plan.columns)
+@pytest.fixture(params=KEPT)
+def kept(request, monkeypatch):
+    monkeypatch.setattr(plan_module, "KEEP_COLUMNS_UP_TO", KEPT[request.param])
+    return request.param
+
+
+def shared_columns(mask, in_features, kept):
+    """What `make_plan` is told of other layers."""
+    some = torch.cat([used_columns(mask, in_features), torch.arange(0, in_features, 3)]).unique()
+    return some if kept == "shared" else None
 
 
 SHAPES = [(13, 17, 20), (7, 3, 21), (1, 9, 1), (9, 1, 5), (33, 31, 2), (16, 24, 300)]
@@ -68,11 +71,10 @@ SHAPES = [(13, 17, 20), (7, 3, 21), (1, 9, 1), (9, 1, 5), (33, 31, 2), (16, 24, 
 
 @pytest.mark.parametrize(("out_features", "in_features", "nnz"), SHAPES)
 @pytest.mark.parametrize("block_entries", [5, 2**24])
-@pytest.mark.parametrize("kept", KEPT)
 def test_gradcheck(out_features, in_features, nnz, block_entries, kept):
     weight, mask, values, x, bias = random_case(out_features, in_features, nnz)
-    delta = delta_of(mask, in_features, block_entries)
-    delta = delta._replace(plan=keep(delta.plan, kept))
+    delta = delta_of(mask, in_features, block_entries, columns=shared_columns(mask, in_features, kept))
+    assert (delta.plan.columns is None) == (kept == "all")
     owner = DenseOwner(weight)
 
     def function(x, bias, values):
@@ -101,10 +103,9 @@ def test_gradients_equal_the_reference_within_rounding(dtype):
         assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
 
 
-@pytest.mark.parametrize("kept", KEPT)
 def test_opcheck(kept):
     weight, mask, values, x, bias = random_case(13, 17, 20)
-    plan = keep(make_plan(mask, 17, 40), kept)
+    plan = make_plan(mask, 17, 40, columns=shared_columns(mask, 17, kept))
     owner = DenseOwner(weight)
     arguments = (x, kept_columns(x, plan), bias, values, *mask, torch.empty(0), *plan, register_owner(owner))
     torch.library.opcheck(torch.ops.spft.linear, arguments)

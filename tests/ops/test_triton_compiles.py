@@ -42,18 +42,42 @@ def arch(request, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "values", "position"),
-    [("bf16", "bf16", "i32"), ("bf16", "fp32", "i64"), ("fp16", "fp32", "i32"), ("fp32", "fp32", "i32")],
+    ("dtype", "values", "column"),
+    [("bf16", "bf16", "u16"), ("bf16", "fp32", "i32"), ("fp16", "fp32", "u16"), ("fp32", "fp32", "u16")],
 )
-def test_scatter(arch, dtype, values, position):
+def test_scatter(arch, dtype, values, column):
     from axolotl_spft.ops.triton_scatter import scatter_kernel
 
-    signature = {"weight": f"*{dtype}", "positions": f"*{position}", "originals": f"*{dtype}", "values": f"*{values}"}
+    signature = {"weight": f"*{dtype}", "columns": f"*{column}", "row_offsets": "*i32", "originals": f"*{dtype}"}
+    signature |= {"values": f"*{values}", "row_stride": "i32", "column_stride": "i32"}
     for from_weight in (False, True):
-        constants = {"FROM_WEIGHT": from_weight, "BLOCK": 1024}
-        ptx = compiled(scatter_kernel, signature | {"nnz": "i32"}, constants, arch).asm["ptx"]
+        constants = {"FROM_WEIGHT": from_weight, "BLOCK": 512}
+        ptx = compiled(scatter_kernel, signature, constants, arch).asm["ptx"]
         # one rounding, to the nearest even number, by a conversion or in the sum itself
         assert bool(re.search(r"(cvt|fma)\.rn\.bf16|add(\.rn)?\.bf16", ptx)) == (dtype == "bf16")
+
+
+@pytest.mark.parametrize("dtype", [*LOW, "fp32"])
+@pytest.mark.parametrize("column", ["i32", "i64"])
+def test_columns(arch, dtype, column):
+    from axolotl_spft.ops.triton_columns import columns_kernel
+
+    signature = {"x": f"*{dtype}", "columns": f"*{column}", "copy": f"*{dtype}"}
+    signature |= dict.fromkeys(["tokens", "n_columns", "x_stride"], "i32")
+    constants = {"BLOCK_TOKENS": 8, "BLOCK_COLUMNS": 128}
+    ptx = compiled(columns_kernel, signature, constants, arch, ("n_columns", "x_stride"), num_warps=2).asm["ptx"]
+    # the copy is written 16 bytes at a time
+    assert re.search(r"st\.global\.v4\.b32", ptx)
+
+
+@pytest.mark.parametrize("dtype", [*LOW, "fp32"])
+def test_entries(arch, dtype):
+    from axolotl_spft.ops.triton_entries import entries_kernel
+
+    signature = {"block": f"*{dtype}", "columns": "*u16", "entries": "*fp32", "row_start": "i32", "n_columns": "i32"}
+    signature |= dict.fromkeys(["row_offsets", "rows", "column_ranks"], "*i32")
+    for some in (False, True):
+        compiled(entries_kernel, signature, {"SOME_ROWS": some, "SOME_COLUMNS": some, "BLOCK": 512}, arch)
 
 
 @pytest.mark.parametrize("dtype", [*LOW, "fp32"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from axolotl_spft.ops.csr import Mask, empty_mask, mask_from_positions, positions
 from axolotl_spft.ops.scatter import add_at_, assign_sum_
 from tests.interpreter import DEVICE
 
@@ -12,32 +13,44 @@ pytestmark = pytest.mark.kernel
 LOW = [torch.bfloat16, torch.float16]
 # of the weight, of the values
 DTYPES = [*((low, low) for low in LOW), *((low, torch.float32) for low in LOW), (torch.float32,) * 2]
-# shape, nnz: one entry, all entries, blocks that end exactly and do not
-CASES = [((1, 1), 1), ((7, 5), 35), ((61, 67), 1024), ((61, 67), 1025), ((40, 90), 2500)]
+# shape, nnz: one entry, all entries, rows with none, rows of several blocks that end exactly and do not
+CASES = [((1, 1), 1), ((7, 5), 35), ((61, 67), 200), ((3, 1024), 3072), ((2, 1500), 2500)]
 
 
-def case(shape, nnz, dtypes, position_dtype=torch.int32):
+def case(shape, nnz, dtypes):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtypes[0])
     values = (torch.randn(nnz, generator=generator) * 0.1).to(dtypes[1])
-    at = torch.randperm(weight.numel(), generator=generator)[:nnz].sort().values.to(position_dtype)
-    return weight.to(DEVICE), at.to(DEVICE), values.to(DEVICE)
+    mask = mask_from_positions(torch.randperm(weight.numel(), generator=generator)[:nnz].sort().values, *shape)
+    return weight.to(DEVICE), Mask(*(part.to(DEVICE) for part in mask)), values.to(DEVICE)
 
 
 @pytest.mark.parametrize(("shape", "nnz"), CASES)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64])
-def test_scatter_is_bit_for_bit_the_reference(shape, nnz, dtypes, position_dtype):
-    weight, at, values = case(shape, nnz, dtypes, position_dtype)
-    originals = weight.view(-1)[at.to(torch.int64)]
+@pytest.mark.parametrize("transposed", [False, True])
+def test_scatter_is_bit_for_bit_the_reference(shape, nnz, dtypes, transposed):
+    weight, mask, values = case(shape, nnz, dtypes)
+    originals = weight.take(positions(mask, shape[1]))
+    weight = weight.t().contiguous() if transposed else weight
     got, expected = weight.clone(), weight.clone()
     for _ in range(2):
-        assign_sum_(got, at, originals, values, backend="triton")
-    assign_sum_(expected, at, originals, values, backend="torch")
+        assign_sum_(got, mask, originals, values, transposed, backend="triton")
+    assign_sum_(expected, mask, originals, values, transposed, backend="torch")
     assert torch.equal(got, expected)
-    added = weight.clone()
-    add_at_(added, at, values, backend="triton")
-    assert torch.equal(added, expected)
+    assert not torch.equal(got, weight)
+    for backend in ("triton", "torch"):
+        added = weight.clone()
+        add_at_(added, mask, values, transposed, backend)
+        assert torch.equal(added, expected)
+
+
+def test_wide_columns():
+    weight, mask, values = case((2, 65_600), 40, (torch.float32, torch.float32))
+    assert mask.columns.dtype == torch.int32
+    expected = weight.clone()
+    add_at_(weight, mask, values, backend="triton")
+    add_at_(expected, mask, values, backend="torch")
+    assert torch.equal(weight, expected)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -47,16 +60,17 @@ def test_rounding_ties_subnormals_and_infinities(dtype):
     values = torch.tensor([info.eps / 2, -info.eps / 4, info.eps / 2, -info.eps / 2, -info.tiny / 2, info.max,
                            -info.max, info.tiny / 4, -0.0])  # fmt: skip
     originals, values = originals.to(DEVICE), values.to(DEVICE)
-    at = torch.arange(values.numel(), device=DEVICE, dtype=torch.int32)
-    got, expected = torch.zeros_like(originals), torch.zeros_like(originals)
-    assign_sum_(got, at, originals, values, backend="triton")
-    assign_sum_(expected, at, originals, values, backend="torch")
+    mask = mask_from_positions(torch.arange(values.numel(), device=DEVICE), 3, 3)
+    got, expected = torch.zeros(3, 3, dtype=dtype, device=DEVICE), torch.zeros(3, 3, dtype=dtype, device=DEVICE)
+    assign_sum_(got, mask, originals, values, backend="triton")
+    assign_sum_(expected, mask, originals, values, backend="torch")
     assert torch.equal(got, expected)
 
 
 def test_no_entries():
-    weight, at, values = case((3, 4), 0, (torch.float32, torch.float32))
-    before = weight.clone()
-    assign_sum_(weight, at, values, values, backend="triton")
-    add_at_(weight, at, values, backend="triton")
+    weight, _, _ = case((3, 4), 1, (torch.float32, torch.float32))
+    before, none = weight.clone(), torch.zeros(0, device=DEVICE)
+    mask = empty_mask(3, 4, torch.device(DEVICE))
+    assign_sum_(weight, mask, none, none, backend="triton")
+    add_at_(weight, mask, none, backend="triton")
     assert torch.equal(weight, before)

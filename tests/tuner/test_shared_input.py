@@ -29,11 +29,16 @@ class Attention(nn.Module):
         return self.o_proj(self.q_proj(x) * self.k_proj(other) + self.v_proj(other))
 
 
-def mask_of(columns: list[int], in_features: int = WIDTH) -> Mask:
-    return mask_from_positions(torch.tensor(sorted(3 * in_features + c for c in columns)), 8, in_features)
+def mask_of(columns: list[int], out_features: int = 8, in_features: int = WIDTH) -> Mask:
+    return mask_from_positions(torch.tensor(sorted(3 * in_features + c for c in columns)), out_features, in_features)
 
 
-MASKS = {"q_proj": mask_of([1, 2]), "k_proj": mask_of([2, 3, 5]), "v_proj": mask_of([9]), "o_proj": mask_of([4], 8)}
+MASKS = {
+    "q_proj": mask_of([1, 2]),
+    "k_proj": mask_of([2, 3, 5]),
+    "v_proj": mask_of([9]),
+    "o_proj": mask_of([4], WIDTH, 8),
+}
 
 
 def adapted(masks=MASKS):

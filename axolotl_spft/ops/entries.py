@@ -1,0 +1,38 @@
+"""The entries of a mask, read out of dense blocks of its used rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from axolotl_spft.ops.csr import Mask
+from axolotl_spft.ops.dispatch import use_triton
+from axolotl_spft.ops.plan import Plan, block_slots
+
+
+def entries_of(blocks: Iterable[Tensor], mask: Mask, plan: Plan, dtype: torch.dtype, backend: str = "auto") -> Tensor:
+    """What ``blocks`` hold at the entries of ``mask``; a block is dropped before the next one is asked for.
+
+    Args:
+        blocks: for each of the plan's blocks of rows, (rows of the block, columns of the plan), contiguous.
+        backend: see `axolotl_spft.ops.dispatch`.
+
+    Returns:
+        (nnz) in ``dtype``.
+    """
+    entries, slots, row_start, value_start = None, None, 0, 0
+    for block, row_stop, value_stop in zip(blocks, plan.row_stops, plan.value_stops):
+        if entries is None:
+            entries = torch.empty(mask.nnz, dtype=dtype, device=block.device)
+        if use_triton(backend, block, entries):
+            from axolotl_spft.ops import triton_entries
+
+            triton_entries.read_entries(block, mask, plan, row_start, entries)
+        else:
+            slots = block_slots(plan, mask) if slots is None else slots
+            entries[value_start:value_stop] = block.view(-1).index_select(0, slots[value_start:value_stop])
+        del block
+        row_start, value_start = row_stop, value_stop
+    return entries
