@@ -10,15 +10,18 @@ import functools
 import importlib.util
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.csr import mask_from_positions
 
 BACKENDS = ("auto", "torch", "triton")
 # the kernels compute in float32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HERE = nullcontext()
 
 
 def use_triton(backend: str, *tensors: Tensor) -> bool:
@@ -47,9 +50,24 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def blocks(number: int, size: int) -> int:
+    """How many blocks of ``size`` hold ``number`` things; triton.cdiv takes as long as a launch."""
+    return -(-number // size)
+
+
+def launching_on(device: torch.device) -> AbstractContextManager:
+    """Where Triton launches kernels on tensors of ``device``: by itself it takes the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
 def _fit(tensors: tuple[Tensor, ...]) -> bool:
     device = tensors[0].device
-    return all(tensor.dtype in DTYPES and tensor.device == device and tensor.is_contiguous() for tensor in tensors)
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES or tensor.device != device or not tensor.is_contiguous():
+            return False
+    return True
 
 
 @functools.cache
@@ -74,9 +92,11 @@ def _why_not(device: torch.device) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     try:
         # triton builds its launcher with the system's C compiler at the first launch: a machine may have none
-        from axolotl_spft.ops.triton_columns import select_columns
+        from axolotl_spft.ops.triton_scatter import assign_sum_
 
-        select_columns(torch.zeros(1, 2, device=device), torch.ones(1, dtype=torch.int32, device=device))
+        weight, values = torch.zeros(1, 2, dtype=torch.bfloat16, device=device), torch.ones(1, device=device)
+        mask = mask_from_positions(torch.ones(1, dtype=torch.int64, device=device), 1, 2)
+        assign_sum_(weight, mask, weight[0, :1], values, transposed=False)
     except Exception as error:
         reason = f"a trial kernel failed on {device} with {type(error).__name__}: {error}"
         warnings.warn(f"spft uses plain torch: {reason}", stacklevel=2)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from axolotl_spft.ops.csr import Mask
+from axolotl_spft.ops.dispatch import launching_on
 from axolotl_spft.ops.plan import Plan
 
 _BLOCK = 512
@@ -51,7 +51,7 @@ def read_entries(block: Tensor, mask: Mask, plan: Plan, row_start: int, entries:
         row_start: of the block, among the plan's rows.
     """
     some_rows, some_columns = plan.rows is not None, plan.column_ranks is not None
-    with torch.cuda.device_of(block):
+    with launching_on(block.device):
         entries_kernel[(block.shape[0],)](
             block,
             *mask,

@@ -5,12 +5,12 @@ The time goes to scattered memory accesses, so there is nothing to tune: no bloc
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from axolotl_spft.ops.csr import Mask
+from axolotl_spft.ops.dispatch import launching_on
 
 # entries of a row that a program works on at a time: the fullest rows of a mask by gradient hold thousands
 _BLOCK = 512
@@ -56,8 +56,7 @@ def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool) -> Non
 
 def _launch(weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool, from_weight: bool) -> None:
     strides = weight.stride()[::-1] if transposed else weight.stride()
-    # triton launches on the current device, which need not be the tensors'
-    with torch.cuda.device_of(weight):
+    with launching_on(weight.device):
         scatter_kernel[(mask.out_features,)](
             weight, *mask, originals, values, *strides, FROM_WEIGHT=from_weight, BLOCK=_BLOCK
         )

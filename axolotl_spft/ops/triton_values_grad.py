@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from axolotl_spft.ops.columns import select_columns
-from axolotl_spft.ops.dispatch import interpreting
+from axolotl_spft.ops.dispatch import blocks, interpreting, launching_on
 from axolotl_spft.ops.tiles import Tiles
 
 # so many programs for each multiprocessor keep the GPU busy; fewer tiles than that are split along the tokens
@@ -120,7 +120,7 @@ def tiles_values_grad(
     x = select_columns(kept, tiles.columns)
     grad_rows = select_columns(grad_y, tiles.rows)
     grads = torch.empty(splits, nnz, dtype=dtype if splits == 1 else torch.float32, device=grad_y.device)
-    with torch.cuda.device_of(grad_y):
+    with launching_on(grad_y.device):
         tiles_kernel[(tiles.count, splits)](
             grad_rows,
             x,
@@ -131,14 +131,14 @@ def tiles_values_grad(
             tiles.words,
             grads,
             tokens,
-            triton.cdiv(tokens, splits),
+            blocks(tokens, splits),
             grad_rows.stride(0),
             x.stride(0),
             x.shape[1],
             nnz,
             # tuned anew where these change by a power of two: batches differ in tokens, layers in tiles
-            triton.next_power_of_2(tokens),
-            triton.next_power_of_2(tiles.count * splits),
+            tokens.bit_length(),
+            (tiles.count * splits).bit_length(),
             BLOCK_ROWS=tiles.block_rows,
             BLOCK_COLUMNS=tiles.block_columns,
             PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from axolotl_spft.ops.dispatch import blocks, launching_on
 
 _BLOCK = 1024
 
@@ -81,8 +82,8 @@ def adamw_one_pass_(
     if not n:
         return
     weight, positions, originals = (values, step, values) if into is None else into
-    with torch.cuda.device_of(values):
-        adamw_kernel[(triton.cdiv(n, _BLOCK),)](
+    with launching_on(values.device):
+        adamw_kernel[(blocks(n, _BLOCK),)](
             values,
             grad,
             master,

@@ -16,7 +16,6 @@ import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft.engine.zero3 import gathered, is_partitioned
 from axolotl_spft.errors import SpftError
@@ -45,18 +44,17 @@ class BaseWeight:
     """Mixin of a tuner layer: W, W + S, and the way back to W.
 
     The layer provides ``get_base_layer()``, ``quantization_backend``, ``in_features`` and ``out_features``.
+
+    Attributes:
+        transposed: whether the weight is stored as (in_features, out_features).
     """
 
     quantization_backend: QuantizationBackend | None
+    transposed: bool
     shared_weight: bool = False
     _written: Written | None = None
     _in_place: bool | None = None
     _undo_merge: list[Replaced | list[tuple[Tensor, Tensor]]]
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored as (in_features, out_features)."""
-        return isinstance(self.get_base_layer(), Conv1D)
 
     @property
     def forward_only(self) -> bool:
@@ -160,7 +158,8 @@ class BaseWeight:
         # change that autograd should refuse; it sees a change of the values by the version of `values`
         weight = self.get_base_layer().weight.data
         assign_sum_(weight, new.mask, new.originals, new.values, self.transposed)
-        self._written = new
+        # past torch.nn.Module's own assignment, which takes as long as launching a kernel
+        self.__dict__["_written"] = new
         return weight
 
     def revert(self) -> None:

@@ -10,6 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.branch import add_sparse_branch
@@ -36,6 +37,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         keep_dequantizable(self.get_base_layer())
+        self.transposed = isinstance(self.get_base_layer(), Conv1D)
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.spft_values = nn.ParameterDict()
         self.spft_columns = BufferDict(persistent=True)
@@ -246,7 +248,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             y = sparse_linear(cast, kept, bias, values, delta, self, self._owner)
         else:
             y = frozen_linear(x.to(dtype), bias, self)
-        return y if autocast else y.to(x.dtype)
+        return y if autocast or y.dtype == x.dtype else y.to(x.dtype)
 
     def get_base_layer(self) -> nn.Module:
         # as PEFT's, without the failing look-ups on the innermost layer: this runs in every forward and backward

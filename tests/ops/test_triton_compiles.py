@@ -58,19 +58,6 @@ def test_scatter(arch, dtype, values, column):
 
 
 @pytest.mark.parametrize("dtype", [*LOW, "fp32"])
-@pytest.mark.parametrize("column", ["i32", "i64"])
-def test_columns(arch, dtype, column):
-    from axolotl_spft.ops.triton_columns import columns_kernel
-
-    signature = {"x": f"*{dtype}", "columns": f"*{column}", "copy": f"*{dtype}"}
-    signature |= dict.fromkeys(["tokens", "n_columns", "x_stride"], "i32")
-    constants = {"BLOCK_TOKENS": 8, "BLOCK_COLUMNS": 128}
-    ptx = compiled(columns_kernel, signature, constants, arch, ("n_columns", "x_stride"), num_warps=2).asm["ptx"]
-    # the copy is written 16 bytes at a time
-    assert re.search(r"st\.global\.v4\.b32", ptx)
-
-
-@pytest.mark.parametrize("dtype", [*LOW, "fp32"])
 def test_entries(arch, dtype):
     from axolotl_spft.ops.triton_entries import entries_kernel
 
