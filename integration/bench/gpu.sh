@@ -39,8 +39,8 @@ bench() {
         --method limit --method spft-gradient --method lora --output "$BENCH_OUT/$name.json" "$@"
 }
 
-# weights and activations of one bf16 method take most of the card; of a 4-bit 70B all of it
+# weights and activations of one method take most of the card
 bench gpu-8b-bf16 "$BENCH_MODEL_8B" "$BENCH_ROUNDS" --sequential
-bench gpu-8b-4bit "$BENCH_MODEL_8B" "$BENCH_ROUNDS" --quantization 4bit --gradient-checkpointing
+bench gpu-8b-4bit "$BENCH_MODEL_8B" "$BENCH_ROUNDS" --quantization 4bit --sequential
 bench gpu-70b-4bit "$BENCH_MODEL_70B" "$BENCH_ROUNDS_70B" --quantization 4bit --gradient-checkpointing --sequential \
     --no-serving
