@@ -29,10 +29,14 @@ def entries_kernel(
 ):
     """entries = block[i, column_ranks[columns]] for row i of the block, which stands for rows[row_start + i]."""
     i = tl.program_id(0)
-    row = row_start + i
+    at = row_start + i
+    row = at
     if SOME_ROWS:
-        row = tl.load(rows + row)
+        row = tl.load(rows + at)
     stop = tl.load(row_offsets + row + 1)
+    if SOME_ROWS:
+        # the last row again, to fill up: two programs must not write one entry, should a product round them differently
+        stop = tl.where(tl.load(rows + at - 1, mask=at > 0, other=-1) == row, 0, stop)
     for first in range(tl.load(row_offsets + row), stop, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         exists = entry < stop
