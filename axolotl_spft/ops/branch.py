@@ -19,13 +19,11 @@ def add_sparse_branch(y: Tensor, x: Tensor, values: Tensor, mask: Mask, plan: Pl
         plan: of the mask.
     """
     x_columns = (x if plan.columns is None else x.index_select(-1, plan.columns)).to(y.dtype)
-    rows = torch.arange(y.shape[-1], device=y.device) if plan.rows is None else plan.rows
-    slots = block_slots(plan, mask).to(torch.int64)
-    row_start = value_start = 0
-    for row_stop, value_stop in zip(plan.row_stops, plan.value_stops):
-        block = values.new_zeros((row_stop - row_start) * plan.n_columns)
-        block = block.index_put((slots[value_start:value_stop],), values[value_start:value_stop])
-        delta = x_columns @ block.view(row_stop - row_start, -1).t().to(y.dtype)
-        y = y.index_add(-1, rows[row_start:row_stop], delta)
-        row_start, value_start = row_stop, value_stop
+    used = torch.arange(y.shape[-1], device=y.device) if plan.rows is None else plan.rows
+    for rows, part in plan.blocks():
+        n_rows = rows.stop - rows.start
+        slots = block_slots(plan, mask, rows, part).to(torch.int64)
+        block = values.new_zeros(n_rows * plan.n_columns).index_put((slots,), values[part])
+        delta = x_columns @ block.view(n_rows, -1).t().to(y.dtype)
+        y = y.index_add(-1, used[rows], delta)
     return y

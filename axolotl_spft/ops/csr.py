@@ -51,22 +51,15 @@ def mask_from_positions(positions: Tensor, out_features: int, in_features: int) 
     return Mask((positions % in_features).to(column_dtype(in_features)), row_offsets)
 
 
-def spread(per_row: Tensor, mask: Mask) -> Tensor:
-    """For each entry what ``per_row`` (out_features) holds for its row: (nnz), new memory."""
-    return torch.repeat_interleave(per_row, mask.row_offsets.diff(), output_size=mask.nnz)
-
-
-def row_indices(mask: Mask) -> Tensor:
-    """The row of each entry: (nnz) int64."""
-    return spread(torch.arange(mask.out_features, device=mask.row_offsets.device), mask)
+def row_indices(offsets: Tensor, nnz: int) -> Tensor:
+    """Which row each of ``nnz`` entries is in, for rows that begin at ``offsets`` (rows + 1): (nnz), its dtype."""
+    return torch.repeat_interleave(offsets.diff(), output_size=nnz)
 
 
 def positions(mask: Mask, in_features: int, transposed: bool = False) -> Tensor:
     """The position of each entry in the flattened weight, ascending, or in that of its transpose: (nnz) int64."""
-    if transposed:
-        return (mask.columns.to(torch.int64) * mask.out_features).add_(row_indices(mask))
-    row_starts = torch.arange(0, mask.out_features * in_features, in_features, device=mask.row_offsets.device)
-    return spread(row_starts, mask).add_(mask.columns.to(torch.int64))
+    rows, columns = row_indices(mask.row_offsets, mask.nnz), mask.columns.to(torch.int64)
+    return rows.add(columns, alpha=mask.out_features) if transposed else columns.add(rows, alpha=in_features)
 
 
 def used_rows(mask: Mask) -> Tensor:

@@ -22,17 +22,15 @@ def entries_of(blocks: Iterable[Tensor], mask: Mask, plan: Plan, dtype: torch.dt
     Returns:
         (nnz) in ``dtype``.
     """
-    entries, slots, row_start, value_start = None, None, 0, 0
-    for block, row_stop, value_stop in zip(blocks, plan.row_stops, plan.value_stops):
+    entries = None
+    for block, (rows, values) in zip(blocks, plan.blocks()):
         if entries is None:
             entries = torch.empty(mask.nnz, dtype=dtype, device=block.device)
         if use_triton(backend, block, entries):
             from axolotl_spft.ops import triton_entries
 
-            triton_entries.read_entries(block, mask, plan, row_start, entries)
+            triton_entries.read_entries(block, mask, plan, rows.start, entries)
         else:
-            slots = block_slots(plan, mask) if slots is None else slots
-            entries[value_start:value_stop] = block.view(-1).index_select(0, slots[value_start:value_stop])
+            entries[values] = block.view(-1).index_select(0, block_slots(plan, mask, rows, values))
         del block
-        row_start, value_start = row_stop, value_stop
     return entries

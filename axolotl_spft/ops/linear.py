@@ -144,7 +144,7 @@ def frozen_linear(x: Tensor, bias: Tensor | None, owner: WeightOwner) -> Tensor:
 
 _DELTA = (
     "Tensor values, Tensor mask_columns, Tensor row_offsets, Tensor originals, Tensor? rows, Tensor? columns, "
-    "Tensor row_starts, Tensor? column_ranks, int[] row_stops, int[] value_stops, int in_features"
+    "Tensor offsets, Tensor? column_ranks, int[] row_stops, int[] value_stops, int in_features"
 )
 _TENSORS = 8
 _library = torch.library.Library("spft", "DEF")

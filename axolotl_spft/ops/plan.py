@@ -6,19 +6,21 @@ it is needed (`block_slots`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from axolotl_spft.ops.csr import Mask, spread, used_columns, used_rows
+from axolotl_spft.ops.csr import Mask, row_indices, used_columns, used_rows
 
 # the dense block of the weight gradient that is alive at a time: 2**24 entries are 32 MiB in bf16
 BLOCK_ENTRIES = 2**24
 # above this share of used columns their copy is hardly smaller than x
 KEEP_COLUMNS_UP_TO = 0.9
-# widths at which rows of 16-bit numbers start at 32-byte boundaries: matrix products on GPUs are slow without
-GPU_MULTIPLE = 16
+# widths at which rows of 16-bit numbers start at 32-byte boundaries: without, matrix products are slow on GPUs, and take
+# 1.4 times as long on a CPU with AMX
+MULTIPLE = 16
 
 
 class Plan(NamedTuple):
@@ -28,7 +30,7 @@ class Plan(NamedTuple):
         rows: used rows, int32, ascending, the last one again to fill up; None: all.
         columns: the columns of x that backward is given, int32, ascending, the last one again to fill up; None: x
             itself. Those that the mask uses are among them.
-        row_starts: (out_features; int32) where a used row begins in its flattened block of rows x columns.
+        offsets: (rows + 1; int32) where the values of each of these rows begin; those that fill up have none.
         column_ranks: (in_features; int32) where a used column stands in ``columns``; None where these are all.
         row_stops: for each block, the index into ``rows`` where it ends.
         value_stops: for each block, the index into the values where it ends.
@@ -37,11 +39,18 @@ class Plan(NamedTuple):
 
     rows: Tensor | None
     columns: Tensor | None
-    row_starts: Tensor
+    offsets: Tensor
     column_ranks: Tensor | None
     row_stops: list[int]
     value_stops: list[int]
     in_features: int
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """For each block its part of the rows, and its part of the values."""
+        row_start = value_start = 0
+        for row_stop, value_stop in zip(self.row_stops, self.value_stops):
+            yield slice(row_start, row_stop), slice(value_start, value_stop)
+            row_start, value_start = row_stop, value_stop
 
     @property
     def n_columns(self) -> int:
@@ -56,24 +65,25 @@ def make_plan(
     mask: Mask,
     in_features: int,
     block_entries: int = BLOCK_ENTRIES,
-    multiple: int | None = None,
+    multiple: int = MULTIPLE,
     columns: Tensor | None = None,
 ) -> Plan:
     """The plan of ``mask`` (nnz >= 1) for a weight with ``in_features`` columns.
 
-    The numbers of rows and columns are multiples of ``multiple`` (by default that of `multiple_on`), or all are taken.
+    The numbers of rows and columns are multiples of ``multiple``, or all are taken.
 
     Args:
         columns: that this and other layers keep one copy of (ascending, all that the mask uses among them); by default
             those that the mask uses.
     """
-    multiple = multiple or multiple_on(mask.columns.device)
-    rows = used_rows(mask)
-    row_ranks = torch.zeros(mask.out_features, dtype=torch.int64, device=rows.device)
-    row_ranks[rows] = torch.arange(rows.numel(), device=rows.device)
-    rows = padded(rows, multiple)
+    used = used_rows(mask)
+    rows = padded(used, multiple)
     if rows.numel() >= mask.out_features:
-        rows, row_ranks = None, torch.arange(mask.out_features, device=row_ranks.device)
+        # a copy: what is kept for a plan is found by this tensor
+        rows, offsets = None, mask.row_offsets.clone()
+    else:
+        ends = mask.row_offsets[-1:].expand(rows.numel() - used.numel() + 1)
+        offsets = torch.cat([mask.row_offsets[used], ends])
     columns = padded(used_columns(mask, in_features) if columns is None else columns, multiple).to(torch.int32)
     column_ranks = None
     if columns.numel() > KEEP_COLUMNS_UP_TO * in_features:
@@ -88,13 +98,11 @@ def make_plan(
     row_stops = [*range(rows_per_block, n_rows, rows_per_block), n_rows]
     value_stops = [mask.nnz]
     if len(row_stops) > 1:
-        ends = mask.row_offsets[1:]
-        ends = (ends if rows is None else ends[rows]).tolist()
-        value_stops = [*(ends[stop - 1] for stop in row_stops[:-1]), mask.nnz]
+        value_stops = offsets[row_stops].tolist()
     return Plan(
         None if rows is None else rows.to(torch.int32),
         columns,
-        (row_ranks % rows_per_block * n_columns).to(torch.int32),
+        offsets,
         column_ranks,
         row_stops,
         value_stops,
@@ -102,20 +110,16 @@ def make_plan(
     )
 
 
-def multiple_on(device: torch.device) -> int:
-    """What the numbers of rows and columns of a product are multiples of."""
-    return GPU_MULTIPLE if device.type == "cuda" else 1
-
-
-def column_ranks(plan: Plan, mask: Mask) -> Tensor:
-    """Where the column of each entry stands in the plan's: (nnz; int32)."""
-    columns = mask.columns.to(torch.int32)
+def column_ranks(plan: Plan, columns: Tensor) -> Tensor:
+    """Where ``columns`` of the mask stand among the plan's: int32."""
+    columns = columns.to(torch.int32)
     return columns if plan.column_ranks is None else plan.column_ranks.index_select(0, columns)
 
 
-def block_slots(plan: Plan, mask: Mask) -> Tensor:
-    """Where each entry stands in its flattened block of rows x columns: (nnz; int32)."""
-    return spread(plan.row_starts, mask).add_(column_ranks(plan, mask))
+def block_slots(plan: Plan, mask: Mask, rows: slice, values: slice) -> Tensor:
+    """Where the entries of one of the plan's `Plan.blocks` stand in its flattened product: (its values; int32)."""
+    ranks = row_indices(plan.offsets[rows.start : rows.stop + 1], values.stop - values.start)
+    return column_ranks(plan, mask.columns[values]).add(ranks, alpha=plan.n_columns)
 
 
 def padded(indices: Tensor, multiple: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from axolotl_spft.ops.columns import select_columns
-from axolotl_spft.ops.csr import Mask, used_rows
+from axolotl_spft.ops.csr import Mask
 from axolotl_spft.ops.plan import Plan, column_ranks
 from axolotl_spft.ops.products import product_lead
 
@@ -33,14 +33,12 @@ def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) ->
     Returns:
         (nnz) in the dtype of ``grad_y``.
     """
-    rows = used_rows(mask)
-    offsets = torch.cat([mask.row_offsets[rows], mask.row_offsets[-1:]])
-    left = _transposed(grad_y if rows.numel() == grad_y.shape[1] else select_columns(grad_y, rows))
-    right = _transposed(kept)
+    left, right = _transposed(select_columns(grad_y, plan.rows)), _transposed(kept)
     _hear_of_the_beta_once()
     entries = torch.sparse_csr_tensor(
-        offsets, column_ranks(plan, mask), left.new_zeros(mask.nnz), (len(left), len(right)), check_invariants=False
-    )
+        plan.offsets, column_ranks(plan, mask.columns), left.new_zeros(mask.nnz), (len(left), len(right)),
+        check_invariants=False,
+    )  # fmt: skip
     return torch.sparse.sampled_addmm(entries, left, right.t(), beta=0.0).values().to(grad_y.dtype)
 
 

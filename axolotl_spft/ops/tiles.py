@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from axolotl_spft.ops.csr import Mask, row_indices, used_rows
-from axolotl_spft.ops.plan import Plan, padded
+from axolotl_spft.ops.csr import Mask, row_indices
+from axolotl_spft.ops.plan import Plan, column_ranks, padded
 
 # one bit per column of a tile fits a 64-bit word
 BLOCK_ROWS = BLOCK_COLUMNS = 64
@@ -60,9 +60,9 @@ class Tiles(NamedTuple):
 
 def make_tiles(mask: Mask, plan: Plan, block_rows: int = BLOCK_ROWS, block_columns: int = BLOCK_COLUMNS) -> Tiles:
     """The tiles of a mask and its plan; both block sizes are powers of two, ``block_columns`` at most 64."""
-    row_ranks, column_ranks = _ranks(mask, plan)
+    row_ranks, ranks = _ranks(mask, plan)
     row_order, row_places = _by_count(row_ranks, plan.n_rows)
-    column_order, column_places = _by_count(column_ranks, plan.n_columns)
+    column_order, column_places = _by_count(ranks, plan.n_columns)
     bands = -(-plan.n_columns // block_columns)
     tile = row_places // block_rows * bands + column_places // block_columns
     row, column = row_places % block_rows, column_places % block_columns
@@ -91,9 +91,9 @@ _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def tiles_of(mask: Mask, plan: Plan) -> Tiles | None:
     """The tiles of a mask and its plan where they are few enough to pay; kept as long as the plan's tensors are."""
     # by storage: a compiled graph hands over the same memory in tensors of its own
-    key = plan.row_starts.untyped_storage()
+    key = plan.offsets.untyped_storage()
     if key not in _kept:
-        if plan.row_starts.is_cuda and torch.cuda.is_current_stream_capturing():
+        if plan.offsets.is_cuda and torch.cuda.is_current_stream_capturing():
             # making them waits for the device, which a capture forbids
             return None
         tiles = make_tiles(mask, plan)
@@ -125,10 +125,8 @@ def product_by_tiles(grad_y: Tensor, kept: Tensor, tiles: Tiles) -> Tensor:
 
 def _ranks(mask: Mask, plan: Plan) -> tuple[Tensor, Tensor]:
     """The index into the plan's rows and columns of each entry: (nnz; int64) each."""
-    rows, columns = row_indices(mask), mask.columns.to(torch.int64)
-    if plan.rows is not None:
-        rows = torch.searchsorted(used_rows(mask), rows)
-    return rows, columns if plan.column_ranks is None else plan.column_ranks[columns].to(torch.int64)
+    rows = row_indices(plan.offsets, mask.nnz)
+    return rows.to(torch.int64), column_ranks(plan, mask.columns).to(torch.int64)
 
 
 def _by_count(ranks: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -64,9 +64,9 @@ def _compact_blocks(grad_y: Tensor, kept: Tensor, plan: Plan) -> Iterator[Tensor
     """dY[:, rows]^T X[:, columns] for each of the plan's blocks of rows."""
     dtype = product_dtype(grad_y)
     kept = kept.to(dtype)
-    for start, stop in zip([0, *plan.row_stops], plan.row_stops):
-        rows = grad_y[:, start:stop] if plan.rows is None else select_columns(grad_y, plan.rows[start:stop])
-        yield rows.to(dtype).t().mm(kept)
+    for rows, _ in plan.blocks():
+        grad_rows = grad_y[:, rows] if plan.rows is None else select_columns(grad_y, plan.rows[rows])
+        yield grad_rows.to(dtype).t().mm(kept)
 
 
 def _paying_tiles(grad_y: Tensor, mask: Mask, plan: Plan) -> Tiles | None:

@@ -11,7 +11,7 @@ from torch.utils.weak import TensorWeakRef
 
 from axolotl_spft.ops.csr import Mask, used_columns
 from axolotl_spft.ops.linear import kept_columns
-from axolotl_spft.ops.plan import Plan, multiple_on, padded
+from axolotl_spft.ops.plan import MULTIPLE, Plan, padded
 
 # names, under one parent, of the layers that transformers' models call with one tensor. Where such layers get
 # different ones all the same, as in cross-attention, each keeps a copy of its own, of a few columns more
@@ -73,7 +73,7 @@ class SharedInput:
             ]
             union = torch.cat(used).unique().to(torch.int32)
             # here and not by each reader, so that all copy the same columns
-            self._union[adapter_names] = padded(union, multiple_on(union.device))
+            self._union[adapter_names] = padded(union, MULTIPLE)
         return self._union[adapter_names]
 
     def keep(self, x: Tensor, cast: Tensor, plan: Plan) -> Tensor:

@@ -39,7 +39,7 @@ def test_mask_round_trip(dense):
     transposed = positions(mask, dense.shape[1], transposed=True)
     assert torch.equal(transposed.sort().values, dense.t().flatten().nonzero().squeeze(1))
     assert torch.equal(transposed.argsort(), (at % dense.shape[1]).argsort(stable=True))
-    assert torch.equal(row_indices(mask), dense.nonzero()[:, 0])
+    assert row_indices(mask.row_offsets, mask.nnz).tolist() == dense.nonzero()[:, 0].tolist()
     assert torch.equal(used_rows(mask), dense.any(1).nonzero().squeeze(1))
     assert torch.equal(used_columns(mask, dense.shape[1]), dense.any(0).nonzero().squeeze(1))
     assert mask.columns.dtype == column_dtype(dense.shape[1])
@@ -75,7 +75,9 @@ def test_values_gradient_is_the_dense_one_at_the_mask(dense, block_entries, mult
     torch.testing.assert_close(values_grad(grad_y, select_columns(x, plan.columns), mask, plan), expected)
     for product in (compact_values_grad, sampled_values_grad):
         torch.testing.assert_close(product(grad_y, select_columns(x, plan.columns), mask, plan), expected)
-    assert plan.value_stops[-1] == mask.nnz
+    blocks = list(plan.blocks())
+    assert [row for rows, _ in blocks for row in range(plan.n_rows)[rows]] == list(range(plan.n_rows))
+    assert [value for _, values in blocks for value in range(mask.nnz)[values]] == list(range(mask.nnz))
     for indices, number in ((plan.rows, plan.n_rows), (plan.columns, plan.n_columns)):
         assert indices is None or indices.numel() == number
         assert indices is None or number % multiple == 0
@@ -99,7 +101,7 @@ def test_values_gradient_is_rounded_once(dtype, product):
 def test_backward_is_given_the_columns_that_layers_share(shared, kept):
     mask = mask_from_positions(torch.tensor([5, 8, 12, 15]), 3, 10)
     shared = None if shared is None else torch.tensor(shared, dtype=torch.int32)
-    plan = make_plan(mask, 10, columns=shared)
+    plan = make_plan(mask, 10, columns=shared, multiple=1)
     assert (None if plan.columns is None else plan.columns.tolist()) == kept
     x, grad_y = torch.randn(4, 10), torch.randn(4, 3)
     given = select_columns(x, plan.columns)
@@ -110,10 +112,19 @@ def test_backward_is_given_the_columns_that_layers_share(shared, kept):
 
 def test_block_slots_say_where_entries_stand():
     mask = mask_from_positions(torch.tensor([5, 8, 12, 22, 25]), 3, 10)
-    plan = make_plan(mask, 10)
+    plan = make_plan(mask, 10, multiple=1)
     assert plan.columns.tolist() == [2, 5, 8]
-    assert block_slots(plan, mask).tolist() == [1, 2, 3, 6, 7]
-    assert block_slots(make_plan(mask, 10, block_entries=6), mask).tolist() == [1, 2, 3, 0, 1]
+    assert [block_slots(plan, mask, *block).tolist() for block in plan.blocks()] == [[1, 2, 3, 6, 7]]
+    plan = make_plan(mask, 10, block_entries=6, multiple=1)
+    assert [block_slots(plan, mask, *block).tolist() for block in plan.blocks()] == [[1, 2, 3], [0, 1]]
+
+
+@pytest.mark.parametrize(("multiple", "offsets"), [(1, [0, 2, 5, 6]), (4, [0, 2, 5, 6, 6])])
+def test_offsets_say_which_values_each_row_of_the_plan_has(multiple, offsets):
+    mask = mask_from_positions(torch.tensor([15, 18, 32, 35, 38, 99]), 10, 10)
+    plan = make_plan(mask, 10, multiple=multiple)
+    assert plan.rows.tolist() == [1, 3, 9, 9][: plan.n_rows]
+    assert plan.offsets.tolist() == offsets
 
 
 @pytest.mark.parametrize("block_entries", [1, 2**24])

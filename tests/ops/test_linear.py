@@ -43,7 +43,7 @@ def random_case(out_features, in_features, nnz, dtype=torch.float64, seed=0):
 
 
 def delta_of(mask, in_features, *args, **kwargs):
-    return Delta(mask, torch.empty(0), make_plan(mask, in_features, *args, **kwargs))
+    return Delta(mask, torch.empty(0), make_plan(mask, in_features, *args, multiple=1, **kwargs))
 
 
 def linear(x, bias, values, delta, owner):
@@ -105,7 +105,7 @@ def test_gradients_equal_the_reference_within_rounding(dtype):
 
 def test_opcheck(kept):
     weight, mask, values, x, bias = random_case(13, 17, 20)
-    plan = make_plan(mask, 17, 40, columns=shared_columns(mask, 17, kept))
+    plan = make_plan(mask, 17, 40, multiple=1, columns=shared_columns(mask, 17, kept))
     owner = DenseOwner(weight)
     arguments = (x, kept_columns(x, plan), bias, values, *mask, torch.empty(0), *plan, register_owner(owner))
     torch.library.opcheck(torch.ops.spft.linear, arguments)
@@ -142,7 +142,7 @@ def test_frozen_values_and_inputs_get_no_gradient():
 def test_a_compiled_graph_that_outlives_its_layer_is_a_clear_error():
     weight, mask, values, x, _ = random_case(13, 17, 20)
     owner = DenseOwner(weight)
-    plan = make_plan(mask, 17)
+    plan = make_plan(mask, 17, multiple=1)
     kept = kept_columns(x, plan)
     y = torch.ops.spft.linear(x, kept, None, values, *mask, torch.empty(0), *plan, register_owner(owner))
     del owner

@@ -53,7 +53,7 @@ def test_tiles_partition_the_entries(out_features, in_features, nnz, blocks, blo
 @pytest.mark.parametrize("blocks", [(64, 64), (16, 32)])
 def test_product_by_tiles_is_the_values_gradient(out_features, in_features, nnz, blocks):
     mask = clustered_mask(out_features, in_features, nnz)
-    plan = make_plan(mask, in_features)
+    plan = make_plan(mask, in_features, multiple=1)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(11, in_features, generator=generator, dtype=torch.float64)
     grad_y = torch.randn(11, out_features, generator=generator, dtype=torch.float64)
@@ -64,10 +64,10 @@ def test_product_by_tiles_is_the_values_gradient(out_features, in_features, nnz,
 
 def test_sorting_by_count_gathers_the_entries_in_few_tiles():
     mask = clustered_mask(512, 512, 5000)
-    plan = make_plan(mask, 512)
+    plan = make_plan(mask, 512, multiple=1)
     tiles = make_tiles(mask, plan, 32, 32)
     in_place = plan.rows // 32 * 16
-    slots = block_slots(plan, mask)
+    slots = block_slots(plan, mask, *next(plan.blocks()))
     entries = slots // plan.n_columns, slots % plan.n_columns
     unsorted = (in_place[entries[0]] + plan.columns[entries[1]] // 32).unique().numel()
     assert tiles.count < unsorted / 2
@@ -76,10 +76,10 @@ def test_sorting_by_count_gathers_the_entries_in_few_tiles():
 
 def test_tiles_are_kept_with_their_plan_where_they_pay(monkeypatch):
     masks = clustered_mask(512, 512, 5000), clustered_mask(9, 512, 4000)
-    clustered, spread = (make_plan(mask, 512) for mask in masks)
+    clustered, spread = (make_plan(mask, 512, multiple=1) for mask in masks)
     monkeypatch.setattr(tiles_module, "TILES_UP_TO", make_tiles(masks[0], clustered).share(clustered))
     tiles = tiles_of(masks[0], clustered)
-    assert tiles_of(masks[0], clustered._replace(row_starts=clustered.row_starts.detach(), columns=None)) is tiles
+    assert tiles_of(masks[0], clustered._replace(offsets=clustered.offsets.detach(), columns=None)) is tiles
     assert tiles_of(masks[1], spread) is None
     monkeypatch.setattr(tiles_module, "make_tiles", None)
     assert tiles_of(masks[1], spread) is None

@@ -32,8 +32,8 @@ def test_entries_are_bit_for_bit_the_reference(kind, block_entries, multiple, dt
     )
     generator = torch.Generator().manual_seed(0)
     blocks = [
-        torch.randn(stop - start, plan.n_columns, generator=generator).to(dtypes[0])
-        for start, stop in zip([0, *plan.row_stops], plan.row_stops)
+        torch.randn(rows.stop - rows.start, plan.n_columns, generator=generator).to(dtypes[0])
+        for rows, _ in plan.blocks()
     ]
     expected = entries_of(iter(blocks), mask, plan, dtypes[1], backend="torch")
     mask = Mask(*(part.to(DEVICE) for part in mask))

@@ -7,7 +7,7 @@ import torch
 
 from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import Mask
-from axolotl_spft.ops.plan import GPU_MULTIPLE, make_plan
+from axolotl_spft.ops.plan import MULTIPLE, make_plan
 from axolotl_spft.ops.tiles import make_tiles
 from axolotl_spft.ops.values_grad import compact_values_grad, values_grad
 from tests.interpreter import DEVICE
@@ -41,7 +41,7 @@ def assert_close(got, expected, dtype, tokens):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "out_features", "in_features", "nnz"), CASES)
-@pytest.mark.parametrize("multiple", [1, GPU_MULTIPLE])
+@pytest.mark.parametrize("multiple", [1, MULTIPLE])
 def test_gradient_equals_the_reference_within_rounding(tokens, out_features, in_features, nnz, dtype, multiple):
     mask, plan, grad_y, x_columns, expected = case(tokens, out_features, in_features, nnz, dtype, multiple)
     got = values_grad(grad_y, x_columns, mask, plan, backend="triton")

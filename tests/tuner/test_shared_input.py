@@ -12,32 +12,36 @@ from torch import nn
 
 from axolotl_spft import SpftConfig
 from axolotl_spft.ops.csr import Mask, mask_from_positions
+from axolotl_spft.ops.plan import MULTIPLE
 from axolotl_spft.tuner import shared_input
 from axolotl_spft.tuner.shared_input import group_by_input
 
-TOKENS, WIDTH = 6, 20
+# columns are kept in multiples of 16: each column that is named below stands for 16 of them
+BAND = MULTIPLE
+TOKENS, WIDTH, HEADS = 6, 20 * BAND, 8 * BAND
 
 
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, 8, bias=False) for _ in range(3))
-        self.o_proj = nn.Linear(8, WIDTH, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, HEADS, bias=False) for _ in range(3))
+        self.o_proj = nn.Linear(HEADS, WIDTH, bias=False)
 
     def forward(self, x, other=None):
         other = x if other is None else other
         return self.o_proj(self.q_proj(x) * self.k_proj(other) + self.v_proj(other))
 
 
-def mask_of(columns: list[int], out_features: int = 8, in_features: int = WIDTH) -> Mask:
-    return mask_from_positions(torch.tensor(sorted(3 * in_features + c for c in columns)), out_features, in_features)
+def mask_of(bands: list[int], out_features: int = HEADS, in_features: int = WIDTH) -> Mask:
+    columns = [band * BAND + column for band in sorted(bands) for column in range(BAND)]
+    return mask_from_positions(3 * in_features + torch.tensor(columns), out_features, in_features)
 
 
 MASKS = {
     "q_proj": mask_of([1, 2]),
     "k_proj": mask_of([2, 3, 5]),
     "v_proj": mask_of([9]),
-    "o_proj": mask_of([4], WIDTH, 8),
+    "o_proj": mask_of([4], WIDTH, HEADS),
 }
 
 
@@ -50,14 +54,14 @@ def adapted(masks=MASKS):
 
 
 def kept_columns_of(model, *inputs) -> tuple[torch.Tensor, list[int]]:
-    """The output, and the widths of the copies of inputs' columns that are kept for backward."""
+    """The output, and how many bands of the inputs' columns each copy has that is kept for backward."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*inputs, *model.parameters(), *model.buffers())}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage().data_ptr()
-        if storage not in own and tensor.shape[0] == TOKENS and tensor.shape[-1] not in (8, WIDTH):
-            kept[storage] = tensor.shape[-1]
+        if storage not in own and tensor.shape[0] == TOKENS and tensor.shape[-1] not in (HEADS, WIDTH):
+            kept[storage] = tensor.shape[-1] // BAND
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -155,11 +159,11 @@ def test_autocast_copies_in_its_own_dtype():
 def test_new_masks_and_other_adapters_change_what_is_kept():
     model, x = adapted(), torch.randn(TOKENS, WIDTH)
     assert kept_columns_of(model, x)[1] == [1, 5]
-    model.base_model.model.v_proj.set_mask("default", mask_of([2, 3]), torch.randn(2))
+    model.base_model.model.v_proj.set_mask("default", mask_of([2, 3]), torch.randn(2 * BAND))
     assert kept_columns_of(model, x)[1] == [1, 4]
     assert_right(model, x)
     model.add_adapter("other", SpftConfig(target_modules=["k_proj"]))
-    model.base_model.model.k_proj.set_mask("other", mask_of([7]), torch.randn(1))
+    model.base_model.model.k_proj.set_mask("other", mask_of([7]), torch.randn(BAND))
     model.base_model.set_adapter(["default", "other"])
     _, kept = kept_columns_of(model, x)
     assert 5 in kept  # k's: 1, 2, 3, 5 and 7
