@@ -15,7 +15,15 @@ _BLOCK = 512
 
 @triton.jit
 def entries_kernel(
-    block, columns, offsets, column_ranks, entries, row_start, n_columns, SOME_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+    block,
+    columns,
+    offsets,
+    column_ranks,
+    entries,
+    row_start,
+    n_columns,
+    SOME_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """entries = block[i, column_ranks[columns]] for row i of the block, which is row row_start + i of the plan's."""
     i = tl.program_id(0)
