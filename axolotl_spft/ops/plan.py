@@ -18,8 +18,8 @@ from axolotl_spft.ops.csr import Mask, row_indices, used_columns, used_rows
 BLOCK_ENTRIES = 2**24
 # above this share of used columns their copy is hardly smaller than x
 KEEP_COLUMNS_UP_TO = 0.9
-# widths at which rows of 16-bit numbers start at 32-byte boundaries: without, matrix products are slow on GPUs, and on a
-# CPU with AMX they take up to 1.4 times as long
+# widths at which rows of 16-bit numbers start at 32-byte boundaries: without, matrix products are slow on GPUs and
+# take up to 1.4 times the time on a CPU with AMX
 MULTIPLE = 16
 
 

@@ -13,7 +13,32 @@ from axolotl_spft.ops.csr import Mask
 from axolotl_spft.ops.dispatch import launching_on
 
 # entries of a row that a program works on at a time: the fullest rows of a mask by gradient hold thousands
-_BLOCK = 512
+BLOCK = 512
+
+
+@triton.jit
+def write_row(
+    row_start,
+    columns,
+    first_entry,
+    stop,
+    originals,
+    values,
+    column_stride,
+    FROM_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """weight[mask] = base + values in one row; base is weight[mask] where FROM_WEIGHT, else ``originals``."""
+    for first in range(first_entry, stop, BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        exists = entry < stop
+        target = row_start + tl.load(columns + entry, mask=exists, other=0).to(tl.int64) * column_stride
+        if FROM_WEIGHT:
+            base = tl.load(target, mask=exists, other=0.0)
+        else:
+            base = tl.load(originals + entry, mask=exists, other=0.0)
+        total = base.to(tl.float32) + tl.load(values + entry, mask=exists, other=0.0).to(tl.float32)
+        tl.store(target, total.to(row_start.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -28,20 +53,11 @@ def scatter_kernel(
     FROM_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: weight[mask] = base + values; base is weight[mask] where FROM_WEIGHT, else ``originals``."""
+    """One row of one weight."""
     row = tl.program_id(0)
-    stop = tl.load(row_offsets + row + 1)
+    first, stop = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     row_start = weight + row.to(tl.int64) * row_stride
-    for first in range(tl.load(row_offsets + row), stop, BLOCK):
-        entry = first + tl.arange(0, BLOCK)
-        exists = entry < stop
-        target = row_start + tl.load(columns + entry, mask=exists, other=0).to(tl.int64) * column_stride
-        if FROM_WEIGHT:
-            base = tl.load(target, mask=exists, other=0.0)
-        else:
-            base = tl.load(originals + entry, mask=exists, other=0.0)
-        total = base.to(tl.float32) + tl.load(values + entry, mask=exists, other=0.0).to(tl.float32)
-        tl.store(target, total.to(weight.dtype.element_ty), mask=exists)
+    write_row(row_start, columns, first, stop, originals, values, column_stride, FROM_WEIGHT, BLOCK)
 
 
 def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool) -> None:
@@ -54,9 +70,24 @@ def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool) -> Non
     _launch(weight, mask, weight, values, transposed, from_weight=True)
 
 
+def strides(weight: Tensor, transposed: bool) -> tuple[int, ...]:
+    """Of the rows and of the columns of a weight that may be stored transposed."""
+    return weight.stride()[::-1] if transposed else weight.stride()
+
+
+_compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
+
+
 def _launch(weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool, from_weight: bool) -> None:
-    strides = weight.stride()[::-1] if transposed else weight.stride()
+    tensors = (weight, *mask, originals, values)
+    arguments = (*tensors, *strides(weight, transposed), from_weight, BLOCK)
+    # all that Triton compiles a kernel anew for: it takes as long as three launches to find out by itself
+    key = (weight.device, *arguments[5:], *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
+    compiled = _compiled.get(key)
     with launching_on(weight.device):
-        scatter_kernel[(mask.out_features,)](
-            weight, *mask, originals, values, *strides, FROM_WEIGHT=from_weight, BLOCK=_BLOCK
-        )
+        if compiled is not None:
+            compiled[(mask.out_features, 1, 1)](*arguments)
+            return
+        compiled = scatter_kernel[(mask.out_features,)](*arguments)
+    if compiled is not None:  # None where kernels are interpreted
+        _compiled[key] = compiled

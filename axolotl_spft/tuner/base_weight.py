@@ -53,6 +53,8 @@ class BaseWeight:
     transposed: bool
     shared_weight: bool = False
     _written: Written | None = None
+    # what was written for the forward pass that runs
+    _ahead: Written | None = None
     _in_place: bool | None = None
     _undo_merge: list[Replaced | list[tuple[Tensor, Tensor]]]
 
@@ -152,8 +154,11 @@ class BaseWeight:
 
     def _write(self, new: Written) -> Tensor:
         held = self._written
-        if held is not None and not _same(held.mask, new.mask):
-            self.revert()
+        if held is not None:
+            if not _same(held.mask, new.mask):
+                self.revert()
+            elif held is self._ahead:
+                return self.get_base_layer().weight.data
         # .data: a layer may run several times before its backward pass, and assigning the same entries again is no
         # change that autograd should refuse; it sees a change of the values by the version of `values`
         weight = self.get_base_layer().weight.data

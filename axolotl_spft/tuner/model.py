@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft.budget import layer_budgets
@@ -20,6 +22,7 @@ from axolotl_spft.ops.csr import mask_from_positions
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.state import base_shapes_of, check_state, spft_layers
+from axolotl_spft.tuner.write_ahead import WriteAhead
 
 _SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.", "._originals_")
 
@@ -33,6 +36,7 @@ class SpftModel(BaseTuner):
     prefix = "spft_"
     tuner_layer_cls = SpftLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
+    _handles: Sequence[RemovableHandle] = ()
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -48,9 +52,21 @@ class SpftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _mark_shared_weights(model)
         _mark_shared_inputs(model)
+        self._write_ahead(model)
         config = self.peft_config[adapter_name]
         if not config.init_weights:
             self._fill_randomly(adapter_name, config)
+
+    def _write_ahead(self, model: nn.Module) -> None:
+        self._stop_writing_ahead()
+        write_ahead = WriteAhead(list(spft_layers(model).values()))
+        # PEFT calls, depending on the task, one or the other
+        self._handles = [handle for module in (self, model) for handle in write_ahead.attach(module)]
+
+    def _stop_writing_ahead(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _create_and_replace(
         self, peft_config: SpftConfig, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -78,6 +94,7 @@ class SpftModel(BaseTuner):
         config.nnz, config.base_shapes = sum(counts), base_shapes_of(layers)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._stop_writing_ahead()
         for layer in spft_layers(self.model).values():
             layer.revert()
         return super()._unload_and_optionally_merge(*args, **kwargs)

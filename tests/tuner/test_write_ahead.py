@@ -1,0 +1,218 @@
+"""A forward pass that writes all weights at its start is the one in which each layer writes its own."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from axolotl_spft import SpftConfig
+from axolotl_spft.ops.csr import mask_from_positions
+from axolotl_spft.tuner import base_weight, write_ahead
+from axolotl_spft.tuner.state import spft_layers
+from tests.interpreter import DEVICE
+
+pytestmark = pytest.mark.kernel
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(20, 33), Conv1D(9, 33), nn.Linear(9, 20)
+
+    def forward(self, x):
+        return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+@pytest.fixture(autouse=True)
+def on_any_device(monkeypatch):
+    # the kernel runs on a CPU in the interpreter only when asked
+    monkeypatch.setattr(write_ahead, "use_triton", lambda *_: True)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = SpftConfig(target_modules=["first", "second", "third"])
+    model = get_peft_model(Net(), config)
+    model.add_adapter("other", config)
+    for layer in spft_layers(model).values():
+        for name, count in (("default", 40), ("other", 25)):
+            at = torch.randperm(layer.in_features * layer.out_features)[:count].sort().values
+            layer.set_mask(name, mask_from_positions(at, layer.out_features, layer.in_features), torch.randn(count))
+    return model.to(DEVICE)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(7, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+@contextmanager
+def writes(monkeypatch, *counts):
+    """How often layers write by themselves inside the block is one of ``counts``."""
+    calls = []
+    with monkeypatch.context() as patch:
+        original = base_weight.assign_sum_
+        patch.setattr(base_weight, "assign_sum_", lambda *args: calls.append(0) or original(*args))
+        yield
+    assert len(calls) in counts
+
+
+def by_itself(model, x):
+    """The same from a copy whose layers each write their own weight."""
+    twin = copy.deepcopy(model)
+    twin.base_model._stop_writing_ahead()
+    return twin(x)
+
+
+def test_layers_write_only_the_first_time(model, x, monkeypatch):
+    with writes(monkeypatch, 3):
+        model(x)
+    for _ in range(2):
+        with torch.no_grad():
+            for layer in spft_layers(model).values():
+                layer.spft_values["default"].mul_(-1.5)
+        with writes(monkeypatch, 0):
+            y = model(x)
+        assert torch.equal(y, by_itself(model, x))
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_every_way_into_the_model_writes_ahead(task, monkeypatch):
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    spft = SpftConfig(target_modules="all-linear", init_weights=False, task_type=task)
+    model = get_peft_model(LlamaForCausalLM(config), spft).to(DEVICE)
+    ids = torch.arange(5, device=DEVICE)[None]
+    model(input_ids=ids)
+    with writes(monkeypatch, 0):
+        model(input_ids=ids)
+        model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    base = model.unload()
+    assert not base._forward_pre_hooks
+    assert not base._forward_hooks
+
+
+def test_training_is_the_same(model, x, monkeypatch):
+    alone = copy.deepcopy(model)
+    alone.base_model._stop_writing_ahead()
+    results = []
+    for each in (model, alone):
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
+        losses = []
+        for _ in range(4):
+            loss = each(x).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        results.append((losses, [p.detach().clone() for p in each.parameters()]))
+    assert results[0][0] == results[1][0]
+    assert len(set(results[0][0])) == 4
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
+def flip(model):
+    for layer in spft_layers(model).values():
+        layer.spft_values["default"].data.neg_()
+
+
+def replace(model):
+    for layer in spft_layers(model).values():
+        layer.spft_values["default"].data = layer.spft_values["default"].data * 3
+
+
+def move(model):
+    for layer in spft_layers(model).values():
+        layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.clone()
+
+
+def choose(model):
+    model.set_adapter("other")
+
+
+def choose_both(model):
+    model.base_model.set_adapter(["default", "other"])
+
+
+def merge(model):
+    model.merge_adapter()
+
+
+def merge_and_back(model):
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+def new_mask(model):
+    layer = model.base_model.model.second
+    layer.set_mask("default", mask_from_positions(torch.arange(0, 100, 9), 9, 33), torch.ones(12))
+
+
+def convert(model):
+    model.to(torch.float64).to(torch.float32)
+
+
+def load(model):
+    model.load_state_dict({name: tensor * 2 if "spft_values" in name else tensor
+                           for name, tensor in model.state_dict().items()})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change", [flip, replace, move, choose, choose_both, merge, merge_and_back, new_mask, convert, load]
+)
+def test_whatever_changes_is_seen(model, x, change):
+    base = [layer.get_base_weight().clone() for layer in spft_layers(model).values()]
+    before = [model(x), model(x)][-1]
+    change(model)
+    for _ in range(3):
+        y = model(x)
+        assert torch.equal(y, by_itself(model, x))
+    assert torch.equal(y, before) == (change in (move, merge, merge_and_back, convert))
+    if change is not merge:
+        with model.disable_adapter():
+            assert all(map(torch.equal, base, [layer.get_base_weight() for layer in spft_layers(model).values()]))
+            assert torch.equal(model(x), by_itself(model, x))
+        assert torch.equal(model(x), y)
+
+
+def test_outside_the_model_a_layer_writes_by_itself(model, x, monkeypatch):
+    model(x)
+    model(x)
+    layer = model.base_model.model.first
+    before = layer(x)
+    layer.spft_values["default"].data.neg_()
+    with writes(monkeypatch, 1):
+        assert not torch.equal(layer(x), before)
+
+
+def test_an_error_in_the_pass_ends_it(model, x):
+    model(x)
+    with pytest.raises(RuntimeError):
+        model(x[:, :3])
+    layer = model.base_model.model.first
+    before = layer(x)
+    layer.spft_values["default"].data.neg_()
+    assert not torch.equal(layer(x), before)
+
+
+def test_copies_do_not_write_into_the_original(model, x):
+    model(x)
+    model(x)
+    twin = copy.deepcopy(model)
+    for layer in spft_layers(twin).values():
+        layer.spft_values["default"].data.zero_()
+    before = model(x)
+    for _ in range(3):
+        assert not torch.equal(twin(x), before)
+    held = [layer.get_base_layer().weight.clone() for layer in spft_layers(model).values()]
+    twin(x)
+    assert all(map(torch.equal, held, [layer.get_base_layer().weight for layer in spft_layers(model).values()]))
