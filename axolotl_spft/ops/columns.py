@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from axolotl_spft.ops.dispatch import use_triton
 
-def select_columns(x: Tensor, columns: Tensor | None) -> Tensor:
+
+def select_columns(x: Tensor, columns: Tensor | None, backend: str = "auto") -> Tensor:
     """X[:, columns] as (tokens, columns), for x (..., features); None: all, without a copy where x is contiguous.
 
     ``columns`` are int32 or int64. A GPU is faster where they ascend: then neighbours lie in one line of its cache.
@@ -15,6 +17,10 @@ def select_columns(x: Tensor, columns: Tensor | None) -> Tensor:
         x = x.reshape(-1, x.shape[-1])
     if columns is None:
         return x
+    if use_triton(backend, x):
+        from axolotl_spft.ops import triton_columns
+
+        return triton_columns.select_columns(x, columns)
     if x.is_cuda:
         return x.index_select(1, columns)
     # on a CPU several times faster than index_select, which copies entry by entry; and as integers, where a 16-bit

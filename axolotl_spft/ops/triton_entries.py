@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from axolotl_spft.ops.csr import Mask
-from axolotl_spft.ops.dispatch import launching_on
+from axolotl_spft.ops.launch import launch
 from axolotl_spft.ops.plan import Plan
 
 _BLOCK = 512
@@ -46,15 +46,6 @@ def read_entries(block: Tensor, mask: Mask, plan: Plan, row_start: int, entries:
         row_start: of the block, among the plan's rows.
     """
     some_columns = plan.column_ranks is not None
-    with launching_on(block.device):
-        entries_kernel[(block.shape[0],)](
-            block,
-            mask.columns,
-            plan.offsets,
-            plan.column_ranks if some_columns else plan.offsets,
-            entries,
-            row_start,
-            block.shape[1],
-            SOME_COLUMNS=some_columns,
-            BLOCK=_BLOCK,
-        )
+    ranks = plan.column_ranks if some_columns else plan.offsets
+    tensors = (block, mask.columns, plan.offsets, ranks, entries)
+    launch(entries_kernel, block.shape[:1], tensors, (row_start, block.shape[1]), (some_columns, _BLOCK))

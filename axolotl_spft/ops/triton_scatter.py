@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from axolotl_spft.ops.csr import Mask
-from axolotl_spft.ops.dispatch import launching_on
+from axolotl_spft.ops.launch import launch
 
 # entries of a row that a program works on at a time: the fullest rows of a mask by gradient hold thousands
 BLOCK = 512
@@ -75,19 +75,6 @@ def strides(weight: Tensor, transposed: bool) -> tuple[int, ...]:
     return weight.stride()[::-1] if transposed else weight.stride()
 
 
-_compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
-
-
 def _launch(weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool, from_weight: bool) -> None:
     tensors = (weight, *mask, originals, values)
-    arguments = (*tensors, *strides(weight, transposed), from_weight, BLOCK)
-    # all that Triton compiles a kernel anew for: it takes as long as three launches to find out by itself
-    key = (weight.device, *arguments[5:], *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
-    compiled = _compiled.get(key)
-    with launching_on(weight.device):
-        if compiled is not None:
-            compiled[(mask.out_features, 1, 1)](*arguments)
-            return
-        compiled = scatter_kernel[(mask.out_features,)](*arguments)
-    if compiled is not None:  # None where kernels are interpreted
-        _compiled[key] = compiled
+    launch(scatter_kernel, (mask.out_features,), tensors, strides(weight, transposed), (from_weight, BLOCK))

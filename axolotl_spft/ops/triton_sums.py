@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from axolotl_spft.ops.csr import Mask
-from axolotl_spft.ops.dispatch import blocks, launching_on
+from axolotl_spft.ops.dispatch import blocks
+from axolotl_spft.ops.launch import launch
 from axolotl_spft.ops.triton_scatter import BLOCK, strides, write_row
 
 # rows of one weight that stand behind each other in the grid
@@ -103,16 +104,7 @@ def _collect(sums: Sequence[Sum]) -> Sums:
 
 def assign_sums_(sums: Sums) -> None:
     """`axolotl_spft.ops.scatter.assign_sum_` of all of them; their tensors must still be where they were."""
-    example = sums.example
-    with launching_on(sums.fields.device):
-        sums_kernel[(sums.groups.numel() * _GROUP,)](
-            sums.fields,
-            sums.groups,
-            example.weight,
-            *example.mask,
-            example.originals,
-            example.values,
-            FIELDS=sums.fields.shape[1],
-            GROUP=_GROUP,
-            BLOCK=BLOCK,
-        )
+    weight, mask, originals, values, _ = sums.example
+    tensors = (sums.fields, sums.groups, weight, *mask, originals, values)
+    grid, constants = (sums.groups.numel() * _GROUP,), (sums.fields.shape[1], _GROUP, BLOCK)
+    launch(sums_kernel, grid, tensors, constants=constants)

@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from axolotl_spft.engine.zero3 import gathered, is_partitioned
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.csr import Mask, positions
+from axolotl_spft.ops.dequantize import dequantize_4bit
 from axolotl_spft.ops.linear import Delta
 from axolotl_spft.ops.scatter import add_at_, assign_sum_
 
@@ -177,7 +178,9 @@ class BaseWeight:
         """A new tensor with W plus all deltas (values, mask), in the layout of storage."""
         base_layer = self.get_base_layer()
         if self.quantization_backend is not None:
-            weight = self.quantization_backend.get_base_weight(base_layer)
+            weight = dequantize_4bit(base_layer.weight)
+            if weight is None:
+                weight = self.quantization_backend.get_base_weight(base_layer)
         else:
             weight = base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
         for values, mask in deltas:

@@ -68,6 +68,38 @@ def test_entries(arch, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*LOW, "fp32"])
+def test_columns(arch, dtype):
+    from axolotl_spft.ops.triton_columns import columns_kernel
+
+    for index in ("i32", "i64"):
+        signature = {"x": f"*{dtype}", "columns": f"*{index}", "copy": f"*{dtype}"}
+        signature |= dict.fromkeys(["tokens", "x_stride", "n_columns"], "i32")
+        compiled(columns_kernel, signature, {"TOKENS": 8, "BLOCK": 256}, arch)
+
+
+@pytest.mark.parametrize(("dtype", "values"), [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")])
+def test_sums(arch, dtype, values):
+    from axolotl_spft.ops.triton_sums import sums_kernel
+
+    signature = {"fields": "*i64", "groups": "*i32", "weight": f"*{dtype}", "columns": "*u16", "row_offsets": "*i32"}
+    signature |= {"originals": f"*{dtype}", "values": f"*{values}"}
+    compiled(sums_kernel, signature, {"FIELDS": 9, "GROUP": 64, "BLOCK": 512}, arch)
+
+
+@pytest.mark.parametrize("dtype", [*LOW, "fp32"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_dequantize(arch, dtype, nested):
+    from axolotl_spft.ops.triton_dequantize import dequantize_kernel
+
+    signature = {"packed": "*u8", "absmax": "*u8" if nested else "*fp32", "weight": f"*{dtype}"}
+    signature |= dict.fromkeys(["code", "nested_code", "nested_absmax", "offset"], "*fp32")
+    signature |= {"n": "i32", "nested_size": "i32"}
+    constants = {"NESTED": nested, "BYTES": 32, "GROUPS": 32}
+    ptx = compiled(dequantize_kernel, signature, constants, arch, enable_fp_fusion=False).asm["ptx"]
+    assert "fma.rn.f32" not in ptx
+
+
+@pytest.mark.parametrize("dtype", [*LOW, "fp32"])
 def test_tiles(arch, dtype):
     from axolotl_spft.ops.triton_values_grad import _CONFIGS, tiles_kernel
 

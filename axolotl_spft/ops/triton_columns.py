@@ -1,0 +1,37 @@
+"""Triton kernel that copies some columns of a matrix.
+
+It reads about as much memory as torch's index_select, which takes twice the time: neighbouring columns share a line of
+memory, and programs that stand behind each other read the same lines.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from axolotl_spft.ops.dispatch import blocks
+from axolotl_spft.ops.launch import launch
+
+_TOKENS, _BLOCK = 2, 512
+
+
+@triton.jit
+def columns_kernel(x, columns, copy, tokens, x_stride, n_columns, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """copy = x[:, columns] for some tokens and some of the columns."""
+    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.load(columns + at, mask=at < n_columns, other=0)
+    exists = (token < tokens) & (at < n_columns)[None, :]
+    found = tl.load(x + token * x_stride + column[None, :], mask=exists)
+    tl.store(copy + token * n_columns + at[None, :], found, mask=exists)
+
+
+def select_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """X[:, columns] for x (tokens, features), contiguous, and columns (n; int32 or int64)."""
+    copy = torch.empty(x.shape[0], columns.numel(), dtype=x.dtype, device=x.device)
+    if copy.numel():
+        grid = (blocks(copy.shape[1], _BLOCK), blocks(copy.shape[0], _TOKENS))
+        launch(columns_kernel, grid, (x, columns, copy), (*x.shape, copy.shape[1]), (_TOKENS, _BLOCK))
+    return copy
