@@ -18,6 +18,8 @@ from axolotl_spft.ops.csr import Mask, row_indices, used_columns, used_rows
 BLOCK_ENTRIES = 2**24
 # above this share of used columns their copy is hardly smaller than x
 KEEP_COLUMNS_UP_TO = 0.9
+# above this share of used rows copying them takes longer than multiplying all
+COPY_ROWS_UP_TO = 0.75
 # widths at which rows of 16-bit numbers start at 32-byte boundaries: without, matrix products are slow on GPUs and
 # take up to 1.4 times the time on a CPU with AMX
 MULTIPLE = 16
@@ -70,7 +72,7 @@ def make_plan(
 ) -> Plan:
     """The plan of ``mask`` (nnz >= 1) for a weight with ``in_features`` columns.
 
-    The numbers of rows and columns are multiples of ``multiple``, or all are taken.
+    The numbers of rows and columns are multiples of ``multiple``, or all are taken, as also where most are used.
 
     Args:
         columns: that this and other layers keep one copy of (ascending, all that the mask uses among them); by default
@@ -78,7 +80,7 @@ def make_plan(
     """
     used = used_rows(mask)
     rows = padded(used, multiple)
-    if rows.numel() >= mask.out_features:
+    if rows.numel() > COPY_ROWS_UP_TO * mask.out_features:
         # a copy: what is kept for a plan is found by this tensor
         rows, offsets = None, mask.row_offsets.clone()
     else:

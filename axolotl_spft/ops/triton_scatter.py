@@ -12,8 +12,9 @@ from torch import Tensor
 from axolotl_spft.ops.csr import Mask
 from axolotl_spft.ops.launch import launch
 
-# entries of a row that a program works on at a time: the fullest rows of a mask by gradient hold thousands
-BLOCK = 512
+# entries of a row that a program works on at a time, in one warp: most rows of a mask by gradient hold fewer, the
+# fullest thousands
+BLOCK, WARPS = 128, 1
 
 
 @triton.jit
@@ -77,4 +78,11 @@ def strides(weight: Tensor, transposed: bool) -> tuple[int, ...]:
 
 def _launch(weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool, from_weight: bool) -> None:
     tensors = (weight, *mask, originals, values)
-    launch(scatter_kernel, (mask.out_features,), tensors, strides(weight, transposed), (from_weight, BLOCK))
+    launch(
+        scatter_kernel,
+        (mask.out_features,),
+        tensors,
+        strides(weight, transposed),
+        (from_weight, BLOCK),
+        num_warps=WARPS,
+    )

@@ -17,7 +17,7 @@ from torch import Tensor
 from axolotl_spft.ops.csr import Mask
 from axolotl_spft.ops.dispatch import blocks
 from axolotl_spft.ops.launch import launch
-from axolotl_spft.ops.triton_scatter import BLOCK, strides, write_row
+from axolotl_spft.ops.triton_scatter import BLOCK, WARPS, strides, write_row
 
 # rows of one weight that stand behind each other in the grid
 _GROUP = 64
@@ -107,4 +107,4 @@ def assign_sums_(sums: Sums) -> None:
     weight, mask, originals, values, _ = sums.example
     tensors = (sums.fields, sums.groups, weight, *mask, originals, values)
     grid, constants = (sums.groups.numel() * _GROUP,), (sums.fields.shape[1], _GROUP, BLOCK)
-    launch(sums_kernel, grid, tensors, constants=constants)
+    launch(sums_kernel, grid, tensors, constants=constants, num_warps=WARPS)

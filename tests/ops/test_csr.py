@@ -127,6 +127,17 @@ def test_offsets_say_which_values_each_row_of_the_plan_has(multiple, offsets):
     assert plan.offsets.tolist() == offsets
 
 
+def test_rows_are_not_copied_where_most_are_used():
+    for used, copied in ((6, True), (7, False)):
+        mask = mask_from_positions(torch.arange(used) * 10 + 3, 8, 10)
+        plan = make_plan(mask, 10, multiple=1)
+        assert (plan.rows is not None) == copied
+        assert plan.offsets.tolist() == [*range(used + 1), *([] if copied else [used])]
+        x, grad_y = torch.randn(4, 10), torch.randn(4, 8)
+        got = values_grad(grad_y, select_columns(x, plan.columns), mask, plan)
+        torch.testing.assert_close(got, (grad_y.t() @ x)[:used, 3])
+
+
 @pytest.mark.parametrize("block_entries", [1, 2**24])
 @pytest.mark.parametrize("multiple", [1, 2])
 def test_branch_adds_x_times_the_transposed_delta(block_entries, multiple):
