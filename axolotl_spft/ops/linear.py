@@ -226,6 +226,9 @@ def kept_columns(x: Tensor, plan: Plan) -> Tensor:
     x = x.detach()
     if plan.columns is None:
         return x
+    if x.shape[-1] != plan.in_features:
+        # on a GPU, reading columns that do not exist would end the whole process
+        raise RuntimeError(f"the input has {x.shape[-1]} features (shape {tuple(x.shape)}), not {plan.in_features}")
     select = torch.ops.spft.select_columns if torch.compiler.is_compiling() else select_columns
     return select(x, plan.columns)
 

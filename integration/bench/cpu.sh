@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 [ -x "$PYTHON" ] || PYTHON=python3
 
 # the interpreter's own copy of the package may be another version than this checkout's
-export PYTHONPATH=.
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$BENCH_OUT"
 
 # name options

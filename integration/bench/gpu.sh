@@ -17,7 +17,7 @@ cd "$(dirname "$0")/../.."
 [ -x "$PYTHON" ] || PYTHON=python3
 
 # the interpreter's own copy of the package may be another version than this checkout's
-export PYTHONPATH=.
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 # fewer unused gaps between the large buffers of the 70B shape
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 

@@ -125,6 +125,13 @@ def test_backward_keeps_only_the_used_columns_of_x():
     assert [tuple(tensor.shape) for tensor in floats] == [(10, 3)]
 
 
+def test_an_input_of_another_width_is_refused_before_its_columns_are_read():
+    _, mask, _, x, _ = random_case(13, 17, 5)
+    plan = delta_of(mask, 17).plan
+    with pytest.raises(RuntimeError, match="16 features .*not 17"):
+        kept_columns(x[..., :16], plan)
+
+
 def test_frozen_values_and_inputs_get_no_gradient():
     weight, mask, values, x, _ = random_case(13, 17, 20)
     owner = DenseOwner(weight)
