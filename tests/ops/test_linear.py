@@ -128,7 +128,7 @@ def test_backward_keeps_only_the_used_columns_of_x():
 def test_an_input_of_another_width_is_refused_before_its_columns_are_read():
     _, mask, _, x, _ = random_case(13, 17, 5)
     plan = delta_of(mask, 17).plan
-    with pytest.raises(RuntimeError, match="16 features .*not 17"):
+    with pytest.raises(RuntimeError, match=r"16 features .*not 17"):
         kept_columns(x[..., :16], plan)
 
 
