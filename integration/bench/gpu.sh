@@ -41,6 +41,7 @@ bench() {
 
 # weights and activations of one method take most of the card
 bench gpu-8b-bf16 "$BENCH_MODEL_8B" "$BENCH_ROUNDS" --sequential
-bench gpu-8b-4bit "$BENCH_MODEL_8B" "$BENCH_ROUNDS" --quantization 4bit --sequential
+# merging into a 4-bit base takes bitsandbytes 12 seconds each time
+bench gpu-8b-4bit "$BENCH_MODEL_8B" "$BENCH_ROUNDS" --quantization 4bit --sequential --no-serving
 bench gpu-70b-4bit "$BENCH_MODEL_70B" "$BENCH_ROUNDS_70B" --quantization 4bit --gradient-checkpointing --sequential \
     --no-serving

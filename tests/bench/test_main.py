@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+import time
 from contextlib import contextmanager, nullcontext
 from multiprocessing import Pipe
 from threading import Thread
@@ -12,8 +13,10 @@ from threading import Thread
 import pytest
 import torch
 
+from axolotl_spft.bench import contestant as contestant_module
 from axolotl_spft.bench import main, rounds
 from axolotl_spft.bench.contestant import Contestant
+from axolotl_spft.bench.options import PROCESSES
 from axolotl_spft.bench.rounds import compare
 from axolotl_spft.bench.sweep import parse_values
 from axolotl_spft.errors import SpftError
@@ -89,10 +92,22 @@ def test_methods_one_after_the_other(tiny_options, monkeypatch):
         yield contestant
         events.append(f"{name} ends")
 
+    monkeypatch.setattr(contestant_module, "_WARM_UP_SECONDS", 0.1)
     monkeypatch.setattr(rounds, "_worker", worker)
     rows, _ = compare(tiny_options(methods=("limit", "lora"), processes="sequential", serving=False))
     assert [row["method"] for row in rows] == ["limit", "lora"]
     assert events == ["limit begins", "limit ends", "lora begins", "lora ends"]
+
+
+def test_a_method_that_runs_alone_gets_warm_first(tiny_options, monkeypatch):
+    steps = []
+    monkeypatch.setattr(contestant_module, "_WARM_UP_SECONDS", 0.3)
+    monkeypatch.setattr(Contestant, "_step", lambda self: steps.append(self.options.processes) or time.sleep(0.05))
+    monkeypatch.setattr(contestant_module, "kept_for_backward", lambda *_: None)
+    for processes in PROCESSES:
+        Contestant("limit", tiny_options(processes=processes), own_process=False)
+    assert [steps.count(processes) for processes in ("shared", "isolated")] == [2, 2]
+    assert 2 < steps.count("sequential") <= 8
 
 
 @pytest.mark.parametrize("shared", [True, False])
