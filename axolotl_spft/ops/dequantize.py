@@ -8,8 +8,8 @@ from torch import Tensor
 from axolotl_spft.ops.dispatch import use_triton
 
 
-def dequantize_4bit(weight: Tensor, backend: str = "auto") -> Tensor | None:
-    """W (out_features, in_features) of a `bitsandbytes.nn.Params4bit`, in the dtype that it had.
+def dequantize_4bit(weight: Tensor | None, backend: str = "auto") -> Tensor | None:
+    """W (out_features, in_features) of a `bitsandbytes.nn.Params4bit`, in the dtype that it had before.
 
     Args:
         backend: see `axolotl_spft.ops.dispatch`.

@@ -1,4 +1,7 @@
-"""Launches Triton kernels in a third of the time that Triton itself takes the host to find the compiled one."""
+"""Launches Triton kernels without Triton's own search for the compiled one.
+
+That takes the host longer than the launch, and a forward pass on a GPU waits for the host.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Triton kernel that dequantizes a weight in bitsandbytes' 4-bit NormalFloat (Dettmers et al., 2023, arXiv 2305.14314).
 
-bitsandbytes' own functions give the same bits, and take the host several times as long to launch: a pass over a model
-on a GPU waits for that at every layer, twice.
+bitsandbytes' own functions give the same bits, and take the host longer: a forward pass of Llama 8B's shape takes it
+36 ms in bf16 and 106 ms with bitsandbytes' 4-bit layers (H200), and then a GPU waits for the host.
 """
 
 from __future__ import annotations

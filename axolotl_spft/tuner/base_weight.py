@@ -178,7 +178,7 @@ class BaseWeight:
         """A new tensor with W plus all deltas (values, mask), in the layout of storage."""
         base_layer = self.get_base_layer()
         if self.quantization_backend is not None:
-            weight = dequantize_4bit(base_layer.weight)
+            weight = dequantize_4bit(getattr(base_layer, "weight", None))
             if weight is None:
                 weight = self.quantization_backend.get_base_weight(base_layer)
         else:

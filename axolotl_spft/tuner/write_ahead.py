@@ -101,13 +101,13 @@ class WriteAhead:
 
 
 def _known(layer: SpftLinear) -> _Known | None:
-    held, names = layer._written, layer._filled_active_adapters()
-    if held is None or len(names) != 1:
+    held = layer._written
+    if held is None or not use_triton("auto", held.originals, held.values):
         return None
+    names = layer._filled_active_adapters()
     weights, values = layer.get_base_layer()._parameters, layer.spft_values._parameters
-    weight, mine = weights["weight"], values[names[0]]
-    # else W + S was written from other values
-    same = mine.data_ptr() == held.values.data_ptr()
-    if not same or not use_triton("auto", weight, held.originals, held.values):
+    address = held.values.data_ptr()
+    if len(names) != 1 or values[names[0]].data_ptr() != address:
+        # W + S was written from other values, such as the sum of several adapters'
         return None
-    return _Known(layer, held, weights, weight.data_ptr(), values, names[0], mine.data_ptr())
+    return _Known(layer, held, weights, weights["weight"].data_ptr(), values, names[0], address)
