@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from axolotl_spft.ops.dispatch import use_triton
+from axolotl_spft.ops import cpu
+from axolotl_spft.ops.dispatch import use_c, use_triton
 
 
 def select_columns(x: Tensor, columns: Tensor | None, backend: str = "auto") -> Tensor:
     """X[:, columns] as (tokens, columns), for x (..., features); None: all, without a copy where x is contiguous.
 
-    ``columns`` are int32 or int64. A GPU is faster where they ascend: then neighbours lie in one line of its cache.
+    ``columns`` are int32 or int64. A GPU is faster where they ascend: then neighbours lie in one line of its cache. The
+    C kernel stores the copy column by column.
     """
     if x.ndim != 2:
         x = x.reshape(-1, x.shape[-1])
@@ -21,6 +23,8 @@ def select_columns(x: Tensor, columns: Tensor | None, backend: str = "auto") -> 
         from axolotl_spft.ops import triton_columns
 
         return triton_columns.select_columns(x, columns)
+    if use_c(backend, x):
+        return cpu.select_columns(x, columns.to(torch.int32))
     if x.is_cuda:
         return x.index_select(1, columns)
     # on a CPU several times faster than index_select, which copies entry by entry; and as integers, where a 16-bit

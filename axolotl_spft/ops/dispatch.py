@@ -1,7 +1,7 @@
 """Which implementation an operation uses, chosen per call from its tensors.
 
-``auto`` takes a Triton kernel for CUDA tensors where one can run, and plain torch otherwise. ``torch`` and ``triton``
-are requests: one that cannot be met is an error.
+``auto`` takes a Triton kernel for CUDA tensors and a C kernel for tensors of the CPU where one can run, and plain torch
+otherwise. ``torch``, ``triton`` and ``c`` are requests: one that cannot be met is an error.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.cpu_library import library
 from axolotl_spft.ops.csr import mask_from_positions
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "c")
 # the kernels compute in float32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HERE = nullcontext()
@@ -32,7 +33,7 @@ def use_triton(backend: str, *tensors: Tensor) -> bool:
     """
     if backend == "auto":
         return tensors[0].is_cuda and _fit(tensors) and _why_not(tensors[0].device) is None
-    if backend == "torch":
+    if backend in ("torch", "c"):
         return False
     if backend != "triton":
         raise SpftError(f"backend: {backend!r} is unknown, it must be one of {', '.join(BACKENDS)}")
@@ -43,6 +44,24 @@ def use_triton(backend: str, *tensors: Tensor) -> bool:
     if reason is not None:
         raise SpftError(f"backend: 'triton' cannot run: {reason}; use 'auto', which falls back to torch")
     return True
+
+
+def use_c(backend: str, *tensors: Tensor) -> bool:
+    """Whether an operation on contiguous floating point ``tensors`` runs its C kernel: the first one's dtype decides.
+
+    Raises:
+        SpftError: ``backend`` is ``c`` and the kernel cannot run on these tensors.
+    """
+    if backend not in ("auto", "c"):
+        return False
+    first = tensors[0]
+    runs = first.device.type == "cpu" and all(map(Tensor.is_contiguous, tensors)) and library(first.dtype) is not None
+    if backend == "c" and not runs:
+        raise SpftError(
+            f"backend: 'c' cannot run on {first.dtype} on {first.device}: it takes contiguous bfloat16 or float32 of a "
+            "CPU, and needs a C compiler; use 'auto', which falls back to torch"
+        )
+    return runs
 
 
 def interpreting() -> bool:

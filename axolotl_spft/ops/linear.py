@@ -23,6 +23,7 @@ from torch import Tensor
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import Mask
+from axolotl_spft.ops.dispatch import use_c
 from axolotl_spft.ops.plan import Plan
 from axolotl_spft.ops.products import linear, matmul
 from axolotl_spft.ops.values_grad import values_grad
@@ -166,7 +167,9 @@ _library.impl("select_columns", select_columns, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("spft::select_columns", lib=_library)
 def _select_columns_fake(x, columns):
-    return x.new_empty(x.numel() // x.shape[-1], columns.numel())
+    x = x.reshape(-1, x.shape[-1])
+    tokens, n_columns = x.shape[0], columns.numel()
+    return x.new_empty(n_columns, tokens).t() if use_c("auto", x) else x.new_empty(tokens, n_columns)
 
 
 @torch.library.impl(_library, "linear", "CompositeExplicitAutograd")

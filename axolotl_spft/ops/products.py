@@ -12,12 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_HALVES = (torch.bfloat16, torch.float16)
-# multiply-adds of a large matrix product that take as long as one of `torch.sparse.sampled_addmm`
-_LEAD_OF_VECTORS = 8  # float32: 80 against 19 GFLOP/s on two cores with AVX2, and what transposing takes
-_LEAD_OF_WIDE_VECTORS = 24  # float32 with AVX512: a whole step is fastest from 16 to 32
-_LEAD_OF_TILES = 200  # halves with AMX: a whole step is faster with 200 than with 8 to 50
-
 
 @functools.cache
 def lacks_instructions(dtype: torch.dtype) -> bool:
@@ -48,12 +42,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if dtype == x.dtype:
         return F.linear(x, weight, bias)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
-
-
-@functools.cache
-def product_lead(dtype: torch.dtype) -> int:
-    """How many times as fast as a sampled product a matrix product of ``dtype`` is, for each multiply-add."""
-    has_tiles = dtype in _HALVES and not lacks_instructions(dtype) and torch.cpu._is_amx_tile_supported()
-    if has_tiles:
-        return _LEAD_OF_TILES
-    return _LEAD_OF_WIDE_VECTORS if torch.backends.cpu.get_cpu_capability() == "AVX512" else _LEAD_OF_VECTORS

@@ -12,34 +12,58 @@ import warnings
 import torch
 from torch import Tensor
 
+from axolotl_spft.ops import cpu
 from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import Mask
+from axolotl_spft.ops.dispatch import use_c
 from axolotl_spft.ops.plan import Plan, column_ranks
-from axolotl_spft.ops.products import product_lead
+from axolotl_spft.ops.products import lacks_instructions
+
+# multiply-adds of a large matrix product that take as long as one of the C kernel, and of `torch.sparse.sampled_addmm`
+_LEAD_OVER_KERNEL = 8  # float32 with AVX512: 8; bfloat16 with AMX: 8 to 16 take a step the same time
+_LEAD_OF_VECTORS = 8  # float32: 80 against 19 GFLOP/s on two cores with AVX2, and what transposing takes
+_LEAD_OF_WIDE_VECTORS = 24  # float32 with AVX512: a whole step is fastest from 16 to 32
+_LEAD_OF_TILES = 200  # halves with AMX: a whole step is faster with 200 than with 8 to 50
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def sampling_pays(plan: Plan, nnz: int, grad_y: Tensor) -> bool:
     """Whether `sampled_values_grad` takes less time than the product of rows and columns; both grow with the tokens."""
-    return grad_y.device.type == "cpu" and nnz * product_lead(grad_y.dtype) < plan.n_rows * plan.n_columns
+    if grad_y.device.type != "cpu":
+        return False
+    return nnz * _product_lead(grad_y.dtype, use_c("auto", grad_y)) < plan.n_rows * plan.n_columns
 
 
-def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) -> Tensor:
-    """dV = (dY^T X)[mask]; sums in float32 (float64 for such tensors).
+@functools.cache
+def _product_lead(dtype: torch.dtype, has_kernel: bool) -> int:
+    """How many times as fast as a sampled product a matrix product of ``dtype`` is, for each multiply-add."""
+    if has_kernel:
+        return _LEAD_OVER_KERNEL
+    if dtype in _HALVES and not lacks_instructions(dtype) and torch.cpu._is_amx_tile_supported():
+        return _LEAD_OF_TILES
+    return _LEAD_OF_WIDE_VECTORS if torch.backends.cpu.get_cpu_capability() == "AVX512" else _LEAD_OF_VECTORS
+
+
+def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan, backend: str = "auto") -> Tensor:
+    """dV = (dY^T X)[mask].
 
     Args:
         grad_y: dY, (tokens, out_features).
         kept: X[:, plan.columns], (tokens, columns).
+        backend: see `axolotl_spft.ops.dispatch`.
 
     Returns:
-        (nnz) in the dtype of ``grad_y``.
+        (nnz) in float32 as the sums are (float64 for such tensors).
     """
+    if use_c(backend, grad_y):
+        return cpu.sampled_values_grad(grad_y, kept, mask, plan)
     left, right = _transposed(select_columns(grad_y, plan.rows)), _transposed(kept)
     _hear_of_the_beta_once()
     entries = torch.sparse_csr_tensor(
         plan.offsets, column_ranks(plan, mask.columns), left.new_zeros(mask.nnz), (len(left), len(right)),
         check_invariants=False,
     )  # fmt: skip
-    return torch.sparse.sampled_addmm(entries, left, right.t(), beta=0.0).values().to(grad_y.dtype)
+    return torch.sparse.sampled_addmm(entries, left, right.t(), beta=0.0).values()
 
 
 def _transposed(x: Tensor) -> Tensor:

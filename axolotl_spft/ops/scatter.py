@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from axolotl_spft.ops import cpu
 from axolotl_spft.ops.csr import Mask, positions
-from axolotl_spft.ops.dispatch import use_triton
+from axolotl_spft.ops.dispatch import use_c, use_triton
 
 
 def assign_sum_(
@@ -26,6 +27,9 @@ def assign_sum_(
 
         triton_scatter.assign_sum_(weight, mask, originals, values, transposed)
         return
+    if values.dtype == torch.float32 and use_c(backend, weight, originals, values):
+        cpu.assign_sum_(weight, mask, originals, values, transposed)
+        return
     weight.put_(positions_in(weight, mask, transposed), rounded_sum(originals, values))
 
 
@@ -35,6 +39,9 @@ def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool = False
         from axolotl_spft.ops import triton_scatter
 
         triton_scatter.add_at_(weight, mask, values, transposed)
+        return
+    if values.dtype == torch.float32 and use_c(backend, weight, values):
+        cpu.assign_sum_(weight, mask, None, values, transposed)
         return
     at = positions_in(weight, mask, transposed)
     weight.put_(at, rounded_sum(weight.take(at), values))

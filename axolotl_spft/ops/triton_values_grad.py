@@ -117,8 +117,8 @@ def tiles_values_grad(
         return grad_y.new_zeros(nnz, dtype=dtype)
     if splits is None:
         splits = _splits(tiles.count, tokens, grad_y.device)
-    x = select_columns(kept, tiles.columns)
-    grad_rows = select_columns(grad_y, tiles.rows)
+    x = select_columns(kept, tiles.columns, backend="triton")
+    grad_rows = select_columns(grad_y, tiles.rows, backend="triton")
     grads = torch.empty(splits, nnz, dtype=dtype if splits == 1 else torch.float32, device=grad_y.device)
     with launching_on(grad_y.device):
         tiles_kernel[(tiles.count, splits)](

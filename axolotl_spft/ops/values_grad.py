@@ -27,7 +27,7 @@ def values_grad(
         kept: X[:, plan.columns], (tokens, columns), from `axolotl_spft.ops.columns.select_columns`.
         plan: of the mask.
         dtype: of the result; by default that of ``grad_y``.
-        backend: see `axolotl_spft.ops.dispatch`; ``triton`` is the product by tiles.
+        backend: see `axolotl_spft.ops.dispatch`; ``triton`` is the product by tiles, ``c`` the sampled one.
 
     Returns:
         (nnz) in ``dtype``.
@@ -39,8 +39,8 @@ def values_grad(
             from axolotl_spft.ops.triton_values_grad import tiles_values_grad
 
             return tiles_values_grad(grad_y, kept, tiles, dtype)
-    if backend == "auto" and sampling_pays(plan, mask.nnz, grad_y):
-        return sampled_values_grad(grad_y, kept, mask, plan).to(dtype)
+    if backend == "c" or (backend == "auto" and sampling_pays(plan, mask.nnz, grad_y)):
+        return sampled_values_grad(grad_y, kept, mask, plan, backend).to(dtype)
     return compact_values_grad(grad_y, kept, mask, plan, dtype)
 
 

@@ -52,6 +52,7 @@ def test_a_layer_on_kernels_computes_what_it_does_without(held_in_place, monkeyp
         layer.share_weight(not held_in_place)
         x = torch.randn(2, 20, 256, generator=generator).to(torch.bfloat16).to(DEVICE).requires_grad_()
         calls = []
+        monkeypatch.setattr("axolotl_spft.ops.columns.use_triton", lambda *_: kernels)
         for entry in ("scatter", "values_grad"):
             monkeypatch.setattr(f"axolotl_spft.ops.{entry}.use_triton", lambda *_: calls.append(1) or kernels)
         y = layer(x)

@@ -25,7 +25,7 @@ def case(tokens, out_features, in_features, nnz, dtype, multiple=1):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, in_features, generator=generator).to(dtype)
     grad_y = torch.randn(tokens, out_features, generator=generator).to(dtype)
-    x_columns = select_columns(x, plan.columns)
+    x_columns = select_columns(x, plan.columns, backend="torch")
     expected = compact_values_grad(grad_y.double(), x_columns.double(), mask, plan)
     tensors = {name: part.to(DEVICE) for name, part in plan._asdict().items() if isinstance(part, torch.Tensor)}
     mask = Mask(*(part.to(DEVICE) for part in mask))

@@ -1,0 +1,58 @@
+"""The kernels for CPUs as functions of tensors: bfloat16 or float32, compiled by `axolotl_spft.ops.cpu_library`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from axolotl_spft.ops.cpu_library import library
+from axolotl_spft.ops.csr import Mask
+from axolotl_spft.ops.plan import Plan
+
+
+def select_columns(x: Tensor, columns: Tensor | None) -> Tensor:
+    """X[:, columns] for x (tokens, features) and columns (n; int32; None: all): (tokens, n), stored column by column.
+
+    So the tokens of a column, which `sampled_values_grad` multiplies, are neighbours.
+    """
+    count = x.shape[1] if columns is None else columns.numel()
+    copy = torch.empty(count, x.shape[0], dtype=x.dtype)
+    library(x.dtype).select_columns(
+        x.data_ptr(), *x.shape, _address(columns), count, copy.data_ptr(), torch.get_num_threads()
+    )
+    return copy.t()
+
+
+def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) -> Tensor:
+    """dV = (dY^T X)[mask] as one dot product over the tokens for each entry: (nnz) float32, its sums too.
+
+    Args:
+        grad_y: dY, (tokens, out_features).
+        kept: X[:, plan.columns], (tokens, columns); fastest from `select_columns`.
+    """
+    runs = kept.t()
+    if not runs.is_contiguous():
+        runs = select_columns(kept.contiguous(), None).t()
+    grads = torch.empty(mask.nnz, dtype=torch.float32)
+    if not len(grad_y):
+        return grads.zero_()
+    library(grad_y.dtype).sampled_product(
+        grad_y.data_ptr(), *grad_y.shape, _address(plan.rows), plan.n_rows, plan.offsets.data_ptr(),
+        mask.columns.data_ptr(), mask.columns.element_size(), _address(plan.column_ranks), runs.data_ptr(),
+        grads.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
+
+
+def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor, transposed: bool) -> None:
+    """weight[mask] = originals + values (float32), or weight[mask] += values where ``originals`` is None."""
+    row_stride, column_stride = weight.stride()[::-1] if transposed else weight.stride()
+    library(weight.dtype).write_sums(
+        weight.data_ptr(), row_stride, column_stride, mask.out_features, mask.row_offsets.data_ptr(),
+        mask.columns.data_ptr(), mask.columns.element_size(), _address(originals), values.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,167 @@
+"""The C kernels equal plain torch: bit for bit where they copy and add, within float32 rounding where they multiply."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from axolotl_spft.errors import SpftError
+from axolotl_spft.ops import cpu_library
+from axolotl_spft.ops.columns import select_columns
+from axolotl_spft.ops.csr import Mask, mask_from_positions
+from axolotl_spft.ops.dispatch import use_c
+from axolotl_spft.ops.plan import make_plan
+from axolotl_spft.ops.sampled import sampled_values_grad
+from axolotl_spft.ops.scatter import add_at_, assign_sum_
+
+pytestmark = pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="there is no C compiler")
+DTYPES = [torch.bfloat16, torch.float32]
+# out_features, in_features, nnz: one entry, all entries, rows with none, more rows and entries than go together
+SHAPES = [(1, 1, 1), (5, 7, 35), (61, 67, 200), (3, 1024, 300), (130, 40, 900)]
+
+
+@pytest.fixture(params=["native", "without AVX512"])
+def processor(request, monkeypatch):
+    """Compiles for this machine, and as for one without wide instructions."""
+    if request.param != "native":
+        if "avx512" not in cpu_flags():
+            pytest.skip("this machine has none")
+        monkeypatch.setenv("CC", "cc -mno-avx512f -mno-avx512bf16")
+    cpu_library._load.cache_clear()
+    yield request.param
+    cpu_library._load.cache_clear()
+
+
+def cpu_flags() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def random_mask(out_features, in_features, nnz, wide=False):
+    chosen = torch.randperm(out_features * in_features)[:nnz].sort().values
+    mask = mask_from_positions(chosen, out_features, in_features)
+    return Mask(mask.columns.to(torch.int32), mask.row_offsets) if wide else mask
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [0, 1, 8, 33, 1061])
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_sampled_product_is_the_dense_one_at_the_mask(processor, dtype, shape, tokens, multiple):
+    mask = random_mask(*shape, wide=multiple == 16)
+    plan = make_plan(mask, shape[1], multiple=multiple)
+    x, grad_y = (torch.randn(tokens, size).to(dtype) for size in (shape[1], shape[0]))
+    kept = select_columns(x, plan.columns)
+    dense = grad_y.double().t() @ x.double()
+    sizes = grad_y.double().t().abs() @ x.double().abs()
+    rows = torch.repeat_interleave(mask.row_offsets.diff())
+    at = rows, mask.columns.to(torch.int64)
+    got = sampled_values_grad(grad_y, kept, mask, plan, backend="c")
+    assert got.dtype == torch.float32
+    assert ((got - dense[at]).abs() <= 2**-21 * sizes[at]).all()
+    by_rows = kept.clone(memory_format=torch.contiguous_format)
+    assert torch.equal(got, sampled_values_grad(grad_y, by_rows, mask, plan, backend="c"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_threads_gives_the_same_bits(dtype):
+    mask = random_mask(130, 400, 3000)
+    plan = make_plan(mask, 400)
+    x, grad_y = torch.randn(1100, 400).to(dtype), torch.randn(1100, 130).to(dtype)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            kept = select_columns(x, plan.columns, backend="c" if plan.columns is not None else "auto")
+            found.append(sampled_values_grad(grad_y, kept, mask, plan, backend="c"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 64, 133])
+def test_columns_are_copied(processor, dtype, tokens):
+    x, columns = torch.randn(tokens, 50).to(dtype), torch.tensor([0, 3, 4, 31, 49, 49])
+    for index in (torch.int32, torch.int64):
+        got = select_columns(x, columns.to(index), backend="c")
+        assert torch.equal(got, x[:, columns])
+        assert got.t().is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sums_are_written_with_the_bits_of_torch(processor, dtype, shape, transposed):
+    mask = random_mask(*shape, wide=transposed)
+    weight = torch.randn(shape[1::-1] if transposed else shape[:2]).to(dtype)
+    originals, values = torch.randn(shape[2]).to(dtype), torch.randn(shape[2]) * 0.1
+    for write, given in ((assign_sum_, (originals, values)), (add_at_, (values,))):
+        got, expected = weight.clone(), weight.clone()
+        write(got, mask, *given, transposed, backend="c")
+        write(expected, mask, *given, transposed, backend="torch")
+        assert torch.equal(got, expected)
+        assert not torch.equal(got, weight)
+
+
+def test_rounding_of_ties_infinities_and_nan(processor):
+    step = 2.0**-7
+    originals = torch.tensor([1.0, 1.0 + step, 3e38, torch.inf, 1.0, torch.nan, -0.0], dtype=torch.bfloat16)
+    values = torch.tensor([step / 2, step / 2, 3e38, -torch.inf, torch.nan, 1.0, -0.0])
+    mask, found = mask_from_positions(torch.arange(7), 1, 7), []
+    for backend in ("c", "torch"):
+        weight = torch.zeros(1, 7, dtype=torch.bfloat16)
+        assign_sum_(weight, mask, originals, values, backend=backend)
+        found.append(weight.view(torch.int16))
+    finite = [0, 1, 2, 6]
+    assert torch.equal(found[0][0, finite], found[1][0, finite])
+    assert found[0].view(torch.bfloat16).isnan().tolist() == found[1].view(torch.bfloat16).isnan().tolist()
+
+
+def test_other_tensors_are_left_to_torch():
+    for tensor in (torch.zeros(2, dtype=torch.float16), torch.zeros(2, 3).t(), torch.zeros(2, device="meta")):
+        assert not use_c("auto", tensor)
+        with pytest.raises(SpftError, match="'c' cannot run"):
+            use_c("c", tensor)
+    assert not use_c("torch", torch.zeros(2))
+
+
+def test_without_a_compiler_a_warning_says_so_once_and_torch_goes_on(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    cpu_library._load.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="no-such-compiler") as warnings:
+            for _ in range(2):
+                assert not use_c("auto", torch.zeros(2))
+        assert len(warnings) == 1
+        x = torch.randn(3, 4)
+        assert torch.equal(select_columns(x, torch.tensor([1, 2])), x[:, 1:3])
+    finally:
+        cpu_library._load.cache_clear()
+
+
+def test_threads_are_those_of_torch():
+    code = """
+import torch
+from axolotl_spft.ops.columns import select_columns
+torch.randn(2000, 2000).sum()
+select_columns(torch.randn(2000, 2000), torch.arange(1000), backend="c")
+print(len({line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "iomp" in line}))
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("there is no /proc")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["1"]
