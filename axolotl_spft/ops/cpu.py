@@ -1,4 +1,7 @@
-"""The kernels for CPUs as functions of tensors: bfloat16 or float32, compiled by `axolotl_spft.ops.cpu_library`."""
+"""The kernels for CPUs as functions of tensors: bfloat16 or float32, compiled by `axolotl_spft.ops.cpu_library`.
+
+They read memory by its address, so what torch would refuse is refused here.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,19 @@ def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) ->
     Args:
         grad_y: dY, (tokens, out_features).
         kept: X[:, plan.columns], (tokens, columns); fastest from `select_columns`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other.
     """
+    if (
+        kept.dtype != grad_y.dtype
+        or kept.shape != (grad_y.shape[0], plan.n_columns)
+        or grad_y.shape[1] != mask.out_features
+    ):
+        raise ValueError(
+            f"dY {tuple(grad_y.shape)} {grad_y.dtype} and X {tuple(kept.shape)} {kept.dtype} do not fit a mask of "
+            f"{mask.out_features} rows and {plan.n_columns} columns"
+        )
     runs = kept.t()
     if not runs.is_contiguous():
         runs = select_columns(kept.contiguous(), None).t()
@@ -45,7 +60,19 @@ def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) ->
 
 
 def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor, transposed: bool) -> None:
-    """weight[mask] = originals + values (float32), or weight[mask] += values where ``originals`` is None."""
+    """weight[mask] = originals + values (float32), or weight[mask] += values where ``originals`` is None.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other.
+    """
+    fit = values.numel() == mask.nnz and weight.shape[1 if transposed else 0] == mask.out_features
+    if originals is not None:
+        fit = fit and originals.numel() == mask.nnz and originals.dtype == weight.dtype
+    if not fit:
+        raise ValueError(
+            f"{values.numel()} values and a weight {tuple(weight.shape)} {weight.dtype} do not fit a mask of "
+            f"{mask.nnz} entries in {mask.out_features} rows, or its original weights"
+        )
     row_stride, column_stride = weight.stride()[::-1] if transposed else weight.stride()
     library(weight.dtype).write_sums(
         weight.data_ptr(), row_stride, column_stride, mask.out_features, mask.row_offsets.data_ptr(),

@@ -24,16 +24,17 @@ DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [(1, 1, 1), (5, 7, 35), (61, 67, 200), (3, 1024, 300), (130, 40, 900)]
 
 
-@pytest.fixture(params=["native", "without AVX512"])
-def processor(request, monkeypatch):
+@pytest.fixture(params=["native", "without AVX512"], scope="module")
+def processor(request):
     """Compiles for this machine, and as for one without wide instructions."""
-    if request.param != "native":
-        if "avx512" not in cpu_flags():
-            pytest.skip("this machine has none")
-        monkeypatch.setenv("CC", "cc -mno-avx512f -mno-avx512bf16")
-    cpu_library._load.cache_clear()
-    yield request.param
-    cpu_library._load.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "native":
+            if "avx512" not in cpu_flags():
+                pytest.skip("this machine has none")
+            patch.setenv("CC", "cc -mno-avx512f -mno-avx512bf16")
+        cpu_library._load.cache_clear()
+        yield request.param
+        cpu_library._load.cache_clear()
 
 
 def cpu_flags() -> str:
@@ -137,6 +138,23 @@ def test_other_tensors_are_left_to_torch():
         with pytest.raises(SpftError, match="'c' cannot run"):
             use_c("c", tensor)
     assert not use_c("torch", torch.zeros(2))
+
+
+def test_what_does_not_fit_is_refused_before_its_memory_is_read():
+    mask = random_mask(6, 8, 10)
+    plan, values = make_plan(mask, 8), torch.zeros(10)
+    x, grad_y = torch.randn(5, 8), torch.randn(5, 6)
+    kept = select_columns(x, plan.columns)
+    for bad in ((grad_y[:4], kept), (grad_y, kept[:, 1:]), (grad_y[:, 1:].contiguous(), kept), (grad_y, kept.double())):
+        with pytest.raises(ValueError, match="do not fit"):
+            sampled_values_grad(*bad, mask, plan, backend="c")
+    weight = torch.zeros(6, 8)
+    for bad in ((weight, values[1:], values), (weight, values, values[1:]), (weight[1:], values, values)):
+        with pytest.raises(ValueError, match="do not fit"):
+            assign_sum_(bad[0], mask, *bad[1:], backend="c")
+    with pytest.raises(ValueError, match="do not fit"):
+        assign_sum_(weight, mask, values.to(torch.bfloat16), values, backend="c")
+    assert not weight.any()
 
 
 def test_without_a_compiler_a_warning_says_so_once_and_torch_goes_on(monkeypatch):
