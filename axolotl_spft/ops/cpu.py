@@ -1,6 +1,7 @@
 """The kernels for CPUs as functions of tensors: bfloat16 or float32, compiled by `axolotl_spft.ops.cpu_library`.
 
-They read memory by its address, so what torch would refuse is refused here.
+They read memory by its address, so shapes and dtypes that do not fit are refused here; indices are those of a mask,
+which is checked where it comes in.
 """
 
 from __future__ import annotations
@@ -48,9 +49,7 @@ def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) ->
     runs = kept.t()
     if not runs.is_contiguous():
         runs = select_columns(kept.contiguous(), None).t()
-    grads = torch.empty(mask.nnz, dtype=torch.float32)
-    if not len(grad_y):
-        return grads.zero_()
+    grads = torch.zeros(mask.nnz, dtype=torch.float32)
     library(grad_y.dtype).sampled_product(
         grad_y.data_ptr(), *grad_y.shape, _address(plan.rows), plan.n_rows, plan.offsets.data_ptr(),
         mask.columns.data_ptr(), mask.columns.element_size(), _address(plan.column_ranks), runs.data_ptr(),
@@ -60,7 +59,7 @@ def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) ->
 
 
 def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor, transposed: bool) -> None:
-    """weight[mask] = originals + values (float32), or weight[mask] += values where ``originals`` is None.
+    """weight[mask] = originals + values, or weight[mask] += values where ``originals`` is None.
 
     Raises:
         ValueError: shapes or dtypes do not fit each other.
@@ -73,6 +72,8 @@ def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Te
             f"{values.numel()} values and a weight {tuple(weight.shape)} {weight.dtype} do not fit a mask of "
             f"{mask.nnz} entries in {mask.out_features} rows, or its original weights"
         )
+    # exact, and nothing to do for the values that are trained as a rule
+    values = values.to(torch.float32)
     row_stride, column_stride = weight.stride()[::-1] if transposed else weight.stride()
     library(weight.dtype).write_sums(
         weight.data_ptr(), row_stride, column_stride, mask.out_features, mask.row_offsets.data_ptr(),

@@ -2,6 +2,7 @@
 
    Symbols: a mask is CSR, with `columns` (nnz) of `column_bytes` each and `offsets` (rows + 1). A "run" of a feature is
    its numbers at consecutive tokens. */
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -110,7 +111,7 @@ static inline __attribute__((always_inline)) void dots(const number *run, const 
 
 #endif
 
-/* out[k] = sum over tokens of grad_y[t, row of k] * kept[column of k][t].
+/* out[k] += sum over tokens of grad_y[t, row of k] * kept[column of k][t].
 
    rows: where the rows of `offsets` stand in grad_y, or NULL; ranks: where a column stands in `kept`, or NULL. */
 void sampled_product(const number *grad_y, int64_t tokens, int64_t stride, const int32_t *rows, int64_t n_rows,
@@ -122,10 +123,10 @@ void sampled_product(const number *grad_y, int64_t tokens, int64_t stride, const
 #pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < n_rows; first += ROWS) {
             number runs[ROWS * RUN];
-            int64_t n = least(ROWS, n_rows - first), row = index_at(rows, first);
+            int64_t n = least(ROWS, n_rows - first);
             if (offsets[first] == offsets[first + n]) continue;
-            const number *from = grad_y + start * stride + (rows ? 0 : row);
-            collect(from, size, stride, rows ? rows + first : rows, n, runs, RUN);
+            const number *from = grad_y + start * stride + (rows ? 0 : first);
+            collect(from, size, stride, rows ? rows + first : NULL, n, runs, RUN);
             for (int64_t i = 0; i < n; i++) {
                 int64_t k = offsets[first + i], end = offsets[first + i + 1];
                 while (k < end) {
@@ -138,7 +139,7 @@ void sampled_product(const number *grad_y, int64_t tokens, int64_t stride, const
                         dots(runs + i * RUN, others, TOGETHER, size, found);
                     else
                         dots(runs + i * RUN, others, 1, size, found);
-                    for (int j = 0; j < count; j++) out[k + j] = found[j] + (start ? out[k + j] : 0);
+                    for (int j = 0; j < count; j++) out[k + j] += found[j];
                     k += count;
                 }
             }

@@ -39,15 +39,15 @@ def use_triton(backend: str, *tensors: Tensor) -> bool:
         raise SpftError(f"backend: {backend!r} is unknown, it must be one of {', '.join(BACKENDS)}")
     reason = _why_not(tensors[0].device) if tensors[0].is_cuda else _why_not_interpreted(tensors[0].device)
     if reason is None and not _fit(tensors):
-        given = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
-        reason = f"the tensors are {given}; they must be contiguous, on one device and {' or '.join(map(str, DTYPES))}"
+        dtypes = " or ".join(map(str, DTYPES))
+        reason = f"the tensors are {_description(tensors)}; they must be contiguous, on one device and {dtypes}"
     if reason is not None:
         raise SpftError(f"backend: 'triton' cannot run: {reason}; use 'auto', which falls back to torch")
     return True
 
 
 def use_c(backend: str, *tensors: Tensor) -> bool:
-    """Whether an operation on contiguous floating point ``tensors`` runs its C kernel: the first one's dtype decides.
+    """Whether an operation on floating point ``tensors`` runs its C kernel, that for the first one's dtype.
 
     Raises:
         SpftError: ``backend`` is ``c`` and the kernel cannot run on these tensors.
@@ -55,11 +55,12 @@ def use_c(backend: str, *tensors: Tensor) -> bool:
     if backend not in ("auto", "c"):
         return False
     first = tensors[0]
-    runs = first.device.type == "cpu" and all(map(Tensor.is_contiguous, tensors)) and library(first.dtype) is not None
+    runs = first.device.type == "cpu" and _fit(tensors) and library(first.dtype) is not None
     if backend == "c" and not runs:
         raise SpftError(
-            f"backend: 'c' cannot run on {first.dtype} on {first.device}: it takes contiguous bfloat16 or float32 of a "
-            "CPU, and needs a C compiler; use 'auto', which falls back to torch"
+            f"backend: 'c' cannot run: the tensors are {_description(tensors)}; they must be contiguous, on the CPU "
+            f"and {' or '.join(map(str, DTYPES))}, the first one not float16, and there must be a C compiler; "
+            "use 'auto', which falls back to torch"
         )
     return runs
 
@@ -87,6 +88,10 @@ def _fit(tensors: tuple[Tensor, ...]) -> bool:
         if tensor.dtype not in DTYPES or tensor.device != device or not tensor.is_contiguous():
             return False
     return True
+
+
+def _description(tensors: tuple[Tensor, ...]) -> str:
+    return ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
 
 
 @functools.cache

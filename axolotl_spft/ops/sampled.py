@@ -44,26 +44,30 @@ def _product_lead(dtype: torch.dtype, has_kernel: bool) -> int:
     return _LEAD_OF_WIDE_VECTORS if torch.backends.cpu.get_cpu_capability() == "AVX512" else _LEAD_OF_VECTORS
 
 
-def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan, backend: str = "auto") -> Tensor:
-    """dV = (dY^T X)[mask].
+def sampled_values_grad(
+    grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan, dtype: torch.dtype | None = None, backend: str = "auto"
+) -> Tensor:
+    """dV = (dY^T X)[mask]; sums in float32 (float64 for such tensors).
 
     Args:
         grad_y: dY, (tokens, out_features).
         kept: X[:, plan.columns], (tokens, columns).
+        dtype: of the result; by default that of ``grad_y``.
         backend: see `axolotl_spft.ops.dispatch`.
 
     Returns:
-        (nnz) in float32 as the sums are (float64 for such tensors).
+        (nnz) in ``dtype``.
     """
+    dtype = dtype or grad_y.dtype
     if use_c(backend, grad_y):
-        return cpu.sampled_values_grad(grad_y, kept, mask, plan)
+        return cpu.sampled_values_grad(grad_y, kept, mask, plan).to(dtype)
     left, right = _transposed(select_columns(grad_y, plan.rows)), _transposed(kept)
     _hear_of_the_beta_once()
     entries = torch.sparse_csr_tensor(
         plan.offsets, column_ranks(plan, mask.columns), left.new_zeros(mask.nnz), (len(left), len(right)),
         check_invariants=False,
     )  # fmt: skip
-    return torch.sparse.sampled_addmm(entries, left, right.t(), beta=0.0).values()
+    return torch.sparse.sampled_addmm(entries, left, right.t(), beta=0.0).values().to(dtype)
 
 
 def _transposed(x: Tensor) -> Tensor:

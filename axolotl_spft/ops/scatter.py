@@ -27,7 +27,7 @@ def assign_sum_(
 
         triton_scatter.assign_sum_(weight, mask, originals, values, transposed)
         return
-    if values.dtype == torch.float32 and use_c(backend, weight, originals, values):
+    if use_c(backend, weight, originals, values):
         cpu.assign_sum_(weight, mask, originals, values, transposed)
         return
     weight.put_(positions_in(weight, mask, transposed), rounded_sum(originals, values))
@@ -40,7 +40,7 @@ def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool = False
 
         triton_scatter.add_at_(weight, mask, values, transposed)
         return
-    if values.dtype == torch.float32 and use_c(backend, weight, values):
+    if use_c(backend, weight, values):
         cpu.assign_sum_(weight, mask, None, values, transposed)
         return
     at = positions_in(weight, mask, transposed)

@@ -40,7 +40,7 @@ def values_grad(
 
             return tiles_values_grad(grad_y, kept, tiles, dtype)
     if backend == "c" or (backend == "auto" and sampling_pays(plan, mask.nnz, grad_y)):
-        return sampled_values_grad(grad_y, kept, mask, plan, backend).to(dtype)
+        return sampled_values_grad(grad_y, kept, mask, plan, dtype, backend)
     return compact_values_grad(grad_y, kept, mask, plan, dtype)
 
 

@@ -8,17 +8,20 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops import cpu_library
+from axolotl_spft.ops import cpu, cpu_library
 from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import Mask, mask_from_positions
 from axolotl_spft.ops.dispatch import use_c
 from axolotl_spft.ops.plan import make_plan
 from axolotl_spft.ops.sampled import sampled_values_grad
 from axolotl_spft.ops.scatter import add_at_, assign_sum_
+from axolotl_spft.tuner.layer import SpftLinear
 
-pytestmark = pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="there is no C compiler")
+COMPILER = shutil.which("cc") or shutil.which("gcc")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
 DTYPES = [torch.bfloat16, torch.float32]
 # out_features, in_features, nnz: one entry, all entries, rows with none, more rows and entries than go together
 SHAPES = [(1, 1, 1), (5, 7, 35), (61, 67, 200), (3, 1024, 300), (130, 40, 900)]
@@ -29,20 +32,12 @@ def processor(request):
     """Compiles for this machine, and as for one without wide instructions."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "native":
-            if "avx512" not in cpu_flags():
+            if torch.backends.cpu.get_cpu_capability() != "AVX512":
                 pytest.skip("this machine has none")
-            patch.setenv("CC", "cc -mno-avx512f -mno-avx512bf16")
+            patch.setenv("CC", f"{COMPILER} -mno-avx512f -mno-avx512bf16")
         cpu_library._load.cache_clear()
         yield request.param
         cpu_library._load.cache_clear()
-
-
-def cpu_flags() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 def random_mask(out_features, in_features, nnz, wide=False):
@@ -69,11 +64,11 @@ def test_sampled_product_is_the_dense_one_at_the_mask(processor, dtype, shape, t
     sizes = grad_y.double().t().abs() @ x.double().abs()
     rows = torch.repeat_interleave(mask.row_offsets.diff())
     at = rows, mask.columns.to(torch.int64)
-    got = sampled_values_grad(grad_y, kept, mask, plan, backend="c")
+    got = sampled_values_grad(grad_y, kept, mask, plan, torch.float32, backend="c")
     assert got.dtype == torch.float32
     assert ((got - dense[at]).abs() <= 2**-21 * sizes[at]).all()
     by_rows = kept.clone(memory_format=torch.contiguous_format)
-    assert torch.equal(got, sampled_values_grad(grad_y, by_rows, mask, plan, backend="c"))
+    assert torch.equal(got, sampled_values_grad(grad_y, by_rows, mask, plan, torch.float32, backend="c"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,8 +80,8 @@ def test_any_number_of_threads_gives_the_same_bits(dtype):
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            kept = select_columns(x, plan.columns, backend="c" if plan.columns is not None else "auto")
-            found.append(sampled_values_grad(grad_y, kept, mask, plan, backend="c"))
+            kept = select_columns(x, plan.columns, backend="c")
+            found.append(sampled_values_grad(grad_y, kept, mask, plan, torch.float32, backend="c"))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
@@ -106,10 +101,11 @@ def test_columns_are_copied(processor, dtype, tokens):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_sums_are_written_with_the_bits_of_torch(processor, dtype, shape, transposed):
+@pytest.mark.parametrize("values_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_are_written_with_the_bits_of_torch(processor, dtype, shape, transposed, values_dtype):
     mask = random_mask(*shape, wide=transposed)
     weight = torch.randn(shape[1::-1] if transposed else shape[:2]).to(dtype)
-    originals, values = torch.randn(shape[2]).to(dtype), torch.randn(shape[2]) * 0.1
+    originals, values = torch.randn(shape[2]).to(dtype), (torch.randn(shape[2]) * 0.1).to(values_dtype)
     for write, given in ((assign_sum_, (originals, values)), (add_at_, (values,))):
         got, expected = weight.clone(), weight.clone()
         write(got, mask, *given, transposed, backend="c")
@@ -132,12 +128,45 @@ def test_rounding_of_ties_infinities_and_nan(processor):
     assert found[0].view(torch.bfloat16).isnan().tolist() == found[1].view(torch.bfloat16).isnan().tolist()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_on_a_cpu_runs_them_and_computes_what_it_does_without(dtype, monkeypatch):
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        base = nn.Linear(128, 96, bias=False, dtype=dtype)
+        with torch.no_grad():
+            base.weight.copy_(torch.randn(96, 128, generator=generator))
+        layer = SpftLinear(base.requires_grad_(False), "default")
+        rows, columns = torch.arange(96), torch.arange(0, 128, 4)
+        at = (rows[:, None] * 128 + columns)[(rows[:, None] + columns // 4) % 16 == 0]
+        layer.set_mask("default", mask_from_positions(at, 96, 128), torch.randn(at.numel(), generator=generator))
+        x = torch.randn(2, 20, 128, generator=generator).to(dtype).requires_grad_()
+        y = layer(x)
+        grad_y = torch.randn(y.shape, generator=generator).to(dtype)
+        return y, *torch.autograd.grad(y, (x, layer.spft_values["default"]), grad_y)
+
+    calls = set()
+    for name in ("select_columns", "sampled_values_grad", "assign_sum_"):
+        kernel = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *args, name=name, kernel=kernel: calls.add(name) or kernel(*args))
+    got = run()
+    assert calls == {"select_columns", "sampled_values_grad", "assign_sum_"}
+    calls.clear()
+    monkeypatch.setattr("axolotl_spft.ops.dispatch.library", lambda _: None)
+    expected = run()
+    assert not calls
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[2], expected[2], rtol=torch.finfo(dtype).eps, atol=2**-16)
+
+
 def test_other_tensors_are_left_to_torch():
     for tensor in (torch.zeros(2, dtype=torch.float16), torch.zeros(2, 3).t(), torch.zeros(2, device="meta")):
         assert not use_c("auto", tensor)
         with pytest.raises(SpftError, match="'c' cannot run"):
             use_c("c", tensor)
     assert not use_c("torch", torch.zeros(2))
+    with pytest.raises(SpftError, match=r"torch\.float64 on cpu"):
+        add_at_(torch.zeros(1, 1), random_mask(1, 1, 1), torch.zeros(1, dtype=torch.float64), backend="c")
 
 
 def test_what_does_not_fit_is_refused_before_its_memory_is_read():
