@@ -21,16 +21,16 @@ FIRST, SECOND = "default", "second"
 
 
 class Budget(NamedTuple):
-    """How much trains: LoRA's rank, and for spft one of ``density`` and ``match_lora_rank``."""
+    """How much trains: LoRA's rank; and spft's density, or where that is None as many as LoRA."""
 
     rank: int
     density: float | None = None
 
     @classmethod
     def of(cls, base: nn.Module, rank: int | None, density: float | None) -> Budget:
-        """The rank that trains as many parameters as ``density``, as nearly as whole ranks allow."""
-        if density is None:
-            return cls(rank)
+        """``rank``, or where it is None the one that trains as nearly as many as ``density`` as whole ranks allow."""
+        if rank is not None:
+            return cls(rank, density)
         shapes = [(layer.out_features, layer.in_features) for layer in target_layers(base).values()]
         per_rank = total_budget(shapes, match_lora_rank=1)
         return cls(max(1, round(total_budget(shapes, density=density) / per_rank)), density)

@@ -21,15 +21,15 @@ DEFAULT_STATISTICS = Path(__file__).parents[2] / "integration" / "bench" / "mask
 class Options:
     """All that decides one comparison.
 
-    Exactly one of ``rank`` and ``density`` sets the trained count; the other follows, so that all methods train
-    equally many as nearly as LoRA's rank allows.
+    One of ``rank`` and ``density`` sets the trained count; the other follows, so that all methods train equally many as
+    nearly as LoRA's rank allows. Both together compare what is not equal: each method trains what is asked of it.
 
     Attributes:
         model: a shape's name or the path of a ``config.json``.
         width: another hidden_size, with everything else in proportion.
         tokens: of the one row that a step trains on.
-        rank: of LoRA.
-        density: share of the targeted weights that trains.
+        rank: of LoRA, its variants and SHiRA.
+        density: share of the targeted weights that spft trains.
         mask: ``gradient`` runs the salience pass; ``drawn`` draws masks with the recorded concentration.
         area: draws masks whose used rows x used columns cover this share of each matrix.
         samples: rows that the salience pass reads.
@@ -63,7 +63,6 @@ class Options:
             text
             for holds, text in (
                 (self.methods, "name at least one method"),
-                (self.rank is None or self.density is None, "`rank` and `density` both set the count: keep one"),
                 (self.rank is None or self.rank >= 1, f"`rank {self.rank}` must be at least 1"),
                 (self.density is None or 0 < self.density <= 1, f"`density {self.density}` must be in (0, 1]"),
                 (self.area is None or 0 < self.area <= 1, f"`area {self.area}` must be in (0, 1]"),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.beside import Beside
 from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import Mask
 from axolotl_spft.ops.dispatch import use_c
@@ -91,12 +92,15 @@ def _backward(
     # once: attention hands over a transposed view, which both products would copy
     grad_y = grad_y.contiguous()
     grad_x = grad_values = None
+    beside = Beside(grad_y.device)
+    if need_values:
+        with beside:
+            kept = kept.reshape(-1, kept.shape[-1])
+            grad_values = values_grad(grad_y, kept, delta.mask, delta.plan, values.dtype)
     if need_x:
         with owner.effective_weight_again(values, delta) as weight:
             grad_x = matmul(grad_y, weight.to(grad_y.dtype))
-    if need_values:
-        kept = kept.reshape(-1, kept.shape[-1])
-        grad_values = values_grad(grad_y, kept, delta.mask, delta.plan, values.dtype)
+    beside.join()
     return grad_x, grad_values
 
 

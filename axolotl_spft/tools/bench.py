@@ -41,8 +41,8 @@ SWEPT = ("tokens", "density", "width", "area")
 )
 @click.option("--width", type=int, help="Another hidden size, with the rest of the shape in proportion.")
 @click.option("--tokens", type=int, default=512, help="Tokens of a step, in one row.")
-@click.option("--rank", type=int, help=f"LoRA's rank; the other methods train as many. {DEFAULT_RANK} by default.")
-@click.option("--density", type=float, help="Instead of --rank: the share that trains; LoRA gets the nearest rank.")
+@click.option("--rank", type=int, help=f"LoRA's rank; without --density all train as many. {DEFAULT_RANK} by default.")
+@click.option("--density", type=float, help="The share that spft trains; without --rank LoRA gets the nearest.")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),

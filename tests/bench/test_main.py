@@ -187,5 +187,3 @@ def test_without_matplotlib_nothing_is_measured(tiny_options, tmp_path, monkeypa
 def test_all_mistakes_are_reported_together(tiny_options):
     with pytest.raises(SpftError, match=r"`density 2` must be in \(0, 1\].*`rounds 0` must be at least 1"):
         tiny_options(rank=None, density=2, rounds=0)
-    with pytest.raises(SpftError, match="keep one"):
-        tiny_options(density=0.1)

@@ -51,6 +51,16 @@ def test_a_density_gives_lora_the_nearest_rank(tiny_options):
     assert Budget.of(base, None, 1e-6).rank == 1
 
 
+def test_a_rank_and_a_density_set_each_methods_own_count(tiny_options):
+    options = tiny_options(rank=2, density=0.01, serving=False)
+    layers = target_layers(make_base(model_config(options.model, 24), torch.float32, CPU)).values()
+    trained = {name: contestant(options, name).method.trained for name in ("spft-gradient", "lora", "shira")}
+    of_lora = 2 * sum(layer.out_features + layer.in_features for layer in layers)
+    share = 0.01 * sum(layer.out_features * layer.in_features for layer in layers)
+    assert trained["lora"] == trained["shira"] == of_lora
+    assert abs(trained["spft-gradient"] - share) <= len(layers)
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_round_trains_exactly_what_the_method_says(tiny_options, name):
     runner = contestant(tiny_options(serving=False), name)
