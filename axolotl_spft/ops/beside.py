@@ -12,31 +12,26 @@ import torch
 
 
 class Beside:
-    """What runs inside ``with`` runs beside what is started outside until `join`; on a CPU, at once.
+    """What runs inside ``with`` runs beside what is started outside until `join`.
 
     The second stream begins where the current one stands, and the current one goes on where the second one ends. So
     tensors of either may be read in the other between here and `join`, and dropped after it.
     """
 
     def __init__(self, device: torch.device):
-        self._second = None
-        if device.type == "cuda":
-            self._current, self._second = torch.cuda.current_stream(device), _second_stream(device)
-            self._second.wait_stream(self._current)
-            self._inside = torch.cuda.stream(self._second)
+        self._current, self._second = torch.cuda.current_stream(device), _second_stream(device)
+        self._second.wait_stream(self._current)
+        self._inside = torch.cuda.stream(self._second)
 
     def __enter__(self) -> None:
-        if self._second is not None:
-            self._inside.__enter__()
+        self._inside.__enter__()
 
     def __exit__(self, *raised: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self._second is not None:
-            self._inside.__exit__(*raised)
+        self._inside.__exit__(*raised)
 
     def join(self) -> None:
         """Let the current stream wait for all that ran inside."""
-        if self._second is not None:
-            self._current.wait_stream(self._second)
+        self._current.wait_stream(self._second)
 
 
 @functools.cache

@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 
 from axolotl_spft.ops.cpu_library import library
-from axolotl_spft.ops.csr import Mask
+from axolotl_spft.ops.csr import Mask, strides
 from axolotl_spft.ops.plan import Plan
 
 
 def select_columns(x: Tensor, columns: Tensor | None) -> Tensor:
-    """X[:, columns] for x (tokens, features) and columns (n; int32; None: all): (tokens, n), stored column by column.
+    """X[:, columns] for x (..., features) and columns (n; int32; None: all): (tokens, n), stored column by column.
 
     So the tokens of a column, which `sampled_values_grad` multiplies, are neighbours.
     """
-    count = x.shape[1] if columns is None else columns.numel()
-    copy = torch.empty(count, x.shape[0], dtype=x.dtype)
+    features = x.shape[-1]
+    tokens, count = x.numel() // features, features if columns is None else columns.numel()
+    copy = torch.empty_strided((tokens, count), (1, tokens), dtype=x.dtype)
     library(x.dtype).select_columns(
-        x.data_ptr(), *x.shape, _address(columns), count, copy.data_ptr(), torch.get_num_threads()
+        x.data_ptr(), tokens, features, _address(columns), count, copy.data_ptr(), torch.get_num_threads()
     )
-    return copy.t()
+    return copy
 
 
 def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) -> Tensor:
@@ -46,13 +47,12 @@ def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) ->
             f"dY {tuple(grad_y.shape)} {grad_y.dtype} and X {tuple(kept.shape)} {kept.dtype} do not fit a mask of "
             f"{mask.out_features} rows and {plan.n_columns} columns"
         )
-    runs = kept.t()
-    if not runs.is_contiguous():
-        runs = select_columns(kept.contiguous(), None).t()
-    grads = torch.zeros(mask.nnz, dtype=torch.float32)
+    if kept.stride() != (1, kept.shape[0]):
+        kept = select_columns(kept.contiguous(), None)
+    grads = torch.empty(mask.nnz, dtype=torch.float32)
     library(grad_y.dtype).sampled_product(
         grad_y.data_ptr(), *grad_y.shape, _address(plan.rows), plan.n_rows, plan.offsets.data_ptr(),
-        mask.columns.data_ptr(), mask.columns.element_size(), _address(plan.column_ranks), runs.data_ptr(),
+        mask.columns.data_ptr(), mask.columns.element_size(), _address(plan.column_ranks), kept.data_ptr(),
         grads.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return grads
@@ -74,10 +74,17 @@ def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Te
         )
     # exact, and nothing to do for the values that are trained as a rule
     values = values.to(torch.float32)
-    row_stride, column_stride = weight.stride()[::-1] if transposed else weight.stride()
-    library(weight.dtype).write_sums(
-        weight.data_ptr(), row_stride, column_stride, mask.out_features, mask.row_offsets.data_ptr(),
+    library(weight.dtype).write_sum(
+        weight.data_ptr(), *strides(weight, transposed), mask.out_features, mask.row_offsets.data_ptr(),
         mask.columns.data_ptr(), mask.columns.element_size(), _address(originals), values.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def assign_sums_(fields: Tensor, groups: Tensor, group: int, dtype: torch.dtype, column_bytes: int) -> None:
+    """See `axolotl_spft.ops.sums`: weights of ``dtype``, columns of ``column_bytes`` each, float32 values."""
+    library(dtype).write_sums(
+        fields.data_ptr(), fields.shape[1], groups.data_ptr(), groups.numel(), group, column_bytes,
         torch.get_num_threads(),
     )  # fmt: skip
 

@@ -24,19 +24,18 @@ _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _PARAMETERS = {
     "select_columns": (_POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _INT),
     "sampled_product": (_POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT),
-    "write_sums": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT),
+    "write_sum": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT),
+    "write_sums": (_POINTER, _COUNT, _POINTER, _COUNT, _COUNT, _INT, _INT),
 }
 
 
+@functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for tensors of ``dtype``; None where there are none, of which a warning tells why, once."""
-    return _load(_NAMES[dtype]) if dtype in _NAMES else None
-
-
-@functools.cache
-def _load(name: str) -> ctypes.CDLL | None:
+    if dtype not in _NAMES:
+        return None
     try:
-        return _compile(name)
+        return _compile(_NAMES[dtype])
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(f"spft uses plain torch on the CPU: no kernels could be compiled: {reason}", stacklevel=2)

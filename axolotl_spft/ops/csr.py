@@ -56,6 +56,11 @@ def row_indices(offsets: Tensor, nnz: int) -> Tensor:
     return torch.repeat_interleave(offsets.diff(), output_size=nnz)
 
 
+def strides(weight: Tensor, transposed: bool) -> tuple[int, ...]:
+    """How far apart the rows of W and its columns are, for a ``weight`` that may be stored transposed."""
+    return weight.stride()[::-1] if transposed else weight.stride()
+
+
 def positions(mask: Mask, in_features: int, transposed: bool = False) -> Tensor:
     """The position of each entry in the flattened weight, ascending, or in that of its transpose: (nnz) int64."""
     rows, columns = row_indices(mask.row_offsets, mask.nnz), mask.columns.to(torch.int64)

@@ -52,10 +52,9 @@ def use_c(backend: str, *tensors: Tensor) -> bool:
     Raises:
         SpftError: ``backend`` is ``c`` and the kernel cannot run on these tensors.
     """
-    if backend not in ("auto", "c"):
+    if backend != "auto" and backend != "c":
         return False
-    first = tensors[0]
-    runs = first.device.type == "cpu" and _fit(tensors) and library(first.dtype) is not None
+    runs = tensors[0].is_cpu and _fit(tensors) and library(tensors[0].dtype) is not None
     if backend == "c" and not runs:
         raise SpftError(
             f"backend: 'c' cannot run: the tensors are {_description(tensors)}; they must be contiguous, on the CPU "
@@ -83,11 +82,10 @@ def launching_on(device: torch.device) -> AbstractContextManager:
 
 
 def _fit(tensors: tuple[Tensor, ...]) -> bool:
-    device = tensors[0].device
     for tensor in tensors:
-        if tensor.dtype not in DTYPES or tensor.device != device or not tensor.is_contiguous():
+        if tensor.dtype not in DTYPES or not tensor.is_contiguous():
             return False
-    return True
+    return len(tensors) == 1 or all(tensor.device == tensors[0].device for tensor in tensors)
 
 
 def _description(tensors: tuple[Tensor, ...]) -> str:

@@ -11,10 +11,11 @@ columns of x that the mask uses, which layers with one input may share.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -26,7 +27,7 @@ from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import Mask
 from axolotl_spft.ops.dispatch import use_c
 from axolotl_spft.ops.plan import Plan
-from axolotl_spft.ops.products import linear, matmul
+from axolotl_spft.ops.products import cast, linear, matmul
 from axolotl_spft.ops.values_grad import values_grad
 
 
@@ -59,6 +60,7 @@ class WeightOwner(Protocol):
 
 _OWNERS: WeakValueDictionary[int, WeightOwner] = WeakValueDictionary()
 _numbers = itertools.count(1)
+_AS_IT_COMES = nullcontext()
 
 
 def register_owner(owner: WeightOwner) -> int:
@@ -76,7 +78,7 @@ def _owner(number: int) -> WeightOwner:
 
 
 def _forward(x: Tensor, bias: Tensor | None, values: Tensor, delta: Delta, owner: WeightOwner) -> Tensor:
-    return linear(x, owner.effective_weight(values, delta).to(x.dtype), bias)
+    return linear(x, cast(owner.effective_weight(values, delta), x.dtype), bias)
 
 
 def _backward(
@@ -91,21 +93,34 @@ def _backward(
     """dX and dV."""
     # once: attention hands over a transposed view, which both products would copy
     grad_y = grad_y.contiguous()
+    beside = Beside(grad_y.device) if grad_y.is_cuda and need_x and need_values else None
     grad_x = grad_values = None
-    beside = Beside(grad_y.device)
     if need_values:
-        with beside:
+        if kept.ndim != 2:
             kept = kept.reshape(-1, kept.shape[-1])
+        with beside or _AS_IT_COMES:
             grad_values = values_grad(grad_y, kept, delta.mask, delta.plan, values.dtype)
     if need_x:
         with owner.effective_weight_again(values, delta) as weight:
-            grad_x = matmul(grad_y, weight.to(grad_y.dtype))
-    beside.join()
+            grad_x = matmul(grad_y, cast(weight, grad_y.dtype))
+    if beside is not None:
+        beside.join()
     return grad_x, grad_values
 
 
 def _bias_gradient(grad_y: Tensor) -> Tensor:
     return grad_y.sum(dim=tuple(range(grad_y.ndim - 1)))
+
+
+def _once_differentiable(backward: Callable) -> Callable:
+    """torch's own, which sets the mode for gradients each time, only where a gradient of the gradient is asked for."""
+    careful = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def chosen(ctx: Any, grad_y: Tensor) -> tuple:
+        return careful(ctx, grad_y) if torch.is_grad_enabled() else backward(ctx, grad_y)
+
+    return chosen
 
 
 class _EagerLinear(torch.autograd.Function):
@@ -118,7 +133,7 @@ class _EagerLinear(torch.autograd.Function):
         return _forward(x, bias, values, delta, owner)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx, grad_y):
         need_x, _, need_bias, need_values = ctx.needs_input_grad[:4]
         grad_x, grad_values = _backward(grad_y, *ctx.saved_tensors, ctx.delta, ctx.owner, need_x, need_values)
@@ -131,12 +146,14 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, owner):
         ctx.owner = owner
-        return linear(x, owner.plain_weight().to(x.dtype), bias)
+        return linear(x, cast(owner.plain_weight(), x.dtype), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx, grad_y):
-        grad_x = matmul(grad_y, ctx.owner.plain_weight().to(grad_y.dtype)) if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = matmul(grad_y, cast(ctx.owner.plain_weight(), grad_y.dtype))
         return grad_x, _bias_gradient(grad_y) if ctx.needs_input_grad[1] else None, None
 
 
@@ -230,9 +247,8 @@ torch.library.register_autograd("spft::linear", _op_gradients, setup_context=_se
 
 def kept_columns(x: Tensor, plan: Plan) -> Tensor:
     """What `sparse_linear` needs to form the values' gradient: X[:, plan.columns], (tokens, columns)."""
-    x = x.detach()
     if plan.columns is None:
-        return x
+        return x.detach()
     if x.shape[-1] != plan.in_features:
         # on a GPU, reading columns that do not exist would end the whole process
         raise RuntimeError(f"the input has {x.shape[-1]} features (shape {tuple(x.shape)}), not {plan.in_features}")

@@ -17,7 +17,7 @@ from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import Mask
 from axolotl_spft.ops.dispatch import use_c
 from axolotl_spft.ops.plan import Plan, column_ranks
-from axolotl_spft.ops.products import lacks_instructions
+from axolotl_spft.ops.products import cast, lacks_instructions
 
 # multiply-adds of a large matrix product that take as long as one of the C kernel, and of `torch.sparse.sampled_addmm`
 _LEAD_OVER_KERNEL = 8  # float32 with AVX512: 8; bfloat16 with AMX: 8 to 16 take a step the same time
@@ -29,7 +29,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 def sampling_pays(plan: Plan, nnz: int, grad_y: Tensor) -> bool:
     """Whether `sampled_values_grad` takes less time than the product of rows and columns; both grow with the tokens."""
-    if grad_y.device.type != "cpu":
+    if grad_y.is_cuda:
         return False
     return nnz * _product_lead(grad_y.dtype, use_c("auto", grad_y)) < plan.n_rows * plan.n_columns
 
@@ -60,7 +60,7 @@ def sampled_values_grad(
     """
     dtype = dtype or grad_y.dtype
     if use_c(backend, grad_y):
-        return cpu.sampled_values_grad(grad_y, kept, mask, plan).to(dtype)
+        return cast(cpu.sampled_values_grad(grad_y, kept, mask, plan), dtype)
     left, right = _transposed(select_columns(grad_y, plan.rows)), _transposed(kept)
     _hear_of_the_beta_once()
     entries = torch.sparse_csr_tensor(

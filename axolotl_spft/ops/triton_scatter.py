@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from axolotl_spft.ops.csr import Mask
+from axolotl_spft.ops.csr import Mask, strides
 from axolotl_spft.ops.launch import launch
 
 # entries of a row that a program works on at a time, in one warp: most rows of a mask by gradient hold fewer, the
@@ -69,11 +69,6 @@ def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, t
 def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool) -> None:
     """See `axolotl_spft.ops.scatter.add_at_`."""
     _launch(weight, mask, weight, values, transposed, from_weight=True)
-
-
-def strides(weight: Tensor, transposed: bool) -> tuple[int, ...]:
-    """Of the rows and of the columns of a weight that may be stored transposed."""
-    return weight.stride()[::-1] if transposed else weight.stride()
 
 
 def _launch(weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool, from_weight: bool) -> None:

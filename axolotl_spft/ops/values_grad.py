@@ -32,7 +32,9 @@ def values_grad(
     Returns:
         (nnz) in ``dtype``.
     """
-    grad_y, dtype = grad_y.view(-1, grad_y.shape[-1]), dtype or grad_y.dtype
+    dtype = dtype or grad_y.dtype
+    if grad_y.ndim != 2:
+        grad_y = grad_y.view(-1, grad_y.shape[-1])
     if use_triton(backend, grad_y, kept):
         tiles = make_tiles(mask, plan) if backend == "triton" else _paying_tiles(grad_y, mask, plan)
         if tiles is not None:

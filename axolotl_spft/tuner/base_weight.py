@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -125,6 +125,9 @@ class BaseWeight:
             values: (nnz), nnz >= 1.
             delta: its originals come from `read_originals`.
         """
+        held = self._written
+        if held is not None and held is self._ahead and held.mask is delta.mask:
+            return self._oriented(self.get_base_layer().weight)
         if self.in_place:
             return self._oriented(self._write(Written(values.detach(), delta.mask, delta.originals)))
         return self._oriented(self._fresh_sum([(values, delta.mask)]))
@@ -133,19 +136,21 @@ class BaseWeight:
         """W as (out_features, in_features), to be read at once, of a weight that is made afresh for each use."""
         return self._oriented(self._fresh_sum([]))
 
-    @contextmanager
-    def effective_weight_again(self, values: Tensor, delta: Delta) -> Iterator[Tensor]:
+    def effective_weight_again(self, values: Tensor, delta: Delta) -> AbstractContextManager[Tensor]:
         """`effective_weight` for the backward pass: afterwards the weight holds what it held before.
 
         Between forward and backward another adapter may have been chosen, or all disabled.
         """
-        if not self.in_place:
-            yield self._oriented(self._fresh_sum([(values, delta.mask)]))
-            return
         held = self._written
         if held is not None and _same(held.mask, delta.mask):
-            yield self._oriented(self.get_base_layer().weight.detach())
-            return
+            return nullcontext(self._oriented(self.get_base_layer().weight))
+        if self.in_place:
+            return self._written_for_now(values, delta)
+        return nullcontext(self._oriented(self._fresh_sum([(values, delta.mask)])))
+
+    @contextmanager
+    def _written_for_now(self, values: Tensor, delta: Delta) -> Iterator[Tensor]:
+        held = self._written
         try:
             yield self._oriented(self._write(Written(values.detach(), delta.mask, delta.originals)))
         finally:
@@ -263,7 +268,7 @@ def keep_dequantizable(base_layer: nn.Module) -> None:
 
 
 def _same(mask: Mask, other: Mask) -> bool:
-    return mask.columns.data_ptr() == other.columns.data_ptr()
+    return mask is other or mask.columns.data_ptr() == other.columns.data_ptr()
 
 
 def _broken_adapter() -> ValueError:

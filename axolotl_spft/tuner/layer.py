@@ -17,6 +17,7 @@ from axolotl_spft.ops.branch import add_sparse_branch
 from axolotl_spft.ops.csr import Mask, empty_mask, mask_from_positions, positions
 from axolotl_spft.ops.linear import Delta, frozen_linear, register_owner, sparse_linear
 from axolotl_spft.ops.plan import make_plan
+from axolotl_spft.ops.products import cast
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.base_weight import BaseWeight, Written, keep_dequantizable
 from axolotl_spft.tuner.shared_input import SharedInput
@@ -217,11 +218,11 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
     # --- forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        names = () if self.merged else self._filled_active_adapters()
+        names = () if self.merged_adapters else self._filled_active_adapters()
         if not names and not self.keeps_gathered_weight:
             return self.base_layer(x, *args, **kwargs)
         if names and names not in self._deltas:
@@ -239,16 +240,18 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             dtype = getattr(base_layer, "compute_dtype", None) or x.dtype
         else:
             dtype = x.dtype
-        bias = None if base_layer.bias is None else base_layer.bias.to(dtype)
+        inputs, bias = cast(x, dtype), base_layer.bias
+        if bias is not None:
+            bias = cast(bias, dtype)
         if names:
             delta, places = self._deltas[names]
-            values, cast, kept = self._values(names, delta, places), x.to(dtype), None
+            values, kept = self._values(names, delta, places), None
             if values.requires_grad and torch.is_grad_enabled():
-                kept = self._shared_input.keep(x, cast, delta.plan)
-            y = sparse_linear(cast, kept, bias, values, delta, self, self._owner)
+                kept = self._shared_input.keep(x, inputs, delta.plan)
+            y = sparse_linear(inputs, kept, bias, values, delta, self, self._owner)
         else:
-            y = frozen_linear(x.to(dtype), bias, self)
-        return y if autocast or y.dtype == x.dtype else y.to(x.dtype)
+            y = frozen_linear(inputs, bias, self)
+        return y if autocast else cast(y, x.dtype)
 
     def get_base_layer(self) -> nn.Module:
         # as PEFT's, without the failing look-ups on the innermost layer: this runs in every forward and backward
@@ -257,16 +260,18 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
     def _filled_active_adapters(self) -> tuple[str, ...]:
         # by the mask: values that ZeRO-3 has partitioned have no entries of their own
-        columns = self._modules["spft_columns"]._buffers
-        return tuple(name for name in self.active_adapters if name in columns and columns[name].numel())
+        columns, active = self._modules["spft_columns"]._buffers, self._active_adapter
+        names = (active,) if isinstance(active, str) else active
+        return tuple([name for name in names if name in columns and columns[name].numel()])
 
     def _originals(self, adapter_name: str) -> Tensor:
         return self._buffers[f"_originals_{adapter_name}"]
 
     def _values(self, names: tuple[str, ...], delta: Delta, places: tuple[Tensor, ...]) -> Tensor:
-        each = [self._modules["spft_values"]._parameters[name] for name in names]
-        if len(each) == 1:
-            return each[0]
+        parameters = self._modules["spft_values"]._parameters
+        if len(names) == 1:
+            return parameters[names[0]]
+        each = [parameters[name] for name in names]
         total = each[0].new_zeros(delta.mask.nnz)
         for values, at in zip(each, places):
             total = total.index_add(0, at, values.to(total.dtype))

@@ -1,24 +1,21 @@
-"""Writes W + S of all layers at the start of a model's forward pass, in one launch instead of one for each layer."""
+"""Writes W + S of all layers at the start of a model's forward pass, at once instead of layer by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from axolotl_spft.ops.dispatch import use_triton
+from axolotl_spft.ops.sums import Sum, Sums, assign_sums_, can_collect, collect_sums
 from axolotl_spft.tuner.base_weight import Written
 from axolotl_spft.tuner.layer import SpftLinear
 
-if TYPE_CHECKING:
-    from axolotl_spft.ops.triton_sums import Sums
-
 
 class _Known(NamedTuple):
-    """What a layer's weight holds, and where: while all of it stays so, the launch can be repeated."""
+    """What a layer's weight holds, and where: while all of it stays so, the writing can be repeated."""
 
     layer: SpftLinear
     held: Written
@@ -39,7 +36,8 @@ class _Known(NamedTuple):
 class WriteAhead:
     """Repeats what layers have written by themselves before, with the values of now.
 
-    Only for weights that hold W + S in place, on GPUs, with one active adapter; all others go on by themselves.
+    Only for weights that hold W + S in place, with one active adapter, where a kernel can write many; all others go on
+    by themselves.
     """
 
     def __init__(self, layers: Sequence[SpftLinear]):
@@ -83,16 +81,12 @@ class WriteAhead:
         found = [_known(layer) for layer in self._layers]
         self._known = [known for known in found if known is not None]
         if self._known:
-            from axolotl_spft.ops.triton_sums import Sum, collect_sums
-
             self._sums = collect_sums(
                 Sum(layer.get_base_layer().weight.data, held.mask, held.originals, held.values, layer.transposed)
                 for layer, held, *_ in self._known
             )
 
     def _write(self) -> None:
-        from axolotl_spft.ops.triton_sums import assign_sums_
-
         for sums in self._sums:
             assign_sums_(sums)
         for known in self._known:
@@ -102,10 +96,12 @@ class WriteAhead:
 
 def _known(layer: SpftLinear) -> _Known | None:
     held = layer._written
-    if held is None or not use_triton("auto", held.originals, held.values):
+    if held is None:
         return None
-    names = layer._filled_active_adapters()
-    weights, values = layer.get_base_layer()._parameters, layer.spft_values._parameters
+    weights = layer.get_base_layer()._parameters
+    if "weight" not in weights or not can_collect(weights["weight"], held.originals, held.values):
+        return None
+    names, values = layer._filled_active_adapters(), layer.spft_values._parameters
     address = held.values.data_ptr()
     if len(names) != 1 or values[names[0]].data_ptr() != address:
         # W + S was written from other values, such as the sum of several adapters'

@@ -18,6 +18,7 @@ from axolotl_spft.ops.dispatch import use_c
 from axolotl_spft.ops.plan import make_plan
 from axolotl_spft.ops.sampled import sampled_values_grad
 from axolotl_spft.ops.scatter import add_at_, assign_sum_
+from axolotl_spft.ops.sums import Sum, assign_sums_, can_collect, collect_sums
 from axolotl_spft.tuner.layer import SpftLinear
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -35,9 +36,9 @@ def processor(request):
             if torch.backends.cpu.get_cpu_capability() != "AVX512":
                 pytest.skip("this machine has none")
             patch.setenv("CC", f"{COMPILER} -mno-avx512f -mno-avx512bf16")
-        cpu_library._load.cache_clear()
+        cpu_library.library.cache_clear()
         yield request.param
-        cpu_library._load.cache_clear()
+        cpu_library.library.cache_clear()
 
 
 def random_mask(out_features, in_features, nnz, wide=False):
@@ -114,6 +115,28 @@ def test_sums_are_written_with_the_bits_of_torch(processor, dtype, shape, transp
         assert not torch.equal(got, weight)
 
 
+def test_many_sums_are_written_with_the_bits_of_each(processor):
+    sums = []
+    for dtype in [*DTYPES, torch.bfloat16]:
+        for shape in SHAPES:
+            for transposed in (False, True):
+                mask = random_mask(*shape, wide=transposed)
+                weight = torch.randn(shape[1::-1] if transposed else shape[:2]).to(dtype)
+                sums.append(Sum(weight, mask, torch.randn(shape[2]).to(dtype), torch.randn(shape[2]) * 0.1, transposed))
+    nothing = torch.zeros(0, dtype=torch.bfloat16)
+    sums.append(Sum(torch.ones(3, 4, dtype=torch.bfloat16), random_mask(3, 4, 0), nothing, nothing.float(), False))
+    expected = [each.weight.clone() for each in sums]
+    for weight, each in zip(expected, sums):
+        assign_sum_(weight, *each[1:], backend="torch")
+    assert all(can_collect(each.weight, each.originals, each.values) for each in sums)
+    collected = collect_sums(sums)
+    assert len(collected) == 4
+    for _ in range(2):
+        for alike in collected:
+            assign_sums_(alike)
+        assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, expected))
+
+
 def test_rounding_of_ties_infinities_and_nan(processor):
     step = 2.0**-7
     originals = torch.tensor([1.0, 1.0 + step, 3e38, torch.inf, 1.0, torch.nan, -0.0], dtype=torch.bfloat16)
@@ -188,7 +211,7 @@ def test_what_does_not_fit_is_refused_before_its_memory_is_read():
 
 def test_without_a_compiler_a_warning_says_so_once_and_torch_goes_on(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
-    cpu_library._load.cache_clear()
+    cpu_library.library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="no-such-compiler") as warnings:
             for _ in range(2):
@@ -197,7 +220,7 @@ def test_without_a_compiler_a_warning_says_so_once_and_torch_goes_on(monkeypatch
         x = torch.randn(3, 4)
         assert torch.equal(select_columns(x, torch.tensor([1, 2])), x[:, 1:3])
     finally:
-        cpu_library._load.cache_clear()
+        cpu_library.library.cache_clear()
 
 
 def test_threads_are_those_of_torch():

@@ -132,6 +132,14 @@ def test_an_input_of_another_width_is_refused_before_its_columns_are_read():
         kept_columns(x[..., :16], plan)
 
 
+def test_a_gradient_of_the_gradient_is_refused():
+    weight, mask, values, x, bias = random_case(13, 17, 20)
+    y = linear(x, bias, values, delta_of(mask, 17), DenseOwner(weight))
+    (grad_x,) = torch.autograd.grad(y.square().sum(), (x,), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_x.sum().backward()
+
+
 def test_frozen_values_and_inputs_get_no_gradient():
     weight, mask, values, x, _ = random_case(13, 17, 20)
     owner = DenseOwner(weight)

@@ -22,7 +22,7 @@ DTYPES = [
 
 @pytest.fixture
 def sums():
-    from axolotl_spft.ops.triton_sums import Sum
+    from axolotl_spft.ops.sums import Sum
 
     made = []
     for dtypes in DTYPES:
@@ -35,7 +35,7 @@ def sums():
 
 
 def test_many_are_bit_for_bit_each(sums):
-    from axolotl_spft.ops.triton_sums import assign_sums_, collect_sums
+    from axolotl_spft.ops.sums import assign_sums_, collect_sums
 
     expected = [each.weight.clone() for each in sums]
     for weight, each in zip(expected, sums):
@@ -45,12 +45,12 @@ def test_many_are_bit_for_bit_each(sums):
     assert len(collected) == 3
     for _ in range(2):
         for alike in collected:
-            assign_sums_(alike)
+            assign_sums_(alike, backend="triton")
         assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, expected))
 
 
 def test_values_are_read_anew(sums):
-    from axolotl_spft.ops.triton_sums import assign_sums_, collect_sums
+    from axolotl_spft.ops.sums import assign_sums_, collect_sums
 
     collected = collect_sums(sums[:2])
     for each in sums[:2]:
@@ -58,15 +58,15 @@ def test_values_are_read_anew(sums):
         expected = each.weight.clone()
         assign_sum_(expected, *each[1:], backend="torch")
         for alike in collected:
-            assign_sums_(alike)
+            assign_sums_(alike, backend="triton")
         assert torch.equal(each.weight, expected)
 
 
 def test_a_weight_without_entries_among_others(sums):
-    from axolotl_spft.ops.triton_sums import Sum, assign_sums_, collect_sums
+    from axolotl_spft.ops.sums import Sum, assign_sums_, collect_sums
 
     weight, none = torch.ones(3, 4, device=DEVICE, dtype=torch.bfloat16), torch.zeros(0, device=DEVICE)
     empty = Sum(weight, empty_mask(3, 4, torch.device(DEVICE)), none.bfloat16(), none, False)
     (collected,) = collect_sums([empty, sums[0], empty])
-    assign_sums_(collected)
+    assign_sums_(collected, backend="triton")
     assert (weight == 1).all()

@@ -13,12 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft import SpftConfig
+from axolotl_spft.ops.cpu_library import library
 from axolotl_spft.ops.csr import mask_from_positions
-from axolotl_spft.tuner import base_weight, write_ahead
+from axolotl_spft.tuner import base_weight
 from axolotl_spft.tuner.state import spft_layers
 from tests.interpreter import DEVICE
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and library(torch.float32) is None, reason="there is neither a GPU nor a C compiler"
+)
 
 
 class Net(nn.Module):
@@ -28,12 +31,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
-
-
-@pytest.fixture(autouse=True)
-def on_any_device(monkeypatch):
-    # the kernel runs on a CPU in the interpreter only when asked
-    monkeypatch.setattr(write_ahead, "use_triton", lambda *_: True)
 
 
 @pytest.fixture
