@@ -49,7 +49,7 @@ def test_bench_measures_and_writes(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--rank", "2", "--density", "0.1"], "both set the count"),
+        (["--rank", "2", "--density", "1.5"], "`density 1.5` must be in (0, 1]"),
         (["--model", "llama-9b", "--method", "limit"], "is neither a file nor one of"),
         (["1", "2"], "VALUES belong to --sweep"),
         (["--sweep", "tokens"], "needs values"),
