@@ -17,6 +17,7 @@ from axolotl_spft.ops.cpu_library import library
 from axolotl_spft.ops.csr import mask_from_positions
 from axolotl_spft.tuner import base_weight
 from axolotl_spft.tuner.state import spft_layers
+from axolotl_spft.tuner.write_ahead import WriteAhead
 from tests.interpreter import DEVICE
 
 pytestmark = pytest.mark.skipif(
@@ -79,6 +80,21 @@ def test_layers_write_only_the_first_time(model, x, monkeypatch):
         with writes(monkeypatch, 0):
             y = model(x)
         assert torch.equal(y, by_itself(model, x))
+
+
+def test_a_module_writes_ahead_while_it_is_attached(model, x, monkeypatch):
+    model.base_model._stop_writing_ahead()
+    net = model.base_model.model
+    with writes(monkeypatch, 6):
+        net(x)
+        expected = net(x)
+    handles = WriteAhead(list(spft_layers(net).values())).attach(net)
+    with writes(monkeypatch, 0):
+        assert torch.equal(net(x), expected)
+    for handle in handles:
+        handle.remove()
+    with writes(monkeypatch, 3):
+        assert torch.equal(net(x), expected)
 
 
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
