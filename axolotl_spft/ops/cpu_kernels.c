@@ -72,44 +72,81 @@ void select_columns(const number *x, int64_t tokens, int64_t stride, const int32
         collect(x + start * stride, least(PART, tokens - start), stride, columns, count, copy + start, tokens);
 }
 
-/* The dot products of one run and `count` others, `count` being known when this is compiled. */
-#if defined(BFLOAT16) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+/* Sums, as many as a register holds. */
+#if defined(__AVX512F__)
 
 #include <immintrin.h>
 
-static inline __attribute__((always_inline)) void dots(const number *run, const number *const *others, int count,
-                                                       int64_t tokens, float *out) {
-    __m512 sums[TOGETHER];
-    for (int i = 0; i < count; i++) sums[i] = _mm512_setzero_ps();
-    int64_t t = 0;
-    for (; t + 32 <= tokens; t += 32) {
-        __m512bh left = (__m512bh)_mm512_loadu_si512(run + t);
-        for (int i = 0; i < count; i++)
-            sums[i] = _mm512_dpbf16_ps(sums[i], left, (__m512bh)_mm512_loadu_si512(others[i] + t));
-    }
-    if (t < tokens) {
-        __mmask32 rest = (1u << (tokens - t)) - 1;
-        __m512bh left = (__m512bh)_mm512_maskz_loadu_epi16(rest, run + t);
-        for (int i = 0; i < count; i++)
-            sums[i] = _mm512_dpbf16_ps(sums[i], left, (__m512bh)_mm512_maskz_loadu_epi16(rest, others[i] + t));
-    }
-    for (int i = 0; i < count; i++) out[i] = _mm512_reduce_add_ps(sums[i]);
+enum { LANES = 16 };
+typedef __m512 lanes;
+
+static inline float total(lanes sums) { return _mm512_reduce_add_ps(sums); }
+
+#else
+
+#if defined(__AVX__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
+
+static inline float total(lanes sums) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += sums[i];
+    return sum;
+}
+
+#endif
+
+/* Add the products of STEP numbers of two runs. */
+#if defined(BFLOAT16) && defined(__AVX512BF16__)
+
+enum { STEP = 2 * LANES };
+
+static inline lanes add_products(lanes sums, const number *left, const number *right) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)_mm512_loadu_si512(left), (__m512bh)_mm512_loadu_si512(right));
+}
+
+#elif defined(BFLOAT16)
+
+enum { STEP = 2 * LANES };
+
+static inline lanes add_products(lanes sums, const number *left, const number *right) {
+    typedef uint32_t pairs __attribute__((vector_size(LANES * sizeof(uint32_t))));
+    pairs x, y, upper = (pairs){0} + 0xffff0000u;
+    memcpy(&x, left, sizeof x);
+    memcpy(&y, right, sizeof y);
+    sums += (lanes)(x << 16) * (lanes)(y << 16);
+    return sums + (lanes)(x & upper) * (lanes)(y & upper);
 }
 
 #else
 
-static inline __attribute__((always_inline)) void dots(const number *run, const number *const *others, int count,
-                                                       int64_t tokens, float *out) {
-    for (int i = 0; i < count; i++) {
-        const number *other = others[i];
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t t = 0; t < tokens; t++) sum += widen(run[t]) * widen(other[t]);
-        out[i] = sum;
-    }
+enum { STEP = LANES };
+
+static inline lanes add_products(lanes sums, const number *left, const number *right) {
+    lanes x, y;
+    memcpy(&x, left, sizeof x);
+    memcpy(&y, right, sizeof y);
+    return sums + x * y;
 }
 
 #endif
+
+/* The dot products of one run and `count` others, `count` being known when this is compiled: several, so that no addition
+   waits for the one before it. */
+static inline __attribute__((always_inline)) void dots(const number *run, const number *const *others, int count,
+                                                       int64_t tokens, float *out) {
+    lanes sums[TOGETHER];
+    for (int i = 0; i < count; i++) sums[i] = (lanes){0};
+    int64_t t = 0;
+    for (; t + STEP <= tokens; t += STEP)
+        for (int i = 0; i < count; i++) sums[i] = add_products(sums[i], run + t, others[i] + t);
+    for (int i = 0; i < count; i++) out[i] = total(sums[i]);
+    for (; t < tokens; t++)
+        for (int i = 0; i < count; i++) out[i] += widen(run[t]) * widen(others[i][t]);
+}
 
 /* out[k] = sum over tokens of grad_y[t, row of k] * kept[column of k][t].
 
@@ -133,13 +170,16 @@ void sampled_product(const number *grad_y, int64_t tokens, int64_t stride, const
                 while (k < end) {
                     const number *others[TOGETHER];
                     float found[TOGETHER];
-                    int count = end - k < TOGETHER ? 1 : TOGETHER;
+                    int count = TOGETHER;
+                    while (count > end - k) count /= 2;
                     for (int j = 0; j < count; j++)
                         others[j] = kept + index_at(ranks, column_at(columns, column_bytes, k + j)) * tokens + start;
-                    if (count == TOGETHER)
-                        dots(runs + i * RUN, others, TOGETHER, size, found);
-                    else
-                        dots(runs + i * RUN, others, 1, size, found);
+                    switch (count) {
+                        case 8: dots(runs + i * RUN, others, 8, size, found); break;
+                        case 4: dots(runs + i * RUN, others, 4, size, found); break;
+                        case 2: dots(runs + i * RUN, others, 2, size, found); break;
+                        default: dots(runs + i * RUN, others, 1, size, found);
+                    }
                     for (int j = 0; j < count; j++) out[k + j] += found[j];
                     k += count;
                 }

@@ -28,14 +28,23 @@ DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [(1, 1, 1), (5, 7, 35), (61, 67, 200), (3, 1024, 300), (130, 40, 900)]
 
 
-@pytest.fixture(params=["native", "without AVX512"], scope="module")
+# what compilers are told to do without, so that every way of multiplying is compiled somewhere
+WITHOUT = {
+    "nothing": [],
+    "AVX512-BF16": ["-mno-avx512bf16"],
+    "AVX512": ["-mno-avx512bf16", "-mno-avx512f"],
+    "AVX": ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"],
+}
+
+
+@pytest.fixture(params=WITHOUT, scope="module")
 def processor(request):
-    """Compiles for this machine, and as for one without wide instructions."""
+    """Compiles for this machine, and as for lesser ones."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param != "native":
-            if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        if WITHOUT[request.param]:
+            if torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AVX2"):
                 pytest.skip("this machine has none")
-            patch.setenv("CC", f"{COMPILER} -mno-avx512f -mno-avx512bf16")
+            patch.setenv("CC", " ".join([COMPILER, *WITHOUT[request.param]]))
         cpu_library.library.cache_clear()
         yield request.param
         cpu_library.library.cache_clear()
