@@ -60,7 +60,6 @@ class WeightOwner(Protocol):
 
 _OWNERS: WeakValueDictionary[int, WeightOwner] = WeakValueDictionary()
 _numbers = itertools.count(1)
-_AS_IT_COMES = nullcontext()
 
 
 def register_owner(owner: WeightOwner) -> int:
@@ -98,7 +97,7 @@ def _backward(
     if need_values:
         if kept.ndim != 2:
             kept = kept.reshape(-1, kept.shape[-1])
-        with beside or _AS_IT_COMES:
+        with beside or nullcontext():
             grad_values = values_grad(grad_y, kept, delta.mask, delta.plan, values.dtype)
     if need_x:
         with owner.effective_weight_again(values, delta) as weight:

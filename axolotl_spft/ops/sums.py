@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from axolotl_spft.errors import SpftError
 from axolotl_spft.ops import cpu
 from axolotl_spft.ops.csr import Mask, strides
 from axolotl_spft.ops.dispatch import blocks, use_c, use_triton
@@ -75,11 +76,17 @@ def _collect(sums: Sequence[Sum]) -> Sums:
 
 
 def assign_sums_(sums: Sums, backend: str = "auto") -> None:
-    """`axolotl_spft.ops.scatter.assign_sum_` of all of them; their tensors must still be where they were."""
+    """`axolotl_spft.ops.scatter.assign_sum_` of all of them; their tensors must still be where they were.
+
+    Args:
+        backend: see `axolotl_spft.ops.dispatch`; ``torch`` has no such operation.
+    """
     weight, mask, originals, values, _ = sums.example
     if use_triton(backend, weight, originals, values):
         from axolotl_spft.ops import triton_sums
 
         triton_sums.assign_sums_(sums.fields, sums.groups, GROUP, weight, mask, originals, values)
+    elif not use_c(backend, weight, originals, values):
+        raise SpftError(f"backend: {backend!r} cannot write many sums at once: write each with assign_sum_")
     else:
         cpu.assign_sums_(sums.fields, sums.groups, GROUP, weight.dtype, mask.columns.element_size())

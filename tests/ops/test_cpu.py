@@ -144,6 +144,8 @@ def test_many_sums_are_written_with_the_bits_of_each(processor):
         for alike in collected:
             assign_sums_(alike)
         assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, expected))
+    with pytest.raises(SpftError, match="'torch' cannot write many sums at once"):
+        assign_sums_(collected[0], backend="torch")
 
 
 def test_rounding_of_ties_infinities_and_nan(processor):
