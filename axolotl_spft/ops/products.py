@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# of a product, made at a time in float32: as fast as all at once, without all of W in float32
+_COLUMNS = 256
+
 
 @functools.cache
 def lacks_instructions(dtype: torch.dtype) -> bool:
@@ -40,14 +43,26 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
-    """x y for x and y of one dtype."""
-    dtype = product_dtype(x)
-    return x.matmul(y) if dtype == x.dtype else x.to(dtype).matmul(y.to(dtype)).to(x.dtype)
+    """x y for x (..., n) and y (n, m) of one dtype."""
+    return _in_float32(x, y, None) if _pays_in_float32(x) else x.matmul(y)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b for x, W and b of one dtype."""
-    dtype = product_dtype(x)
-    if dtype == x.dtype:
-        return F.linear(x, weight, bias)
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+    """x W^T + b for x (..., n), W (m, n) and b (m) of one dtype."""
+    return _in_float32(x, weight.t(), bias) if _pays_in_float32(x) else F.linear(x, weight, bias)
+
+
+def _pays_in_float32(x: Tensor) -> bool:
+    # a single row waits for W to be read, and converting W takes longer than that
+    return product_dtype(x) != x.dtype and x.numel() > x.shape[-1]
+
+
+def _in_float32(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    x_rows = x.reshape(-1, x.shape[-1])
+    product = x.new_empty(len(x_rows), y.shape[1])
+    wide = x_rows.float()
+    for start in range(0, y.shape[1], _COLUMNS):
+        part = slice(start, start + _COLUMNS)
+        columns = y[:, part].float()
+        product[:, part] = wide.mm(columns) if bias is None else torch.addmm(bias[part].float(), wide, columns)
+    return product.view(*x.shape[:-1], y.shape[1])
