@@ -1,7 +1,7 @@
 """Matrix products in the precision that the processor is fast at.
 
-torch multiplies bfloat16 and float16 on a CPU without instructions for them 4 (AVX512) to 100 times slower than float32.
-There a product is taken in float32 and rounded once.
+torch multiplies bfloat16 and float16 on a CPU without instructions for them 4 (with AVX512) to 100 times slower than
+float32. There a product is taken in float32 and rounded once.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,8 +48,9 @@ def test_one_token_is_multiplied_as_it_is_and_many_in_float32(lacking, monkeypat
 
 
 def test_bfloat16_lacks_instructions_where_the_processor_has_none():
-    flags = open("/proc/cpuinfo").read() if torch.backends.cpu.get_cpu_capability().startswith("AVX") else ""
-    if "flags" not in flags:
+    listed = Path("/proc/cpuinfo")
+    flags = listed.read_text() if listed.exists() else ""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX") or "flags" not in flags:
         pytest.skip("only where Linux lists what an x86 processor has")
     assert products.lacks_instructions(torch.bfloat16) == ("avx512_bf16" not in flags)
     assert not products.lacks_instructions(torch.float32)
