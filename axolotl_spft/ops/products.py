@@ -61,8 +61,10 @@ def _in_float32(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     x_rows = x.reshape(-1, x.shape[-1])
     product = x.new_empty(len(x_rows), y.shape[1])
     wide = x_rows.float()
-    for start in range(0, y.shape[1], _COLUMNS):
-        part = slice(start, start + _COLUMNS)
-        columns = y[:, part].float()
-        product[:, part] = wide.mm(columns) if bias is None else torch.addmm(bias[part].float(), wide, columns)
+    # autocast would round both to 16 bits again
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, y.shape[1], _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            columns = y[:, part].float()
+            product[:, part] = wide.mm(columns) if bias is None else torch.addmm(bias[part].float(), wide, columns)
     return product.view(*x.shape[:-1], y.shape[1])

@@ -33,17 +33,25 @@ def test_products_are_those_of_float64_rounded_once(lacking, dtype, shape, out_f
         assert ((got.double() - expected).abs() <= allowed + torch.finfo(dtype).eps * expected.abs()).all()
 
 
-def test_one_token_is_multiplied_as_it_is_and_many_in_float32(lacking, monkeypatch):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_token_is_multiplied_as_it_is_and_many_in_float32(lacking, monkeypatch, autocast):
     dtypes = []
     multiply = torch.Tensor.mm
-    monkeypatch.setattr(torch.Tensor, "mm", lambda x, y: dtypes.append(x.dtype) or multiply(x, y))
+
+    def watched(x, y):
+        product = multiply(x, y)
+        dtypes.append(product.dtype)
+        return product
+
+    monkeypatch.setattr(torch.Tensor, "mm", watched)
     weight = torch.ones(4, 3, dtype=torch.bfloat16)
-    products.linear(torch.ones(1, 1, 3, dtype=torch.bfloat16), weight, None)
-    assert not dtypes
-    products.linear(torch.ones(1, 2, 3, dtype=torch.bfloat16), weight, None)
-    products.matmul(torch.ones(2, 4, dtype=torch.bfloat16), weight)
-    assert dtypes == [torch.float32, torch.float32]
-    products.linear(torch.ones(2, 3), weight.float(), None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        products.linear(torch.ones(1, 1, 3, dtype=torch.bfloat16), weight, None)
+        assert not dtypes
+        products.linear(torch.ones(1, 2, 3, dtype=torch.bfloat16), weight, None)
+        products.matmul(torch.ones(2, 4, dtype=torch.bfloat16), weight)
+        assert dtypes == [torch.float32, torch.float32]
+        products.linear(torch.ones(2, 3), weight.float(), None)
     assert len(dtypes) == 2
 
 
