@@ -12,18 +12,27 @@ from axolotl_spft.errors import SpftFileError
 
 
 class Shares(NamedTuple):
-    """The share of a matrix' rows and of its columns that hold an entry."""
+    """The share of a matrix' rows and of its columns that hold an entry.
+
+    Attributes:
+        rows, columns: of the matrix.
+        union: of its columns that this matrix or another one that reads the same input uses.
+    """
 
     rows: float
     columns: float
+    union: float
+
+
+_KEYS = ("row_share", "column_share", "union_share")
 
 
 class MaskStatistics:
     """Recorded shares by salience and scope, module type and density.
 
     Args:
-        recorded: "<salience>/<scope>" -> module type -> list of {density, row_share, column_share, area}, densities
-            ascending.
+        recorded: "<salience>/<scope>" -> module type -> list of {density, row_share, column_share, union_share, area},
+            densities ascending.
     """
 
     def __init__(self, recorded: Mapping[str, Mapping[str, list[dict[str, float]]]], source: str = "the statistics"):
@@ -39,10 +48,13 @@ class MaskStatistics:
         remedy = "name it with `--mask-statistics PATH`, compute masks with `--mask gradient`, or set `--area`"
         try:
             recorded = json.loads(Path(path).read_text(encoding="utf-8"))["statistics"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for kinds in recorded.values():
+                for points in kinds.values():
+                    _at(points, 1.0)
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
             raise SpftFileError(
-                f"{path}: no readable mask statistics ({type(error).__name__}), which `--mask drawn` needs. They are "
-                f"part of the repository (integration/bench/mask_statistics.json): {remedy}"
+                f"{path}: no readable mask statistics ({type(error).__name__}: {error}), which `--mask drawn` needs. "
+                f"They are part of the repository (integration/bench/mask_statistics.json): {remedy}"
             ) from error
         return cls(recorded, str(path))
 
@@ -61,23 +73,23 @@ class MaskStatistics:
                 "record them, or leave this method out"
             )
         each = [_at(points, density) for points in ([kinds[module]] if module in kinds else kinds.values())]
-        rows, columns = (sum(column) / len(each) for column in zip(*each))
+        rows, columns, union = (sum(column) / len(each) for column in zip(*each))
         # half of the places filled is as dense as a drawn mask gets
         stretch = max(1.0, math.sqrt(2 * density / (rows * columns)))
         rows, columns = min(1.0, rows * stretch), min(1.0, columns * stretch)
         stretch = max(1.0, min(1.0, 2 * density) / (rows * columns))
-        return Shares(min(1.0, rows * stretch), min(1.0, columns * stretch))
+        return Shares(min(1.0, rows * stretch), min(1.0, columns * stretch), union)
 
 
 def shares_of_area(area: float) -> Shares:
-    """Equal shares of rows and columns that cover this share of a matrix."""
-    return Shares(math.sqrt(area), math.sqrt(area))
+    """Equal shares of rows and columns that cover this share of a matrix, chosen for each matrix by itself."""
+    return Shares(math.sqrt(area), math.sqrt(area), 1.0)
 
 
 def _at(points: list[dict[str, float]], density: float) -> Shares:
     low = max((p for p in points if p["density"] <= density), key=lambda p: p["density"], default=points[0])
     high = min((p for p in points if p["density"] >= density), key=lambda p: p["density"], default=points[-1])
     if low["density"] >= high["density"]:
-        return Shares(high["row_share"], high["column_share"])
+        return Shares(*(high[key] for key in _KEYS))
     part = math.log(density / low["density"]) / math.log(high["density"] / low["density"])
-    return Shares(*(low[key] + part * (high[key] - low[key]) for key in ("row_share", "column_share")))
+    return Shares(*(low[key] + part * (high[key] - low[key]) for key in _KEYS))

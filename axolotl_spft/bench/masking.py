@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ from torch import nn
 from tqdm import tqdm
 
 from axolotl_spft.bench.base import text_batch
-from axolotl_spft.bench.mask_statistics import MaskStatistics, shares_of_area
-from axolotl_spft.bench.masks import draw_mask
+from axolotl_spft.bench.mask_statistics import MaskStatistics, Shares, shares_of_area
+from axolotl_spft.bench.masks import draw_mask, pool_share
 from axolotl_spft.bench.memory import PeakMemory, synchronize
 from axolotl_spft.budget import layer_budgets
 from axolotl_spft.salience import MaskReport, select_mask
 from axolotl_spft.salience.prepare import adapted_layers, install_masks
 from axolotl_spft.salience.report import report_masks
 from axolotl_spft.tuner import SpftConfig
+from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.shared_input import group_by_input
 
 _SHOW_PROGRESS_FROM = 100
 
@@ -90,15 +93,26 @@ def _drawn(model: nn.Module, config: SpftConfig, masking: Masking) -> MaskReport
         [(layer.out_features, layer.in_features) for layer in layers.values()],
         config.density, config.num_values, config.match_lora_rank,
     )  # fmt: skip
+    nnz_of = dict(zip(layers, counts))
+    groups = group_by_input({name: layer.in_features for name, layer in layers.items()})
     generator = torch.Generator(masking.device).manual_seed(0)
     masks = {}
-    progress = tqdm(layers.items(), desc="Masks", leave=False, disable=len(layers) < _SHOW_PROGRESS_FROM)
-    for (name, layer), nnz in zip(progress, counts):
-        if masking.area is not None:
-            shares = shares_of_area(masking.area)
-        else:
-            density = nnz / (layer.out_features * layer.in_features)
-            shares = masking.statistics.shares(config.salience, config.scope, name.rpartition(".")[2], density)
-        masks[name] = draw_mask(layer.out_features, layer.in_features, nnz, *shares, generator)
+    for group in tqdm(groups, desc="Masks", leave=False, disable=len(layers) < _SHOW_PROGRESS_FROM):
+        shares = {name: _shares(name, layers[name], nnz_of[name], config, masking) for name in group}
+        in_features = layers[group[0]].in_features
+        pool = pool_share([each.columns for each in shares.values()], max(each.union for each in shares.values()))
+        among = torch.randperm(in_features, generator=generator, device=masking.device)[: math.ceil(pool * in_features)]
+        for name, each in shares.items():
+            layer = layers[name]
+            masks[name] = draw_mask(
+                layer.out_features, in_features, nnz_of[name], each.rows, each.columns, generator, among
+            )
     install_masks(model, model.active_adapter, masks, {"salience": "drawn"})
-    return report_masks({name: (mask, layers[name].in_features) for name, mask in masks.items()}, "drawn", 0)
+    return report_masks({name: (masks[name], layer.in_features) for name, layer in layers.items()}, "drawn", 0)
+
+
+def _shares(name: str, layer: SpftLinear, nnz: int, config: SpftConfig, masking: Masking) -> Shares:
+    if masking.area is not None:
+        return shares_of_area(masking.area)
+    density = nnz / (layer.out_features * layer.in_features)
+    return masking.statistics.shares(config.salience, config.scope, name.rpartition(".")[2], density)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.csr import Mask, mask_from_positions
@@ -19,6 +23,7 @@ def draw_mask(
     row_share: float,
     column_share: float,
     generator: torch.Generator,
+    among: Tensor | None = None,
 ) -> Mask:
     """A random mask with a given concentration.
 
@@ -28,6 +33,7 @@ def draw_mask(
 
     Args:
         generator: on the device where the mask is wanted.
+        among: (at least C; int64) the columns that may be used; by default all.
 
     Raises:
         SpftError: the used rows and columns have fewer than ``nnz`` places.
@@ -41,7 +47,10 @@ def draw_mask(
         )
     device = generator.device
     row_of = torch.randperm(out_features, generator=generator, device=device)[:rows]
-    column_of = torch.randperm(in_features, generator=generator, device=device)[:columns]
+    candidates = in_features if among is None else among.numel()
+    column_of = torch.randperm(candidates, generator=generator, device=device)[:columns]
+    if among is not None:
+        column_of = among[column_of]
     # Gumbel keys: the largest are a draw without replacement in proportion to rank^-skew
     keys = torch.empty(rows, columns, device=device).exponential_(generator=generator).log_().neg_()
     keys -= _SKEW * torch.arange(1, rows + 1, device=device).log()[:, None]
@@ -53,3 +62,20 @@ def draw_mask(
     chosen = keys.view(-1).topk(nnz, sorted=False).indices
     at = row_of[chosen // columns] * in_features + column_of[chosen % columns]
     return mask_from_positions(at.sort().values, out_features, in_features)
+
+
+def pool_share(column_shares: Sequence[float], union: float) -> float:
+    """The share P of an input's columns among which layers that read it choose theirs, to use ``union`` of them all.
+
+    With c of the columns for each layer, chosen at random among the same P, the layers use P (1 - prod(1 - c / P)) of
+    them together, which grows with P from max(c) to what layers use that know nothing of each other. A ``union``
+    outside of that gives the nearer end.
+    """
+    low, high = max(column_shares), 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if middle * (1 - math.prod(1 - share / middle for share in column_shares)) < union:
+            low = middle
+        else:
+            high = middle
+    return high

@@ -3,8 +3,9 @@
     python -m integration.bench.record_mask_statistics [--base build/quickstart/base] [--data ...] [--output ...]
 
 The model is the quickstart's, trained on source code, and the sample its instruction set: `make quickstart` makes both.
-For each salience and scope, module type and density: the share of the rows and of the columns that hold an entry, over
-all matrices of that type, and the share of the entries that lie on both.
+For each salience and scope, module type and density, over all matrices of that type: the share of the rows and of the
+columns that hold an entry, the share of the entries that lie on both, and the share of the columns that this matrix or
+another one that reads the same input uses.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from axolotl_spft.bench.base import target_layers
 from axolotl_spft.bench.machine import machine
 from axolotl_spft.bench.report import write_json
 from axolotl_spft.budget import layer_budgets, total_budget
-from axolotl_spft.ops.csr import mask_from_positions
+from axolotl_spft.ops.csr import Mask, mask_from_positions, used_columns
 from axolotl_spft.salience.collect import gathered_gradients
 from axolotl_spft.salience.report import MatrixReport, report_masks
 from axolotl_spft.salience.scores import balanced_score, gradient_score
 from axolotl_spft.salience.select import top_k, top_k_per_row
+from axolotl_spft.tuner.shared_input import group_by_input
 
 DENSITIES = (0.001, 0.005, 0.01, 0.05)
 KINDS = (("gradient", "layer"), ("gradient", "row"), ("gradient", "global"), ("balanced", "layer"))
@@ -67,8 +69,18 @@ def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tens
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
-def shares(matrices: Sequence[MatrixReport]) -> dict[str, dict[str, float]]:
-    """Module type -> row_share, column_share and area."""
+def union_shares(masks: Mapping[str, tuple[Mask, int]]) -> dict[str, float]:
+    """Matrix -> the share of its input's columns that it, or another one that reads this input, uses."""
+    shares = {}
+    for group in group_by_input({name: in_features for name, (_, in_features) in masks.items()}):
+        in_features = masks[group[0]][1]
+        union = torch.cat([used_columns(masks[name][0], in_features) for name in group]).unique()
+        shares.update(dict.fromkeys(group, union.numel() / in_features))
+    return shares
+
+
+def shares(matrices: Sequence[MatrixReport], unions: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Module type -> row_share, column_share, union_share and area."""
     by_type: dict[str, list[MatrixReport]] = {}
     for matrix in matrices:
         by_type.setdefault(matrix.name.rpartition(".")[2], []).append(matrix)
@@ -76,6 +88,7 @@ def shares(matrices: Sequence[MatrixReport]) -> dict[str, dict[str, float]]:
         module: {
             "row_share": sum(m.used_rows for m in group) / sum(m.out_features for m in group),
             "column_share": sum(m.used_columns for m in group) / sum(m.in_features for m in group),
+            "union_share": sum(unions[m.name] for m in group) / len(group),
             "area": sum(m.used_rows * m.used_columns for m in group) / sum(m.entries for m in group),
         }
         for module, group in by_type.items()
@@ -103,7 +116,8 @@ def record(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path, sam
         chosen = select(scores, shapes, scope, density)
         masks = {name: (mask_from_positions(at, *shape), shape[1]) for name, at, shape in zip(layers, chosen, shapes)}
         points = recorded.setdefault(f"{salience}/{scope}", {})
-        for module, figures in shares(report_masks(masks, "", samples).matrices).items():
+        figures_of = shares(report_masks(masks, "", samples).matrices, union_shares(masks))
+        for module, figures in figures_of.items():
             rounded = {key: round(value, 6) for key, value in figures.items()}
             points.setdefault(module, []).append({"density": density, **rounded})
     return recorded

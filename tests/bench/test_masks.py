@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from axolotl_spft.bench.masks import draw_mask
+from axolotl_spft.bench.masks import draw_mask, pool_share
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.csr import positions, problems_of, used_columns, used_rows
 
@@ -44,3 +46,24 @@ def test_the_generator_alone_decides():
 def test_more_entries_than_places_are_refused():
     with pytest.raises(SpftError, match="30 entries do not fit on 5 rows x 5 columns of a 50 x 50"):
         draw(50, 50, 30, 0.1, 0.1)
+
+
+def test_only_the_given_columns_are_used():
+    among = torch.tensor([3, 5, 8, 13, 21, 34])
+    mask = draw_mask(40, 50, 30, 0.5, 0.1, torch.Generator().manual_seed(0), among)
+    used = used_columns(mask, 50)
+    assert used.numel() == 5 and torch.isin(used, among).all()
+
+
+@pytest.mark.parametrize("column_shares", [(0.3, 0.5, 0.2), (0.4, 0.4), (0.25,)])
+def test_layers_that_choose_from_a_pool_use_as_many_columns_together_as_asked_for(column_shares):
+    width, alone = 20_000, 1 - math.prod(1 - share for share in column_shares)
+    for union in torch.linspace(max(column_shares), alone, 5).tolist():
+        pool = int(pool_share(column_shares, union) * width)
+        used = torch.cat([torch.randperm(pool)[: int(share * width)] for share in column_shares]).unique()
+        assert used.numel() / width == pytest.approx(union, abs=0.01)
+
+
+@pytest.mark.parametrize("union, pool", [(0.0, 0.5), (0.5, 0.5), (0.8, 1.0), (1.0, 1.0)])
+def test_a_union_that_cannot_be_gives_the_nearer_end(union, pool):
+    assert pool_share((0.5, 0.4), union) == pytest.approx(pool)
