@@ -6,7 +6,7 @@ import gc
 import multiprocessing
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -45,14 +45,16 @@ def _take_turns(names: list[str], options: Options, left_out: dict[str, str]) ->
     with ExitStack() as stack:
         contestants: dict[str, Contestant | _Worker] = {}
         if options.processes != "shared":
-            # all begin at once; each is waited for below
             contestants = {name: stack.enter_context(_worker(name, options)) for name in names}
+            for worker in contestants.values():
+                worker.wait_until_started()
         for name in tqdm(names, desc="Preparing", unit="method", leave=False, disable=len(names) == 1):
             try:
                 if options.processes == "shared":
                     contestants[name] = _in_this_process(name, options)
                 else:
-                    contestants[name].wait_until_ready()
+                    # one at a time: the time of the salience pass is measured
+                    contestants[name].prepare()
             except DoesNotFit as error:
                 contestants.pop(name, None)
                 left_out[name] = str(error)
@@ -95,8 +97,11 @@ class _Worker:
     def __init__(self, name: str, connection: Connection):
         self.name, self._connection = name, connection
 
-    def wait_until_ready(self) -> None:
+    def wait_until_started(self) -> None:
         self._answer()
+
+    def prepare(self) -> None:
+        self._ask("prepare")
 
     def round(self) -> None:
         self._ask("round")
@@ -105,13 +110,15 @@ class _Worker:
         return self._ask("figures")
 
     def _ask(self, request: str) -> Any:
-        self._connection.send(request)
+        # of a process that has ended the answer tells
+        with suppress(ConnectionError):
+            self._connection.send(request)
         return self._answer()
 
     def _answer(self) -> Any:
         try:
             kind, content = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise SpftError(
                 f"the process of {self.name} ended without a word: the system may be out of memory"
             ) from None
@@ -124,7 +131,7 @@ class _Worker:
 
 @contextmanager
 def _worker(name: str, options: Options) -> Iterator[_Worker]:
-    """A process that lives until the end of the block and begins by building its method."""
+    """A process that lives until the end of the block."""
     # spawn: a fork of a process that has used a GPU cannot use it
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -140,8 +147,10 @@ def _worker(name: str, options: Options) -> Iterator[_Worker]:
 
 def _serve(connection: Connection, name: str, options: Options) -> None:
     try:
+        connection.send(("started", None))
+        connection.recv()
         contestant = Contestant(name, options, own_process=True)
-        connection.send(("ready", None))
+        connection.send(("prepared", None))
         with _no_garbage_collection():
             while True:
                 request = connection.recv()

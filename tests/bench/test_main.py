@@ -8,7 +8,7 @@ import math
 import time
 from contextlib import contextmanager, nullcontext
 from multiprocessing import Pipe
-from threading import Thread
+from threading import Lock, Thread
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_methods_one_after_the_other(tiny_options, monkeypatch):
     def worker(name, options):
         events.append(f"{name} begins")
         contestant = Contestant(name, options, own_process=False)
-        contestant.wait_until_ready = lambda: None
+        contestant.wait_until_started = contestant.prepare = lambda: None
         yield contestant
         events.append(f"{name} ends")
 
@@ -110,6 +110,12 @@ def test_a_method_that_runs_alone_gets_warm_first(tiny_options, monkeypatch):
     assert 2 < steps.count("sequential") <= 8
 
 
+def in_a_thread(name, options):
+    here, there = Pipe()
+    Thread(target=rounds._serve, args=(there, name, options), daemon=True).start()
+    return nullcontext(rounds._Worker(name, here))
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_method_that_does_not_fit_is_left_out(tiny_options, monkeypatch, shared, capsys):
     def out_of_memory(name, options, own_process):
@@ -117,12 +123,7 @@ def test_a_method_that_does_not_fit_is_left_out(tiny_options, monkeypatch, share
             raise torch.OutOfMemoryError("CUDA out of memory. Tried much.")
         return Contestant(name, options, own_process)
 
-    def worker(name, options):
-        here, there = Pipe()
-        Thread(target=rounds._serve, args=(there, name, options), daemon=True).start()
-        return nullcontext(rounds._Worker(name, here))
-
-    monkeypatch.setattr(rounds, "_worker", worker)
+    monkeypatch.setattr(rounds, "_worker", in_a_thread)
     monkeypatch.setattr(rounds, "Contestant", out_of_memory)
     processes = "shared" if shared else "isolated"
     rows, left_out = compare(tiny_options(methods=("limit", "lora"), processes=processes, serving=False))
@@ -132,12 +133,31 @@ def test_a_method_that_does_not_fit_is_left_out(tiny_options, monkeypatch, share
 
 def test_an_error_in_another_process_is_shown(tiny_options):
     here, there = Pipe()
+    worker = rounds._Worker("spft-gradient", here)
+    here.send("prepare")
     rounds._serve(there, "spft-gradient", tiny_options(mask="drawn", mask_statistics="none.json"))
+    worker.wait_until_started()
     with pytest.raises(SpftError, match=r"(?s)the process of spft-gradient failed:.*none\.json"):
-        rounds._Worker("spft-gradient", here).wait_until_ready()
+        worker.prepare()
     there.close()
-    with pytest.raises(SpftError, match="ended without a word"):
-        rounds._Worker("spft-gradient", here).wait_until_ready()
+    for request in (worker.wait_until_started, worker.round):
+        with pytest.raises(SpftError, match="ended without a word"):
+            request()
+
+
+def test_methods_are_prepared_one_at_a_time(tiny_options, monkeypatch):
+    busy, seen = Lock(), []
+
+    def prepared(name, options, own_process):
+        seen.append((name, busy.acquire(blocking=False)))
+        time.sleep(0.2)
+        busy.release()
+        return Contestant(name, options, own_process)
+
+    monkeypatch.setattr(rounds, "_worker", in_a_thread)
+    monkeypatch.setattr(rounds, "Contestant", prepared)
+    compare(tiny_options(methods=("limit", "lora", "full"), processes="isolated", serving=False))
+    assert seen == [("limit", True), ("lora", True), ("full", True)]
 
 
 def test_a_sweep_repeats_the_comparison(tiny_options, tmp_path, capsys):
