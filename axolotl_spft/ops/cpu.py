@@ -58,33 +58,37 @@ def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) ->
     return grads
 
 
-def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor, transposed: bool) -> None:
-    """weight[mask] = originals + values, or weight[mask] += values where ``originals`` is None.
+def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor | None, transposed: bool) -> None:
+    """weight[mask] = originals + values; += values without ``originals``, = originals without ``values``.
 
     Raises:
         ValueError: shapes or dtypes do not fit each other.
     """
-    fit = values.numel() == mask.nnz and weight.shape[1 if transposed else 0] == mask.out_features
+    fit = weight.shape[1 if transposed else 0] == mask.out_features
+    if values is not None:
+        fit = fit and values.numel() == mask.nnz
+        # exact, and nothing to do for the values that are trained as a rule
+        values = values.to(torch.float32)
     if originals is not None:
         fit = fit and originals.numel() == mask.nnz and originals.dtype == weight.dtype
     if not fit:
         raise ValueError(
-            f"{values.numel()} values and a weight {tuple(weight.shape)} {weight.dtype} do not fit a mask of "
-            f"{mask.nnz} entries in {mask.out_features} rows, or its original weights"
+            f"{None if values is None else values.numel()} values and a weight {tuple(weight.shape)} {weight.dtype} do "
+            f"not fit a mask of {mask.nnz} entries in {mask.out_features} rows, or its original weights"
         )
-    # exact, and nothing to do for the values that are trained as a rule
-    values = values.to(torch.float32)
     library(weight.dtype).write_sum(
         weight.data_ptr(), *strides(weight, transposed), mask.out_features, mask.row_offsets.data_ptr(),
-        mask.columns.data_ptr(), mask.columns.element_size(), _address(originals), values.data_ptr(),
+        mask.columns.data_ptr(), mask.columns.element_size(), _address(originals), _address(values),
         torch.get_num_threads(),
     )  # fmt: skip
 
 
-def assign_sums_(fields: Tensor, groups: Tensor, group: int, dtype: torch.dtype, column_bytes: int) -> None:
+def write_sums_(
+    fields: Tensor, groups: Tensor, group: int, dtype: torch.dtype, column_bytes: int, restoring: bool
+) -> None:
     """See `axolotl_spft.ops.sums`: weights of ``dtype``, columns of ``column_bytes`` each, float32 values."""
     library(dtype).write_sums(
-        fields.data_ptr(), fields.shape[1], groups.data_ptr(), groups.numel(), group, column_bytes,
+        fields.data_ptr(), fields.shape[1], groups.data_ptr(), groups.numel(), group, column_bytes, restoring,
         torch.get_num_threads(),
     )  # fmt: skip
 

@@ -189,14 +189,14 @@ void sampled_product(const number *grad_y, int64_t tokens, int64_t stride, const
 }
 
 /* weight[mask] = before + values in the rows from `row` to `stop`, rounded once; `before` is the weight itself where
-   NULL. */
+   NULL, and all that is written where `values` is. */
 static inline void write_rows(number *weight, int64_t row_stride, int64_t column_stride, int64_t row, int64_t stop,
                               const int32_t *offsets, const void *columns, int column_bytes, const number *before,
                               const float *values) {
     for (; row < stop; row++)
         for (int64_t k = offsets[row]; k < offsets[row + 1]; k++) {
             number *entry = weight + row * row_stride + column_at(columns, column_bytes, k) * column_stride;
-            *entry = narrow(widen(before ? before[k] : *entry) + values[k]);
+            *entry = values ? narrow(widen(before ? before[k] : *entry) + values[k]) : before[k];
         }
 }
 
@@ -207,15 +207,16 @@ void write_sum(number *weight, int64_t row_stride, int64_t column_stride, int64_
         write_rows(weight, row_stride, column_stride, row, row + 1, offsets, columns, column_bytes, before, values);
 }
 
-/* The same for many weights: `fields` (of `n_fields` each) and `groups` as ops/sums.py describes them. */
+/* The same for many weights: `fields` (of `n_fields` each) and `groups` as ops/sums.py describes them; without their
+   values where `restoring`. */
 void write_sums(const int64_t *fields, int64_t n_fields, const int32_t *groups, int64_t n_groups, int64_t group_rows,
-                int column_bytes, int threads) {
+                int column_bytes, int restoring, int threads) {
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
     for (int64_t group = 0; group < n_groups; group++) {
         const int64_t *field = fields + groups[group] * n_fields;
         int64_t row = (group - field[7]) * group_rows;
         write_rows((number *)field[0], field[5], field[6], row, least(row + group_rows, field[8]),
                    (const int32_t *)field[2], (const void *)field[1], column_bytes, (const number *)field[3],
-                   (const float *)field[4]);
+                   restoring ? NULL : (const float *)field[4]);
     }
 }

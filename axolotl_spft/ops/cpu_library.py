@@ -25,7 +25,7 @@ _PARAMETERS = {
     "select_columns": (_POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _INT),
     "sampled_product": (_POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT),
     "write_sum": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT),
-    "write_sums": (_POINTER, _COUNT, _POINTER, _COUNT, _COUNT, _INT, _INT),
+    "write_sums": (_POINTER, _COUNT, _POINTER, _COUNT, _COUNT, _INT, _INT, _INT),
 }
 
 

@@ -1,4 +1,4 @@
-"""The sum of a weight and a sparse delta, written into the weight at the delta's positions."""
+"""The sum of a weight and a sparse delta, written into the weight at the delta's positions, and taken back."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ def assign_sum_(
         cpu.assign_sum_(weight, mask, originals, values, transposed)
         return
     weight.put_(positions_in(weight, mask, transposed), rounded_sum(originals, values))
+
+
+def assign_(weight: Tensor, mask: Mask, originals: Tensor, transposed: bool = False, backend: str = "auto") -> None:
+    """weight[mask] = originals, bit for bit; arguments as in `assign_sum_`."""
+    if use_triton(backend, weight, originals):
+        from axolotl_spft.ops import triton_scatter
+
+        triton_scatter.assign_(weight, mask, originals, transposed)
+        return
+    if use_c(backend, weight, originals):
+        cpu.assign_sum_(weight, mask, originals, None, transposed)
+        return
+    weight.put_(positions_in(weight, mask, transposed), originals)
 
 
 def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool = False, backend: str = "auto") -> None:

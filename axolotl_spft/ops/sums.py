@@ -1,4 +1,4 @@
-"""The sums of many weights and their sparse deltas, written at once.
+"""The sums of many weights and their sparse deltas, written at once, and taken back at once.
 
 A forward pass waits for the host, and to write for each layer takes that longer than the writing itself: on a GPU a
 launch, on a CPU what Python takes with the caches full of the layer before.
@@ -81,12 +81,21 @@ def assign_sums_(sums: Sums, backend: str = "auto") -> None:
     Args:
         backend: see `axolotl_spft.ops.dispatch`; ``torch`` has no such operation.
     """
+    _write(sums, backend, restoring=False)
+
+
+def restore_(sums: Sums, backend: str = "auto") -> None:
+    """`axolotl_spft.ops.scatter.assign_` of all of them: the weights are as before `assign_sums_`, bit for bit."""
+    _write(sums, backend, restoring=True)
+
+
+def _write(sums: Sums, backend: str, restoring: bool) -> None:
     weight, mask, originals, values, _ = sums.example
     if use_triton(backend, weight, originals, values):
         from axolotl_spft.ops import triton_sums
 
-        triton_sums.assign_sums_(sums.fields, sums.groups, GROUP, weight, mask, originals, values)
+        triton_sums.write_sums_(sums.fields, sums.groups, GROUP, restoring, weight, mask, originals, values)
     elif not use_c(backend, weight, originals, values):
-        raise SpftError(f"backend: {backend!r} cannot write many sums at once: write each with assign_sum_")
+        raise SpftError(f"backend: {backend!r} cannot write many sums at once: write each of them by itself")
     else:
-        cpu.assign_sums_(sums.fields, sums.groups, GROUP, weight.dtype, mask.columns.element_size())
+        cpu.write_sums_(sums.fields, sums.groups, GROUP, weight.dtype, mask.columns.element_size(), restoring)

@@ -22,6 +22,7 @@ def sums_kernel(
     values,
     FIELDS: tl.constexpr,
     GROUP: tl.constexpr,
+    RESTORING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row of one of many weights; the typed pointers are those of any one of them."""
@@ -40,14 +41,22 @@ def sums_kernel(
             tl.load(field + 4).to(values.dtype),
             tl.load(field + 6),
             False,
+            not RESTORING,
             BLOCK,
         )
 
 
-def assign_sums_(
-    fields: Tensor, groups: Tensor, group: int, weight: Tensor, mask: Mask, originals: Tensor, values: Tensor
+def write_sums_(
+    fields: Tensor,
+    groups: Tensor,
+    group: int,
+    restoring: bool,
+    weight: Tensor,
+    mask: Mask,
+    originals: Tensor,
+    values: Tensor,
 ) -> None:
-    """See `axolotl_spft.ops.sums`; the tensors after ``group`` are those of any one of the sums."""
+    """See `axolotl_spft.ops.sums`; the tensors after ``restoring`` are those of any one of the sums."""
     tensors = (fields, groups, weight, *mask, originals, values)
-    grid, constants = (groups.numel() * group,), (fields.shape[1], group, BLOCK)
+    grid, constants = (groups.numel() * group,), (fields.shape[1], group, restoring, BLOCK)
     launch(sums_kernel, grid, tensors, constants=constants, num_warps=WARPS)

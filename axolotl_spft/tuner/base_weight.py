@@ -22,7 +22,7 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.csr import Mask, positions
 from axolotl_spft.ops.dequantize import dequantize_4bit
 from axolotl_spft.ops.linear import Delta
-from axolotl_spft.ops.scatter import add_at_, assign_sum_
+from axolotl_spft.ops.scatter import add_at_, assign_, assign_sum_
 
 
 class Written(NamedTuple):
@@ -177,7 +177,7 @@ class BaseWeight:
         """Put W back, bit for bit, where it holds W + S."""
         if self._written is not None:
             written, self._written = self._written, None
-            self.get_base_layer().weight.data.put_(self.storage_positions(written.mask), written.originals)
+            assign_(self.get_base_layer().weight.data, written.mask, written.originals, self.transposed)
 
     def _fresh_sum(self, deltas: list[tuple[Tensor, Mask]]) -> Tensor:
         """A new tensor with W plus all deltas (values, mask), in the layout of storage."""

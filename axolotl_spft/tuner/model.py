@@ -37,6 +37,7 @@ class SpftModel(BaseTuner):
     tuner_layer_cls = SpftLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
     _handles: Sequence[RemovableHandle] = ()
+    _ahead: WriteAhead | None = None
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -49,6 +50,7 @@ class SpftModel(BaseTuner):
         ]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._stop_writing_ahead()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _mark_shared_weights(model)
         _mark_shared_inputs(model)
@@ -58,15 +60,34 @@ class SpftModel(BaseTuner):
             self._fill_randomly(adapter_name, config)
 
     def _write_ahead(self, model: nn.Module) -> None:
-        self._stop_writing_ahead()
-        write_ahead = WriteAhead(list(spft_layers(model).values()))
+        self._ahead = WriteAhead(list(spft_layers(model).values()))
         # PEFT calls, depending on the task, one or the other
-        self._handles = [handle for module in (self, model) for handle in write_ahead.attach(module)]
+        self._handles = [handle for module in (self, model) for handle in self._ahead.attach(module)]
 
     def _stop_writing_ahead(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._ahead = [], None
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        layers = None if self._ahead is None else self._ahead.layers
+        if layers is not None:
+            self._ahead.restore()
+        if layers is None or self._has_auxiliary_modules() or any(layer.merged_adapters for layer in layers):
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+            return
+        # without PEFT's walks through all modules, which take longer than all the rest
+        for layer in layers:
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def disable_adapter_layers(self) -> None:
+        if self._ahead is not None:
+            self._ahead.restore()
+        super().disable_adapter_layers()
+
+    def _has_auxiliary_modules(self) -> bool:
+        return any(config.modules_to_save for config in self.peft_config.values())
 
     def _create_and_replace(
         self, peft_config: SpftConfig, adapter_name, target, target_name, parent, current_key, **kwargs

@@ -17,8 +17,8 @@ from axolotl_spft.ops.csr import Mask, mask_from_positions
 from axolotl_spft.ops.dispatch import use_c
 from axolotl_spft.ops.plan import make_plan
 from axolotl_spft.ops.sampled import sampled_values_grad
-from axolotl_spft.ops.scatter import add_at_, assign_sum_
-from axolotl_spft.ops.sums import Sum, assign_sums_, can_collect, collect_sums
+from axolotl_spft.ops.scatter import add_at_, assign_, assign_sum_
+from axolotl_spft.ops.sums import Sum, assign_sums_, can_collect, collect_sums, restore_
 from axolotl_spft.tuner.layer import SpftLinear
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -116,7 +116,7 @@ def test_sums_are_written_with_the_bits_of_torch(processor, dtype, shape, transp
     mask = random_mask(*shape, wide=transposed)
     weight = torch.randn(shape[1::-1] if transposed else shape[:2]).to(dtype)
     originals, values = torch.randn(shape[2]).to(dtype), (torch.randn(shape[2]) * 0.1).to(values_dtype)
-    for write, given in ((assign_sum_, (originals, values)), (add_at_, (values,))):
+    for write, given in ((assign_sum_, (originals, values)), (add_at_, (values,)), (assign_, (originals,))):
         got, expected = weight.clone(), weight.clone()
         write(got, mask, *given, transposed, backend="c")
         write(expected, mask, *given, transposed, backend="torch")
@@ -134,9 +134,10 @@ def test_many_sums_are_written_with_the_bits_of_each(processor):
                 sums.append(Sum(weight, mask, torch.randn(shape[2]).to(dtype), torch.randn(shape[2]) * 0.1, transposed))
     nothing = torch.zeros(0, dtype=torch.bfloat16)
     sums.append(Sum(torch.ones(3, 4, dtype=torch.bfloat16), random_mask(3, 4, 0), nothing, nothing.float(), False))
-    expected = [each.weight.clone() for each in sums]
-    for weight, each in zip(expected, sums):
-        assign_sum_(weight, *each[1:], backend="torch")
+    expected, restored = ([each.weight.clone() for each in sums] for _ in range(2))
+    for written, back, each in zip(expected, restored, sums):
+        assign_sum_(written, *each[1:], backend="torch")
+        assign_(back, each.mask, each.originals, each.transposed, backend="torch")
     assert all(can_collect(each.weight, each.originals, each.values) for each in sums)
     collected = collect_sums(sums)
     assert len(collected) == 4
@@ -144,8 +145,12 @@ def test_many_sums_are_written_with_the_bits_of_each(processor):
         for alike in collected:
             assign_sums_(alike)
         assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, expected))
-    with pytest.raises(SpftError, match="'torch' cannot write many sums at once"):
-        assign_sums_(collected[0], backend="torch")
+        for alike in collected:
+            restore_(alike)
+        assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, restored))
+    for write in (assign_sums_, restore_):
+        with pytest.raises(SpftError, match="'torch' cannot write many sums at once"):
+            write(collected[0], backend="torch")
 
 
 def test_rounding_of_ties_infinities_and_nan(processor):
@@ -160,6 +165,18 @@ def test_rounding_of_ties_infinities_and_nan(processor):
     finite = [0, 1, 2, 6]
     assert torch.equal(found[0][0, finite], found[1][0, finite])
     assert found[0].view(torch.bfloat16).isnan().tolist() == found[1].view(torch.bfloat16).isnan().tolist()
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, torch.int16), (torch.float32, torch.int32)])
+def test_what_is_put_back_keeps_every_bit(processor, dtype, bits):
+    info = torch.iinfo(bits)
+    # zeros of both signs, subnormals, infinities, and NaN with a payload, quiet and signaling
+    originals = torch.tensor([0, info.min, 1, info.min + 1, info.max, info.max - 1, -1], dtype=bits)
+    signaling = torch.tensor([torch.inf], dtype=dtype).view(bits) + 1
+    originals = torch.cat([originals, signaling]).view(dtype)
+    mask, weight = mask_from_positions(torch.arange(8), 2, 4), torch.ones(2, 4, dtype=dtype)
+    assign_(weight, mask, originals, backend="c")
+    assert torch.equal(weight.view(bits).flatten(), originals.view(bits))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

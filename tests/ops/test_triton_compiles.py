@@ -51,10 +51,13 @@ def test_scatter(arch, dtype, values, column):
     signature = {"weight": f"*{dtype}", "columns": f"*{column}", "row_offsets": "*i32", "originals": f"*{dtype}"}
     signature |= {"values": f"*{values}", "row_stride": "i32", "column_stride": "i32"}
     for from_weight in (False, True):
-        constants = {"FROM_WEIGHT": from_weight, "BLOCK": 128}
+        constants = {"FROM_WEIGHT": from_weight, "WITH_VALUES": True, "BLOCK": 128}
         ptx = compiled(scatter_kernel, signature, constants, arch, num_warps=1).asm["ptx"]
         # one rounding, to the nearest even number, by a conversion or in the sum itself
         assert bool(re.search(r"(cvt|fma)\.rn\.bf16|add(\.rn)?\.bf16", ptx)) == (dtype == "bf16")
+    # originals that are put back keep their bits
+    constants = {"FROM_WEIGHT": False, "WITH_VALUES": False, "BLOCK": 128}
+    assert not re.search(r"cvt\.\S*f|\b(add|fma)\S*f", compiled(scatter_kernel, signature, constants, arch).asm["ptx"])
 
 
 @pytest.mark.parametrize("dtype", [*LOW, "fp32"])
@@ -83,7 +86,9 @@ def test_sums(arch, dtype, values):
 
     signature = {"fields": "*i64", "groups": "*i32", "weight": f"*{dtype}", "columns": "*u16", "row_offsets": "*i32"}
     signature |= {"originals": f"*{dtype}", "values": f"*{values}"}
-    compiled(sums_kernel, signature, {"FIELDS": 9, "GROUP": 64, "BLOCK": 128}, arch, num_warps=1)
+    for restoring in (False, True):
+        constants = {"FIELDS": 9, "GROUP": 64, "RESTORING": restoring, "BLOCK": 128}
+        compiled(sums_kernel, signature, constants, arch, num_warps=1)
 
 
 @pytest.mark.parametrize("dtype", [*LOW, "fp32"])

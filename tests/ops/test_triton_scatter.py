@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from axolotl_spft.ops.csr import Mask, empty_mask, mask_from_positions, positions
-from axolotl_spft.ops.scatter import add_at_, assign_sum_
+from axolotl_spft.ops.scatter import add_at_, assign_, assign_sum_
 from tests.interpreter import DEVICE
 
 pytestmark = pytest.mark.kernel
@@ -32,6 +32,7 @@ def test_scatter_is_bit_for_bit_the_reference(shape, nnz, dtypes, transposed):
     weight, mask, values = case(shape, nnz, dtypes)
     originals = weight.take(positions(mask, shape[1]))
     weight = weight.t().contiguous() if transposed else weight
+    before = weight.clone()
     got, expected = weight.clone(), weight.clone()
     for _ in range(2):
         assign_sum_(got, mask, originals, values, transposed, backend="triton")
@@ -42,6 +43,8 @@ def test_scatter_is_bit_for_bit_the_reference(shape, nnz, dtypes, transposed):
         added = weight.clone()
         add_at_(added, mask, values, transposed, backend)
         assert torch.equal(added, expected)
+        assign_(added, mask, originals, transposed, backend)
+        assert torch.equal(added, before)
 
 
 def test_wide_columns():

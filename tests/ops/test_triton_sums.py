@@ -35,9 +35,9 @@ def sums():
 
 
 def test_many_are_bit_for_bit_each(sums):
-    from axolotl_spft.ops.sums import assign_sums_, collect_sums
+    from axolotl_spft.ops.sums import assign_sums_, collect_sums, restore_
 
-    expected = [each.weight.clone() for each in sums]
+    expected, before = ([each.weight.clone() for each in sums] for _ in range(2))
     for weight, each in zip(expected, sums):
         assign_sum_(weight, *each[1:], backend="torch")
         assert not torch.equal(weight, each.weight)
@@ -47,6 +47,9 @@ def test_many_are_bit_for_bit_each(sums):
         for alike in collected:
             assign_sums_(alike, backend="triton")
         assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, expected))
+        for alike in collected:
+            restore_(alike, backend="triton")
+        assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, before))
 
 
 def test_values_are_read_anew(sums):

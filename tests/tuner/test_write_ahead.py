@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -53,14 +55,19 @@ def x():
 
 
 @contextmanager
-def writes(monkeypatch, *counts):
+def writes(monkeypatch, *counts, kind="assign_sum_"):
     """How often layers write by themselves inside the block is one of ``counts``."""
     calls = []
     with monkeypatch.context() as patch:
-        original = base_weight.assign_sum_
-        patch.setattr(base_weight, "assign_sum_", lambda *args: calls.append(0) or original(*args))
+        original = getattr(base_weight, kind)
+        patch.setattr(base_weight, kind, lambda *args: calls.append(0) or original(*args))
         yield
     assert len(calls) in counts
+
+
+def reverts(monkeypatch, *counts):
+    """How often layers put their own weight back inside the block is one of ``counts``."""
+    return writes(monkeypatch, *counts, kind="assign_")
 
 
 def by_itself(model, x):
@@ -195,6 +202,201 @@ def test_whatever_changes_is_seen(model, x, change):
             assert all(map(torch.equal, base, [layer.get_base_weight() for layer in spft_layers(model).values()]))
             assert torch.equal(model(x), by_itself(model, x))
         assert torch.equal(model(x), y)
+
+
+def test_adapters_that_ran_before_are_chosen_at_once(model, x, monkeypatch):
+    base = [layer.get_base_weight().clone() for layer in spft_layers(model).values()]
+    expected = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        expected[name] = [model(x), model(x)][-1]
+    for name in ("default", "other", "default"):
+        with writes(monkeypatch, 0), reverts(monkeypatch, 0):
+            model.set_adapter(name)
+            assert all(map(torch.equal, base, held(model)))
+            assert torch.equal(model(x), expected[name])
+    with writes(monkeypatch, 0), reverts(monkeypatch, 0):
+        with model.disable_adapter():
+            assert all(map(torch.equal, base, held(model)))
+            assert torch.equal(model(x), by_itself(model, x))
+        assert torch.equal(model(x), expected["default"])
+
+
+def own(model):
+    return list(spft_layers(model).values())
+
+
+def held(model):
+    """What the weights hold now: (out_features, in_features) each."""
+    weights = [layer.get_base_layer().weight.data for layer in own(model)]
+    return [weight.t() if layer.transposed else weight for layer, weight in zip(own(model), weights)]
+
+
+def delete_and_add(model):
+    model.delete_adapter("default")
+    model.add_adapter("default", SpftConfig(target_modules=["first", "second", "third"]))
+    for layer in own(model):
+        at = torch.arange(0, 30, 3, device=DEVICE)
+        mask = mask_from_positions(at, layer.out_features, layer.in_features)
+        layer.set_mask("default", mask, torch.ones(10))
+
+
+def load_base(model):
+    for layer in own(model):
+        state = layer.state_dict().items()
+        layer.load_state_dict({name: tensor * 2 if "base_layer" in name else tensor for name, tensor in state})
+
+
+def share(model):
+    model.base_model.model.first.share_weight(True)
+
+
+def choose_behind_its_back(model):
+    for layer in own(model):
+        layer._active_adapter = ["default"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda _: None, flip, replace, move, new_mask, convert, load, merge_and_back, delete_and_add, load_base,
+     share, choose_behind_its_back],
+)  # fmt: skip
+def test_what_changes_while_another_adapter_is_chosen_is_seen(model, x, change):
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        model(x)
+        model(x)
+    model.set_adapter("other")
+    model(x)
+    change(model)
+    alone = by_itself(model, x)
+    assert torch.equal(model(x), alone)
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        base = [layer.get_base_weight().clone() for layer in own(model)]
+        for _ in range(3):
+            assert torch.equal(model(x), by_itself(model, x))
+        with model.disable_adapter():
+            assert all(map(torch.equal, base, held(model)))
+            assert torch.equal(model(x), by_itself(model, x))
+
+
+def test_layers_that_join_later_are_written_with_the_others(monkeypatch):
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(20, 33), nn.Linear(20, 33)
+
+        def forward(self, x, both):
+            return self.q_proj(x) + (self.k_proj(x) if both else 0)
+
+    model = get_peft_model(Either(), SpftConfig(target_modules=["q_proj", "k_proj"], init_weights=False)).to(DEVICE)
+    x = torch.randn(3, 20, device=DEVICE)
+    model(x, False)
+    with writes(monkeypatch, 0):
+        model(x, False)
+    with writes(monkeypatch, 1):
+        model(x, True)
+    with writes(monkeypatch, 0):
+        model(x, True)
+        model(x, False)
+    query, key = own(model)
+    # makes the plan of both anew, for both copy the same columns of x
+    key.set_mask("default", query.mask("default"), query.spft_values["default"].detach().clone())
+    with writes(monkeypatch, 2):
+        model(x, True)
+    with writes(monkeypatch, 0):
+        model(x, True)
+
+
+def test_layers_that_choose_one_after_the_other(model, x):
+    base = [weight.clone() for weight in held(model)]
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        model(x)
+        model(x)
+    for layer in own(model):
+        layer._active_adapter = ["default"]
+        model(x)
+    with model.disable_adapter():
+        assert all(map(torch.equal, base, held(model)))
+
+
+def test_a_merged_model_stays_merged(model, x):
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        model(x)
+        model(x)
+    model.merge_adapter(["default", "other"])
+    merged = [weight.clone() for weight in held(model)]
+    for _ in range(3):
+        model(x)
+    assert all(map(torch.equal, merged, held(model)))
+
+
+def test_some_layers_without_the_adapter(model, x):
+    model.add_adapter("few", SpftConfig(target_modules=["second"]))
+    layer = model.base_model.model.second
+    layer.set_mask("few", mask_from_positions(torch.arange(0, 100, 9, device=DEVICE), 9, 33), torch.ones(12))
+    for name in ("default", "few", "other", "few", "default", "few"):
+        model.set_adapter(name)
+        for _ in range(3):
+            assert torch.equal(model(x), by_itself(model, x))
+
+
+def test_a_layer_that_is_disabled_alone(model, x):
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        model(x)
+        model(x)
+    layer = model.base_model.model.second
+    for enabled in (False, True, False):
+        layer.enable_adapters(enabled)
+        for _ in range(2):
+            assert torch.equal(model(x), by_itself(model, x))
+
+
+def test_tensors_of_a_deleted_adapter_are_not_kept(model, x):
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        model(x)
+        model(x)
+    values = [weakref.ref(layer._written.values) for layer in own(model)]
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    model(x)
+    gc.collect()
+    assert [each() for each in values] == [None] * 3
+
+
+@pytest.mark.parametrize("saved", [None, ["third"]])
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_an_adapter_is_chosen_as_peft_chooses_it(saved, inference_mode, x):
+    config = SpftConfig(target_modules=["first", "second"], modules_to_save=saved, init_weights=False)
+    model = get_peft_model(Net(), config).to(DEVICE)
+    model.add_adapter("other", config)
+    for names in ("other", "default", ["other"], ["default", "other"] if not saved else "other"):
+        twin = copy.deepcopy(model)
+        twin.base_model._stop_writing_ahead()
+        for each in (model, twin):
+            each.base_model.set_adapter(names, inference_mode=inference_mode)
+        found, expected = (
+            ([(name, p.requires_grad) for name, p in each.named_parameters()], each.active_adapters,
+             [module._active_adapter for module in each.modules() if hasattr(module, "_active_adapter")])
+            for each in (model, twin)
+        )  # fmt: skip
+        assert found == expected
+        assert torch.equal(model(x), twin(x))
+
+
+def test_choosing_an_adapter_of_a_merged_model_unmerges_it_as_peft_does(model, x):
+    expected = model(x)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.set_adapter("other")
+    assert not model(x).equal(expected)
+    model.set_adapter("default")
+    assert torch.equal(model(x), expected)
 
 
 def test_outside_the_model_a_layer_writes_by_itself(model, x, monkeypatch):
