@@ -13,7 +13,7 @@ import torch
 from axolotl_spft.bench.memory import synchronize
 from axolotl_spft.bench.methods import FIRST, SECOND, Method
 
-_REPEATS = 5
+_REPEATS = 15
 
 
 def file_bytes(method: Method) -> int:

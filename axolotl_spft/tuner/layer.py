@@ -165,8 +165,14 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             self.set_mask(adapter_name, Mask(columns.clone(), row_offsets.clone()))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        # as PEFT's, past torch's look-ups and assignments: hundreds of layers do this when an adapter is chosen
         self.revert()
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, values in self._modules["spft_values"]._parameters.items():
+            trained = name in names and not inference_mode
+            if values.requires_grad != trained:
+                values.requires_grad_(trained)
+        self.__dict__["_active_adapter"] = names
 
     def enable_adapters(self, enabled: bool) -> None:
         self.revert()

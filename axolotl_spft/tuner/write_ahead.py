@@ -30,9 +30,8 @@ class _Known(NamedTuple):
         return self.layer._written is self.held and self._is_where_it_was()
 
     def is_valid(self) -> bool:
-        """Whether the layer would write the same for this adapter."""
-        # new with every change of the mask, and of W
-        return self.layer._deltas.get(self.names) is self.delta and self._is_where_it_was()
+        """Whether the adapter still is the same: its delta is made anew with every change of the mask, and of W."""
+        return self.layer._deltas.get(self.names) is self.delta
 
     def is_due(self) -> bool:
         """Whether the layer would write in its next forward pass."""
@@ -44,6 +43,7 @@ class _Known(NamedTuple):
             and not layer._disable_adapters
             and not layer.merged_adapters
             and layer.in_place
+            and self._is_where_it_was()
         )
 
     def _is_where_it_was(self) -> bool:

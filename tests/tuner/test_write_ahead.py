@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +19,7 @@ from axolotl_spft import SpftConfig
 from axolotl_spft.ops.cpu_library import library
 from axolotl_spft.ops.csr import mask_from_positions
 from axolotl_spft.tuner import base_weight
+from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import spft_layers
 from axolotl_spft.tuner.write_ahead import WriteAhead
 from tests.interpreter import DEVICE
@@ -371,15 +373,17 @@ def test_tensors_of_a_deleted_adapter_are_not_kept(model, x):
 
 @pytest.mark.parametrize("saved", [None, ["third"]])
 @pytest.mark.parametrize("inference_mode", [False, True])
-def test_an_adapter_is_chosen_as_peft_chooses_it(saved, inference_mode, x):
+def test_an_adapter_is_chosen_as_peft_chooses_it(saved, inference_mode, x, monkeypatch):
     config = SpftConfig(target_modules=["first", "second"], modules_to_save=saved, init_weights=False)
     model = get_peft_model(Net(), config).to(DEVICE)
     model.add_adapter("other", config)
     for names in ("other", "default", ["other"], ["default", "other"] if not saved else "other"):
         twin = copy.deepcopy(model)
         twin.base_model._stop_writing_ahead()
-        for each in (model, twin):
-            each.base_model.set_adapter(names, inference_mode=inference_mode)
+        model.base_model.set_adapter(names, inference_mode=inference_mode)
+        with monkeypatch.context() as patch:
+            patch.setattr(SpftLinear, "set_adapter", BaseTunerLayer.set_adapter)
+            twin.base_model.set_adapter(names, inference_mode=inference_mode)
         found, expected = (
             ([(name, p.requires_grad) for name, p in each.named_parameters()], each.active_adapters,
              [module._active_adapter for module in each.modules() if hasattr(module, "_active_adapter")])
