@@ -60,13 +60,20 @@ class WeightOwner(Protocol):
 
 _OWNERS: WeakValueDictionary[int, WeightOwner] = WeakValueDictionary()
 _numbers = itertools.count(1)
+_made = 0
 
 
 def register_owner(owner: WeightOwner) -> int:
     """Give ``owner`` the number by which a compiled graph finds it; it is forgotten with its last reference."""
-    number = next(_numbers)
+    global _made
+    number = _made = next(_numbers)
     _OWNERS[number] = owner
     return number
+
+
+def owners_made() -> int:
+    """How many numbers `register_owner` has given: while it stays the same, there is no new layer."""
+    return _made
 
 
 def _owner(number: int) -> WeightOwner:

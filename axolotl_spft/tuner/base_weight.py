@@ -142,7 +142,7 @@ class BaseWeight:
         Between forward and backward another adapter may have been chosen, or all disabled.
         """
         held = self._written
-        if held is not None and _same(held.mask, delta.mask):
+        if held is not None and _same(held.mask, delta.mask) and _same_values(held.values, values):
             return nullcontext(self._oriented(self.get_base_layer().weight))
         if self.in_place:
             return self._written_for_now(values, delta)
@@ -151,10 +151,15 @@ class BaseWeight:
     @contextmanager
     def _written_for_now(self, values: Tensor, delta: Delta) -> Iterator[Tensor]:
         held = self._written
+        self.revert()
+        weight = self.get_base_layer().weight.data
+        # not the originals: the adapter may have been merged since
+        before = weight.take(self.storage_positions(delta.mask))
         try:
-            yield self._oriented(self._write(Written(values.detach(), delta.mask, delta.originals)))
+            assign_sum_(weight, delta.mask, delta.originals, values.detach(), self.transposed)
+            yield self._oriented(weight)
         finally:
-            self.revert()
+            assign_(weight, delta.mask, before, self.transposed)
             if held is not None:
                 self._write(held)
 
@@ -163,7 +168,7 @@ class BaseWeight:
         if held is not None:
             if not _same(held.mask, new.mask):
                 self.revert()
-            elif held is self._ahead:
+            elif held is self._ahead and _same_values(held.values, new.values):
                 return self.get_base_layer().weight.data
         # .data: a layer may run several times before its backward pass, and assigning the same entries again is no
         # change that autograd should refuse; it sees a change of the values by the version of `values`
@@ -269,6 +274,10 @@ def keep_dequantizable(base_layer: nn.Module) -> None:
 
 def _same(mask: Mask, other: Mask) -> bool:
     return mask is other or mask.columns.data_ptr() == other.columns.data_ptr()
+
+
+def _same_values(values: Tensor, other: Tensor) -> bool:
+    return values.data_ptr() == other.data_ptr()
 
 
 def _broken_adapter() -> ValueError:

@@ -170,7 +170,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name, values in self._modules["spft_values"]._parameters.items():
             trained = name in names and not inference_mode
-            if values.requires_grad != trained:
+            if values.requires_grad != trained and values.is_leaf:
                 values.requires_grad_(trained)
         self.__dict__["_active_adapter"] = names
 

@@ -50,7 +50,6 @@ class SpftModel(BaseTuner):
         ]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._stop_writing_ahead()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _mark_shared_weights(model)
         _mark_shared_inputs(model)
@@ -60,7 +59,8 @@ class SpftModel(BaseTuner):
             self._fill_randomly(adapter_name, config)
 
     def _write_ahead(self, model: nn.Module) -> None:
-        self._ahead = WriteAhead(list(spft_layers(model).values()))
+        self._stop_writing_ahead()
+        self._ahead = WriteAhead(model)
         # PEFT calls, depending on the task, one or the other
         self._handles = [handle for module in (self, model) for handle in self._ahead.attach(module)]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from axolotl_spft.ops.linear import owners_made
 from axolotl_spft.ops.sums import Sum, assign_sums_, can_collect, collect_sums, restore_
 from axolotl_spft.tuner.base_weight import Written
 from axolotl_spft.tuner.layer import SpftLinear
@@ -21,20 +22,21 @@ class _Known(NamedTuple):
     held: Written
     names: tuple[str, ...]
     delta: tuple
+    base_layer: nn.Module
     weights: dict[str, Tensor]
     weight_address: int
     values: dict[str, Tensor]
     values_address: int
 
     def is_held(self) -> bool:
-        return self.layer._written is self.held and self._is_where_it_was()
+        return self.layer._written is self.held and self.is_where_it_was()
 
     def is_valid(self) -> bool:
-        """Whether the adapter still is the same: its delta is made anew with every change of the mask, and of W."""
+        """Whether the layer's delta still is the same: it is made anew with every change of the mask."""
         return self.layer._deltas.get(self.names) is self.delta
 
     def is_due(self) -> bool:
-        """Whether the layer would write in its next forward pass."""
+        """Whether the layer, as part of the model, would write this in its next forward pass."""
         layer = self.layer
         written = layer._written
         return (
@@ -43,18 +45,19 @@ class _Known(NamedTuple):
             and not layer._disable_adapters
             and not layer.merged_adapters
             and layer.in_place
-            and self._is_where_it_was()
+            and self.is_where_it_was()
         )
 
-    def _is_where_it_was(self) -> bool:
+    def is_where_it_was(self) -> bool:
         return (
-            self.weights["weight"].data_ptr() == self.weight_address
+            self.layer._modules["base_layer"] is self.base_layer
+            and self.weights["weight"].data_ptr() == self.weight_address
             and self.values[self.names[0]].data_ptr() == self.values_address
         )
 
 
 class _Adapter:
-    """The layers of one adapter, of which ``writing`` wrote when they were looked for, some of them for themselves."""
+    """Layers that are written together; ``writing`` is how many held an S when these were looked for."""
 
     def __init__(self, known: Sequence[_Known], writing: int):
         self.known, self.writing = known, writing
@@ -88,21 +91,41 @@ class WriteAhead:
     Only for weights that hold W + S in place, with one active adapter, where a kernel can write many; all others go on
     by themselves.
 
-    Attributes:
-        layers: all sparse layers of the model.
+    Args:
+        model: with sparse layers.
     """
 
-    def __init__(self, layers: Sequence[SpftLinear]):
-        self.layers = layers
-        self._adapters: dict[tuple[str, ...], _Adapter] = {}
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._adapters: dict[tuple[tuple[str, ...], ...], _Adapter] = {}
         self._current: _Adapter | None = None
+        self._find_layers()
 
     def __getstate__(self) -> dict:
         # reached by copy.deepcopy and pickling: addresses are those of this model's tensors
-        return {"layers": self.layers}
+        return {"_model": self._model}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["layers"])
+        self.__dict__.update(state)
+        self._adapters, self._current = {}, None
+        # the model is still being put together
+        self._places, self._made = [], -1
+
+    @property
+    def layers(self) -> list[SpftLinear]:
+        """All sparse layers of the model."""
+        if self._made != owners_made():
+            self._find_layers()
+        return [layer for _, _, layer in self._places]
+
+    def _find_layers(self) -> None:
+        self._made = owners_made()
+        self._places = [
+            (module._modules, name, child)
+            for module in self._model.modules()
+            for name, child in module._modules.items()
+            if isinstance(child, SpftLinear)
+        ]
 
     def attach(self, module: nn.Module) -> list[RemovableHandle]:
         """Write before each forward pass of ``module``, inside which the layers then need not write."""
@@ -112,7 +135,7 @@ class WriteAhead:
         ]
 
     def restore(self) -> None:
-        """Put W back, bit for bit, into the layers that hold what was written here; others still have to `revert`."""
+        """Put W back, bit for bit, if all layers hold what was written here; otherwise each still has to `revert`."""
         if self._is_held():
             self._current.restore()
 
@@ -134,23 +157,31 @@ class WriteAhead:
             self._current = None
 
     def _writing(self) -> int:
-        return sum([layer._written is not None for layer in self.layers])
+        return sum([layer._written is not None for _, _, layer in self._places])
 
     def _is_held(self) -> bool:
         return self._current is not None and all(known.is_held() for known in self._current.known)
 
     def _find(self) -> _Adapter | None:
-        # tensors that nothing else uses any more are not kept alive
-        self._adapters = {names: adapter for names, adapter in self._adapters.items()
-                          if all(known.is_valid() for known in adapter.known)}  # fmt: skip
-        for adapter in self._adapters.values():
-            if all(known.is_due() for known in adapter.known):
-                return adapter
+        self._keep(_Known.is_valid)
+        if any(place.get(name) is not layer for place, name, layer in self._places):
+            # layers were taken out of the model, whose weights are no longer to be written
+            self._find_layers()
+            self._adapters = {}
+        due = [each for each in self._adapters.values() if all(known.is_due() for known in each.known)]
+        if due:
+            return max(due, key=lambda adapter: len(adapter.known))
+        # so that tensors that nothing else uses any more are not kept alive
+        self._keep(_Known.is_where_it_was)
         found = [known for known in map(_known, self.layers) if known is not None]
         if not found:
             return None
-        adapter = self._adapters[found[0].names] = _Adapter(found, self._writing())
+        adapter = self._adapters[tuple(known.names for known in found)] = _Adapter(found, self._writing())
         return adapter
+
+    def _keep(self, condition: Callable[[_Known], bool]) -> None:
+        self._adapters = {names: adapter for names, adapter in self._adapters.items()
+                          if all(map(condition, adapter.known))}  # fmt: skip
 
 
 def _known(layer: SpftLinear) -> _Known | None:
@@ -165,4 +196,5 @@ def _known(layer: SpftLinear) -> _Known | None:
     if delta is None or len(names) != 1 or values[names[0]].data_ptr() != address:
         # W + S was written from other values, such as the sum of several adapters'
         return None
-    return _Known(layer, held, names, delta, weights, weights["weight"].data_ptr(), values, address)
+    base_layer = layer._modules["base_layer"]
+    return _Known(layer, held, names, delta, base_layer, weights, weights["weight"].data_ptr(), values, address)

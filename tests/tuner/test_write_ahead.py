@@ -97,7 +97,7 @@ def test_a_module_writes_ahead_while_it_is_attached(model, x, monkeypatch):
     with writes(monkeypatch, 6):
         net(x)
         expected = net(x)
-    handles = WriteAhead(list(spft_layers(net).values())).attach(net)
+    handles = WriteAhead(net).attach(net)
     with writes(monkeypatch, 0):
         assert torch.equal(net(x), expected)
     for handle in handles:
@@ -322,6 +322,124 @@ def test_layers_that_choose_one_after_the_other(model, x):
         model(x)
     with model.disable_adapter():
         assert all(map(torch.equal, base, held(model)))
+
+
+def warmed_up(model, x):
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        model(x)
+        model(x)
+    return model
+
+
+def test_a_base_that_two_models_share_is_as_before_once_one_is_unloaded(x):
+    base = Net().to(DEVICE)
+    expected = base(x)
+    config = SpftConfig(target_modules=["first", "third"], init_weights=False)
+    get_peft_model(base, config, "one")
+    other = get_peft_model(base, config, "two")
+    other.set_adapter("two")
+    other(x)
+    assert not torch.equal(other(x), expected)
+    unloaded = other.unload()
+    for _ in range(3):
+        assert torch.equal(unloaded(x), expected)
+
+
+def test_a_layer_that_is_taken_out_keeps_its_weight(model, x):
+    net = warmed_up(model, x).base_model.model
+    weight = net.third.get_base_weight().clone()
+    net.third = net.third.get_base_layer()
+    for _ in range(3):
+        assert torch.equal(model(x), by_itself(model, x))
+    model.set_adapter("other")
+    assert torch.equal(model(x), by_itself(model, x))
+    assert torch.equal(net.third.weight, weight)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_base_layer_that_is_replaced(model, x, held):
+    layer = warmed_up(model, x).base_model.model.first
+    if not held:
+        layer.get_base_weight()
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    for name in ("default", "other", "default"):
+        for _ in range(3):
+            assert torch.equal(model(x), by_itself(model, x))
+        model.set_adapter(name)
+
+
+def test_layers_that_others_put_into_the_model_choose_too(model, x):
+    net = warmed_up(model, x).base_model.model
+    net.third = copy.deepcopy(net.third)
+    model.set_adapter("other")
+    assert net.third.active_adapters == ["other"]
+    base = Net().to(DEVICE)
+    one = get_peft_model(base, SpftConfig(target_modules=["first"], init_weights=False), "one")
+    get_peft_model(base, SpftConfig(target_modules=["second"], init_weights=False), "two")
+    one.set_adapter("one")
+    assert [layer.active_adapters for layer in spft_layers(base).values()] == [["one"]] * 2
+
+
+def test_a_mixture_of_adapters_leaves_each_of_them_written_at_once(model, x, monkeypatch):
+    model.add_adapter("few", SpftConfig(target_modules=["second"]))
+    layer = model.base_model.model.second
+    layer.set_mask("few", mask_from_positions(torch.arange(0, 100, 9, device=DEVICE), 9, 33), torch.ones(12))
+    warmed_up(model, x)
+    model.base_model.set_adapter(["default", "few"])
+    for _ in range(3):
+        assert torch.equal(model(x), by_itself(model, x))
+    model.set_adapter("default")
+    model(x)
+    with writes(monkeypatch, 0):
+        model(x)
+
+
+def test_an_adapter_that_cannot_be_added_changes_nothing(model, x, monkeypatch):
+    model.base_model.model.act = nn.Tanh()
+    warmed_up(model, x)
+    with pytest.raises(TypeError, match="Tanh"):
+        model.add_adapter("bad", SpftConfig(target_modules=["act"]))
+    model.set_adapter("default")
+    model(x)
+    with writes(monkeypatch, 0):
+        model(x)
+
+
+def test_a_pass_that_ended_between_two_adapters(model, x):
+    base = [weight.clone() for weight in held(model)]
+    warmed_up(model, x)
+    model.set_adapter("other")
+    model(x)
+    for layer in own(model):
+        layer._active_adapter = ["default"]
+    model.base_model.model.first(x)
+    model(x)
+    with model.disable_adapter():
+        assert all(map(torch.equal, base, held(model)))
+
+
+def test_a_backward_pass_after_a_merge_leaves_it(model, x):
+    y = warmed_up(model, x)(x)
+    model.merge_adapter()
+    merged = [weight.clone() for weight in held(model)]
+    y.sum().backward()
+    assert all(map(torch.equal, merged, held(model)))
+
+
+def test_two_adapters_with_one_mask(model, x):
+    for layer in own(model):
+        layer.set_mask("other", layer.mask("default"), torch.randn_like(layer.spft_values["default"]))
+    gradients = []
+    for between in (lambda: None, lambda: [model.set_adapter("other"), model(x)]):
+        model.set_adapter("default")
+        values = [layer.spft_values["default"] for layer in own(model)]
+        y = model(x)
+        between()
+        for each in values:
+            each.requires_grad_()
+        gradients.append(torch.autograd.grad(y.square().sum(), values))
+    assert all(map(torch.equal, *gradients))
 
 
 def test_a_merged_model_stays_merged(model, x):
