@@ -22,42 +22,35 @@ def assign_sum_(
         values: (nnz).
         backend: see `axolotl_spft.ops.dispatch`.
     """
-    if use_triton(backend, weight, originals, values):
-        from axolotl_spft.ops import triton_scatter
-
-        triton_scatter.assign_sum_(weight, mask, originals, values, transposed)
-        return
-    if use_c(backend, weight, originals, values):
-        cpu.assign_sum_(weight, mask, originals, values, transposed)
-        return
-    weight.put_(positions_in(weight, mask, transposed), rounded_sum(originals, values))
+    _write(weight, mask, originals, values, transposed, backend)
 
 
 def assign_(weight: Tensor, mask: Mask, originals: Tensor, transposed: bool = False, backend: str = "auto") -> None:
     """weight[mask] = originals, bit for bit; arguments as in `assign_sum_`."""
-    if use_triton(backend, weight, originals):
-        from axolotl_spft.ops import triton_scatter
-
-        triton_scatter.assign_(weight, mask, originals, transposed)
-        return
-    if use_c(backend, weight, originals):
-        cpu.assign_sum_(weight, mask, originals, None, transposed)
-        return
-    weight.put_(positions_in(weight, mask, transposed), originals)
+    _write(weight, mask, originals, None, transposed, backend)
 
 
 def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool = False, backend: str = "auto") -> None:
     """weight[mask] += values, rounded once; arguments as in `assign_sum_`."""
-    if use_triton(backend, weight, values):
+    _write(weight, mask, None, values, transposed, backend)
+
+
+def _write(
+    weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor | None, transposed: bool, backend: str
+) -> None:
+    """weight[mask] = originals + values; += values without ``originals``, = originals without ``values``."""
+    given = [tensor for tensor in (originals, values) if tensor is not None]
+    if use_triton(backend, weight, *given):
         from axolotl_spft.ops import triton_scatter
 
-        triton_scatter.add_at_(weight, mask, values, transposed)
+        triton_scatter.assign_sum_(weight, mask, originals, values, transposed)
         return
-    if use_c(backend, weight, values):
-        cpu.assign_sum_(weight, mask, None, values, transposed)
+    if use_c(backend, weight, *given):
+        cpu.assign_sum_(weight, mask, originals, values, transposed)
         return
     at = positions_in(weight, mask, transposed)
-    weight.put_(at, rounded_sum(weight.take(at), values))
+    base = weight.take(at) if originals is None else originals
+    weight.put_(at, base if values is None else rounded_sum(base, values))
 
 
 def positions_in(weight: Tensor, mask: Mask, transposed: bool = False) -> Tensor:

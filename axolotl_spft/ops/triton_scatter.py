@@ -66,31 +66,11 @@ def scatter_kernel(
     write_row(row_start, columns, first, stop, originals, values, column_stride, FROM_WEIGHT, WITH_VALUES, BLOCK)
 
 
-def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool) -> None:
-    """See `axolotl_spft.ops.scatter.assign_sum_`."""
-    _launch(weight, mask, originals, values, transposed)
-
-
-def assign_(weight: Tensor, mask: Mask, originals: Tensor, transposed: bool) -> None:
-    """See `axolotl_spft.ops.scatter.assign_`."""
-    _launch(weight, mask, originals, originals, transposed, with_values=False)
-
-
-def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool) -> None:
-    """See `axolotl_spft.ops.scatter.add_at_`."""
-    _launch(weight, mask, weight, values, transposed, from_weight=True)
-
-
-def _launch(
-    weight: Tensor,
-    mask: Mask,
-    originals: Tensor,
-    values: Tensor,
-    transposed: bool,
-    from_weight: bool = False,
-    with_values: bool = True,
-) -> None:
-    tensors = (weight, *mask, originals, values)
+def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor | None, transposed: bool) -> None:
+    """weight[mask] = originals + values; += values without ``originals``, = originals without ``values``."""
+    from_weight, with_values = originals is None, values is not None
+    # what is not read has to be a tensor all the same
+    tensors = (weight, *mask, weight if from_weight else originals, values if with_values else originals)
     launch(
         scatter_kernel,
         (mask.out_features,),

@@ -224,6 +224,14 @@ def test_adapters_that_ran_before_are_chosen_at_once(model, x, monkeypatch):
         assert torch.equal(model(x), expected["default"])
 
 
+def warmed_up(model, x):
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        model(x)
+        model(x)
+    return model
+
+
 def own(model):
     return list(spft_layers(model).values())
 
@@ -264,10 +272,7 @@ def choose_behind_its_back(model):
      share, choose_behind_its_back],
 )  # fmt: skip
 def test_what_changes_while_another_adapter_is_chosen_is_seen(model, x, change):
-    for name in ("default", "other", "default"):
-        model.set_adapter(name)
-        model(x)
-        model(x)
+    warmed_up(model, x)
     model.set_adapter("other")
     model(x)
     change(model)
@@ -322,14 +327,6 @@ def test_layers_that_choose_one_after_the_other(model, x):
         model(x)
     with model.disable_adapter():
         assert all(map(torch.equal, base, held(model)))
-
-
-def warmed_up(model, x):
-    for name in ("default", "other", "default"):
-        model.set_adapter(name)
-        model(x)
-        model(x)
-    return model
 
 
 def test_a_base_that_two_models_share_is_as_before_once_one_is_unloaded(x):
@@ -443,10 +440,7 @@ def test_two_adapters_with_one_mask(model, x):
 
 
 def test_a_merged_model_stays_merged(model, x):
-    for name in ("default", "other", "default"):
-        model.set_adapter(name)
-        model(x)
-        model(x)
+    warmed_up(model, x)
     model.merge_adapter(["default", "other"])
     merged = [weight.clone() for weight in held(model)]
     for _ in range(3):
@@ -465,10 +459,7 @@ def test_some_layers_without_the_adapter(model, x):
 
 
 def test_a_layer_that_is_disabled_alone(model, x):
-    for name in ("default", "other", "default"):
-        model.set_adapter(name)
-        model(x)
-        model(x)
+    warmed_up(model, x)
     layer = model.base_model.model.second
     for enabled in (False, True, False):
         layer.enable_adapters(enabled)
