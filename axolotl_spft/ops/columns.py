@@ -1,4 +1,4 @@
-"""Copies of some columns of a matrix."""
+"""Copies of some columns of a matrix, and of the output of an RMS norm from what went into it."""
 
 from __future__ import annotations
 
@@ -31,3 +31,33 @@ def select_columns(x: Tensor, columns: Tensor | None, backend: str = "auto") -> 
     # float would be widened and rounded back
     bits = x.view(torch.int16) if x.element_size() == 2 else x
     return bits.gather(1, columns.to(torch.int64).expand(x.shape[0], -1)).view(x.dtype)
+
+
+def select_normed_columns(
+    h: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+    rounds: bool,
+    backend: str = "auto",
+) -> Tensor:
+    """round(round(H r) w)[:, columns] as (tokens, columns) in ``dtype``, with the bits of these operations in torch.
+
+    Args:
+        h: H, (..., features), float32 and contiguous.
+        scale: r, (..., 1), float32 and contiguous.
+        weight: w of these columns only, (columns), float32.
+        columns: int32; None: all.
+        dtype: of the result.
+        rounds: whether H r is rounded to ``dtype`` before it is multiplied with w.
+        backend: see `axolotl_spft.ops.dispatch`. The C kernel stores the result column by column.
+    """
+    if use_triton(backend, h, scale, weight):
+        from axolotl_spft.ops import triton_columns
+
+        return triton_columns.select_normed_columns(h, scale, weight, columns, dtype, rounds)
+    if use_c(backend, h, scale, weight, dtype=dtype):
+        return cpu.select_normed_columns(h, scale, weight, columns, dtype, rounds)
+    normed = select_columns(h, columns, backend="torch") * scale.reshape(-1, 1)
+    return (normed.to(dtype) if rounds else normed).mul(weight).to(dtype)

@@ -28,6 +28,28 @@ def select_columns(x: Tensor, columns: Tensor | None) -> Tensor:
     return copy
 
 
+def select_normed_columns(
+    h: Tensor, scale: Tensor, weight: Tensor, columns: Tensor | None, dtype: torch.dtype, rounds: bool
+) -> Tensor:
+    """See `axolotl_spft.ops.columns.select_normed_columns`; stored as by `select_columns`.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
+    tokens, features = scale.numel(), h.shape[-1]
+    count = features if columns is None else columns.numel()
+    if h.numel() != tokens * features or weight.numel() != count:
+        raise ValueError(
+            f"H {tuple(h.shape)}, r {tuple(scale.shape)} and w {tuple(weight.shape)} do not fit {count} columns"
+        )
+    copy = torch.empty_strided((tokens, count), (1, tokens), dtype=dtype)
+    library(dtype).select_normed_columns(
+        h.data_ptr(), scale.data_ptr(), weight.data_ptr(), rounds, tokens, features, _address(columns), count,
+        copy.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return copy
+
+
 def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) -> Tensor:
     """dV = (dY^T X)[mask] as one dot product over the tokens for each entry: (nnz) float32, its sums too.
 

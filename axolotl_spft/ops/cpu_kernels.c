@@ -72,6 +72,24 @@ void select_columns(const number *x, int64_t tokens, int64_t stride, const int32
         collect(x + start * stride, least(PART, tokens - start), stride, columns, count, copy + start, tokens);
 }
 
+/* The same for round(round(h * scales) * weight), h being float32 with rows of `features`; `weight` (count) is that of
+   these columns, and the inner product is rounded where `rounds`. */
+void select_normed_columns(const float *h, const float *scales, const float *weight, int rounds, int64_t tokens,
+                           int64_t features, const int32_t *columns, int64_t count, number *copy, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t start = 0; start < tokens; start += TOKENS) {
+        int64_t size = least(TOKENS, tokens - start);
+        for (int64_t i = 0; i < count; i++) {
+            const float *from = h + start * features + index_at(columns, i);
+            number *to = copy + i * tokens + start;
+            for (int64_t t = 0; t < size; t++) {
+                float normed = from[t * features] * scales[start + t];
+                to[t] = narrow((rounds ? widen(narrow(normed)) : normed) * weight[i]);
+            }
+        }
+    }
+}
+
 /* Sums, as many as a register holds. */
 #if defined(__AVX512F__)
 

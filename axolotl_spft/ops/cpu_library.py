@@ -23,6 +23,7 @@ _NAMES = {torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT32"}
 _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _PARAMETERS = {
     "select_columns": (_POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _INT),
+    "select_normed_columns": (_POINTER, _POINTER, _POINTER, _INT, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _INT),
     "sampled_product": (_POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT),
     "write_sum": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT),
     "write_sums": (_POINTER, _COUNT, _POINTER, _COUNT, _COUNT, _INT, _INT, _INT),

@@ -46,20 +46,21 @@ def use_triton(backend: str, *tensors: Tensor) -> bool:
     return True
 
 
-def use_c(backend: str, *tensors: Tensor) -> bool:
-    """Whether an operation on floating point ``tensors`` runs its C kernel, that for the first one's dtype.
+def use_c(backend: str, *tensors: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether an operation on floating point ``tensors`` runs its C kernel, that for ``dtype`` or the first one's.
 
     Raises:
         SpftError: ``backend`` is ``c`` and the kernel cannot run on these tensors.
     """
     if backend != "auto" and backend != "c":
         return False
-    runs = tensors[0].is_cpu and _fit(tensors) and library(tensors[0].dtype) is not None
+    dtype = dtype or tensors[0].dtype
+    runs = tensors[0].is_cpu and _fit(tensors) and library(dtype) is not None
     if backend == "c" and not runs:
         raise SpftError(
             f"backend: 'c' cannot run: the tensors are {_description(tensors)}; they must be contiguous, on the CPU "
-            f"and {' or '.join(map(str, DTYPES))}, the first one not float16, and there must be a C compiler; "
-            "use 'auto', which falls back to torch"
+            f"and {' or '.join(map(str, DTYPES))}, the kernel's own dtype {dtype} not float16, and there must be a C "
+            "compiler; use 'auto', which falls back to torch"
         )
     return runs
 

@@ -6,7 +6,8 @@
 
 W is not an argument: the op asks the layer that owns it for W + S, so that a plain weight needs no copy, a quantized
 one is dequantized only while it is multiplied, and nothing of it is kept for backward. What backward keeps is the
-columns of x that the mask uses, which layers with one input may share.
+columns of x that the mask uses, which layers with one input may share, or nothing where a norm keeps what they can be
+made from.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from axolotl_spft.ops.beside import Beside
 from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import Mask
 from axolotl_spft.ops.dispatch import use_c
+from axolotl_spft.ops.norm_output import NormOutput, norm_output
 from axolotl_spft.ops.plan import Plan
 from axolotl_spft.ops.products import cast, linear, matmul
 from axolotl_spft.ops.values_grad import values_grad
@@ -89,7 +91,7 @@ def _forward(x: Tensor, bias: Tensor | None, values: Tensor, delta: Delta, owner
 
 def _backward(
     grad_y: Tensor,
-    kept: Tensor | None,
+    kept: Tensor | NormOutput | None,
     values: Tensor,
     delta: Delta,
     owner: WeightOwner,
@@ -102,9 +104,11 @@ def _backward(
     beside = Beside(grad_y.device) if grad_y.is_cuda and need_x and need_values else None
     grad_x = grad_values = None
     if need_values:
-        if kept.ndim != 2:
-            kept = kept.reshape(-1, kept.shape[-1])
         with beside or nullcontext():
+            if isinstance(kept, NormOutput):
+                kept = kept.columns()
+            elif kept.ndim != 2:
+                kept = kept.reshape(-1, kept.shape[-1])
             grad_values = values_grad(grad_y, kept, delta.mask, delta.plan, values.dtype)
     if need_x:
         with owner.effective_weight_again(values, delta) as weight:
@@ -134,7 +138,10 @@ class _EagerLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, kept, bias, values, delta, owner):
-        ctx.delta, ctx.owner = delta, owner
+        ctx.delta, ctx.owner, ctx.normed = delta, owner, None
+        if isinstance(kept, NormOutput):
+            kept.readers += 1
+            ctx.normed, kept = kept, None
         ctx.save_for_backward(kept, values)
         return _forward(x, bias, values, delta, owner)
 
@@ -142,7 +149,8 @@ class _EagerLinear(torch.autograd.Function):
     @_once_differentiable
     def backward(ctx, grad_y):
         need_x, _, need_bias, need_values = ctx.needs_input_grad[:4]
-        grad_x, grad_values = _backward(grad_y, *ctx.saved_tensors, ctx.delta, ctx.owner, need_x, need_values)
+        kept, values = ctx.saved_tensors
+        grad_x, grad_values = _backward(grad_y, ctx.normed or kept, values, ctx.delta, ctx.owner, need_x, need_values)
         return grad_x, None, _bias_gradient(grad_y) if need_bias else None, grad_values, None, None
 
 
@@ -251,19 +259,32 @@ def _op_gradients(ctx, grad_y: Tensor | None) -> tuple:
 torch.library.register_autograd("spft::linear", _op_gradients, setup_context=_setup_context, lib=_library)
 
 
-def kept_columns(x: Tensor, plan: Plan) -> Tensor:
-    """What `sparse_linear` needs to form the values' gradient: X[:, plan.columns], (tokens, columns)."""
-    if plan.columns is None:
-        return x.detach()
+def kept_columns(x: Tensor, inputs: Tensor, plan: Plan) -> Tensor | NormOutput:
+    """What `sparse_linear` needs for the values' gradient: X[:, plan.columns], (tokens, columns), or how to make it.
+
+    Args:
+        x: (..., in_features).
+        inputs: x in the dtype of the computation.
+    """
     if x.shape[-1] != plan.in_features:
         # on a GPU, reading columns that do not exist would end the whole process
         raise RuntimeError(f"the input has {x.shape[-1]} features (shape {tuple(x.shape)}), not {plan.in_features}")
-    select = torch.ops.spft.select_columns if torch.compiler.is_compiling() else select_columns
-    return select(x, plan.columns)
+    if torch.compiler.is_compiling():
+        return inputs.detach() if plan.columns is None else torch.ops.spft.select_columns(inputs, plan.columns)
+    normed = norm_output(x, plan.columns, inputs.dtype)
+    if normed is not None:
+        return normed
+    return inputs.detach() if plan.columns is None else select_columns(inputs, plan.columns)
 
 
 def sparse_linear(
-    x: Tensor, kept: Tensor | None, bias: Tensor | None, values: Tensor, delta: Delta, owner: WeightOwner, number: int
+    x: Tensor,
+    kept: Tensor | NormOutput | None,
+    bias: Tensor | None,
+    values: Tensor,
+    delta: Delta,
+    owner: WeightOwner,
+    number: int,
 ) -> Tensor:
     """y = x (W + S)^T + b.
 

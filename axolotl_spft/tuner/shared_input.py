@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.utils.weak import TensorWeakRef
 
 from axolotl_spft.ops.csr import Mask, used_columns
 from axolotl_spft.ops.linear import kept_columns
+from axolotl_spft.ops.norm_output import NormOutput
 from axolotl_spft.ops.plan import MULTIPLE, Plan, padded
 
 # names, under one parent, of the layers that transformers' models call with one tensor. Where such layers get
@@ -76,17 +78,18 @@ class SharedInput:
             self._union[adapter_names] = padded(union, MULTIPLE)
         return self._union[adapter_names]
 
-    def keep(self, x: Tensor, cast: Tensor, plan: Plan) -> Tensor:
-        """`kept_columns` of ``cast``, which is x in the dtype of the computation: once for all readers."""
-        if plan.columns is None or len(self.readers) == 1 or torch.compiler.is_compiling():
-            return kept_columns(cast, plan)
+    def keep(self, x: Tensor, inputs: Tensor, plan: Plan) -> Tensor | NormOutput:
+        """`kept_columns` of x, and of ``inputs``, which is x in the dtype of the computation: once for all readers."""
+        if len(self.readers) == 1 or torch.compiler.is_compiling():
+            return kept_columns(x, inputs, plan)
         last = self._last
         if last is not None and last.x() is x and last.version == x._version and last.columns is plan.columns:
             kept = last.kept()
-            if kept is not None and kept.dtype == cast.dtype:
+            if kept is not None and kept.dtype == inputs.dtype:
                 return kept
-        kept = kept_columns(cast, plan)
-        self._last = _Kept(TensorWeakRef(x), x._version, plan.columns, TensorWeakRef(kept))
+        kept = kept_columns(x, inputs, plan)
+        weak = ref(kept) if isinstance(kept, NormOutput) else TensorWeakRef(kept)
+        self._last = _Kept(TensorWeakRef(x), x._version, plan.columns, weak)
         return kept
 
 
@@ -95,8 +98,8 @@ class _Kept(NamedTuple):
 
     x: TensorWeakRef
     version: int
-    columns: Tensor
-    kept: TensorWeakRef
+    columns: Tensor | None
+    kept: TensorWeakRef | ref[NormOutput]
 
 
 def group_by_input(in_features: Mapping[str, int]) -> list[list[str]]:

@@ -80,6 +80,22 @@ def test_columns(arch, dtype):
         compiled(columns_kernel, signature, {"TOKENS": 8, "BLOCK": 256}, arch)
 
 
+@pytest.mark.parametrize("dtype", [*LOW, "fp32"])
+@pytest.mark.parametrize("some", [False, True])
+def test_normed_columns(arch, dtype, some):
+    from axolotl_spft.ops.triton_columns import normed_columns_kernel
+
+    signature = dict.fromkeys(["h", "scale", "weight"], "*fp32") | {"columns": "*i32", "copy": f"*{dtype}"}
+    signature |= dict.fromkeys(["tokens", "h_stride", "n_columns"], "i32")
+    roundings = []
+    for rounds in (False, True):
+        constants = {"SOME": some, "ROUNDS": rounds, "TOKENS": 2, "BLOCK": 512}
+        ptx = compiled(normed_columns_kernel, signature, constants, arch).asm["ptx"]
+        roundings.append(len(re.findall(r"cvt\.rn\.b?f16", ptx)))
+    # to the nearest even number: the result, and between the products too where that is asked for
+    assert (0 < roundings[0] < roundings[1]) if dtype in LOW else roundings == [0, 0]
+
+
 @pytest.mark.parametrize(("dtype", "values"), [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")])
 def test_sums(arch, dtype, values):
     from axolotl_spft.ops.triton_sums import sums_kernel

@@ -1,0 +1,304 @@
+"""Columns of a norm's output that are made again have the bits of the output, and only where that is safe."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from axolotl_spft import SpftConfig
+from axolotl_spft.bench.kept import kept_for_backward
+from axolotl_spft.ops import linear
+from axolotl_spft.ops.columns import select_normed_columns
+from axolotl_spft.ops.csr import mask_from_positions
+from axolotl_spft.ops.norm_output import norm_output
+from axolotl_spft.salience.prepare import adapted_layers
+from tests.models import tiny_llama, tiny_qwen2, token_batch, with_adapter
+
+LOW = [torch.bfloat16, torch.float16]
+DTYPES = [*LOW, torch.float32]
+NORMS = [LlamaRMSNorm, Qwen3RMSNorm, Gemma2RMSNorm]
+FEATURES = 37
+SOME = torch.tensor([0, 3, 4, 20, 36, 36], dtype=torch.int32)
+
+
+def norm_of(kind, dtype=torch.float32, trained=False) -> nn.Module:
+    norm = kind(FEATURES).to(dtype)
+    nn.init.normal_(norm.weight)
+    return norm.requires_grad_(trained)
+
+
+def hidden(dtype=torch.float32, tokens=(2, 11)) -> torch.Tensor:
+    """What a block adds up: a tensor that the graph made."""
+    return 3 * torch.randn(*tokens, FEATURES).to(dtype).requires_grad_()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("columns", [SOME, None], ids=["some", "all"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize(
+    ("given", "weight", "computed"),
+    [*[(dtype, dtype, dtype) for dtype in DTYPES]]
+    + [(torch.float32, torch.float32, low) for low in LOW]
+    + [(low, torch.float32, low) for low in LOW],
+)
+def test_columns_have_the_bits_of_the_output(kind, columns, trained, given, weight, computed):
+    x = norm_of(kind, weight, trained)(hidden(given))
+    found = norm_output(x, columns, computed)
+    assert found is not None
+    expected = x.detach().reshape(-1, FEATURES).to(computed)
+    expected = expected if columns is None else expected[:, columns.long()]
+    got = found.columns()
+    assert got.dtype == found.dtype == computed
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("columns", [SOME, None], ids=["some", "all"])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 13, 300])
+@pytest.mark.parametrize("backend", ["c", "auto"])
+def test_kernels_compute_what_torch_does(dtype, rounds, columns, tokens, backend):
+    if backend == "c" and dtype == torch.float16:
+        pytest.skip("there is no C kernel for it")
+    h, scale = torch.randn(tokens, FEATURES), torch.rand(tokens, 1)
+    if tokens:
+        h[0, :4], scale[0] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40]), 1
+    weight = torch.randn(FEATURES if columns is None else len(columns))
+    arguments = (h, scale, weight, columns, dtype, rounds)
+    expected = select_normed_columns(*arguments, backend="torch")
+    assert expected.shape == (tokens, len(weight))
+    torch.testing.assert_close(
+        select_normed_columns(*arguments, backend=backend), expected, rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_shapes_that_do_not_fit_are_refused_before_memory_is_read():
+    h, scale, weight = torch.randn(3, FEATURES), torch.rand(3, 1), torch.randn(len(SOME))
+    for wrong in ((h[:2], scale, weight), (h, scale, weight[1:])):
+        with pytest.raises(ValueError, match="do not fit"):
+            select_normed_columns(*wrong, SOME, torch.float32, False, backend="c")
+
+
+class Halves(nn.Module):
+    """As a norm, but in two parts."""
+
+    def forward(self, x):
+        return torch.cat([x, x * 2], -1)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [nn.LayerNorm(FEATURES), nn.SiLU(), nn.Identity(), Halves()],
+    ids=lambda module: type(module).__name__,
+)
+def test_other_outputs_are_not_taken_for_it(other):
+    assert norm_output(other.requires_grad_(False)(hidden()), SOME, torch.float32) is None
+
+
+def test_products_of_other_shapes_are_not_taken_for_it():
+    h, weight, column = hidden(), torch.randn(FEATURES), torch.rand(2, 11, 1)
+    ours = weight * (h * column)
+    assert norm_output(ours, SOME, torch.float32) is None  # h * column needs no gradient for column: it keeps no h
+    gate = torch.rand(2, 11, FEATURES, requires_grad=True) * 1
+    for x in (weight * (h * gate), gate * (h * gate), h * weight, weight * h.sum(-1, keepdim=True), h * 2.0):
+        assert norm_output(x, SOME, torch.float32) is None
+
+
+def test_what_is_not_the_untouched_output_is_not_taken_for_it():
+    norm = norm_of(LlamaRMSNorm)
+    x = norm(hidden())
+    with torch.no_grad():
+        x.add_(1)
+    assert norm_output(x, SOME, torch.float32) is None
+    for touched in (norm(hidden()) + 1, norm(hidden())[:, 1:], norm(hidden()).transpose(0, 1), norm(hidden()).detach()):
+        assert norm_output(touched, SOME, torch.float32) is None
+    with torch.no_grad():
+        assert norm_output(norm(hidden()), SOME, torch.float32) is None
+    assert norm_output(norm(torch.randn(3, FEATURES)), SOME, torch.float32) is None
+
+
+@pytest.mark.parametrize("given", [torch.float64, torch.bfloat16])
+def test_roundings_that_the_kernels_do_not_have_are_not_taken_for_it(given):
+    x = norm_of(LlamaRMSNorm, given)(hidden(given))
+    assert norm_output(x, SOME, torch.float32) is None
+
+
+def test_a_norm_whose_weight_was_released_is_not_taken_for_it():
+    # as ZeRO-3 does at the end of the norm's forward pass
+    norm = norm_of(LlamaRMSNorm)
+    x = norm(hidden())
+    norm.weight.data = torch.empty(0)
+    assert norm_output(x, SOME, torch.float32) is None
+
+
+def test_a_weight_that_is_released_later_is_remembered():
+    norm = norm_of(LlamaRMSNorm)
+    x = norm(hidden())
+    found = norm_output(x, SOME, torch.float32)
+    norm.weight.data = torch.empty(0)
+    assert torch.equal(found.columns(), x.detach().view(-1, FEATURES)[:, SOME.long()])
+
+
+def test_columns_are_made_once_for_all_readers_and_dropped():
+    found = norm_output(norm_of(LlamaRMSNorm)(hidden()), SOME, torch.float32)
+    found.readers = 3
+    for _ in range(2):  # a graph that is kept runs backward again
+        first, second, third = (found.columns() for _ in range(3))
+        assert first is second is third
+        assert found._made is None
+        fresh = found.columns()
+        assert fresh is not first
+        found.columns(), found.columns()
+
+
+# --- in layers
+
+
+class Block(nn.Module):
+    def __init__(self, norm: nn.Module, width: int = FEATURES):
+        super().__init__()
+        self.before, self.norm = nn.Linear(width, width), norm
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, 8, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        x = self.norm(self.before(x))
+        return self.q_proj(x) * self.k_proj(x) + self.v_proj(x)
+
+
+def adapted_block(norm=None, nnz=30):
+    model = get_peft_model(
+        Block(norm or norm_of(LlamaRMSNorm)), SpftConfig(target_modules=["q_proj", "k_proj", "v_proj"])
+    )
+    for layer in adapted_layers(model).values():
+        chosen = torch.randperm(8 * FEATURES)[:nnz].sort().values
+        layer.set_mask("default", mask_from_positions(chosen, 8, FEATURES), torch.randn(nnz))
+    return model
+
+
+def gradients(model, run) -> list[torch.Tensor]:
+    run().backward()
+    found = [layer.spft_values["default"].grad for layer in adapted_layers(model).values()]
+    model.zero_grad()
+    return found
+
+
+def assert_same_bits(got, expected):
+    assert all(torch.equal(mine, other) for mine, other in zip(got, expected, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in got)
+
+
+@pytest.fixture
+def answers(monkeypatch) -> list[bool]:
+    """Whether a layer's input was recognized, for each time that a layer asked."""
+    answered = []
+
+    def ask(*arguments):
+        found = norm_output(*arguments)
+        answered.append(found is not None)
+        return found
+
+    monkeypatch.setattr(linear, "norm_output", ask)
+    return answered
+
+
+@pytest.mark.parametrize("nnz", [30, 250])
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_have_the_bits_of_kept_columns(answers, kind, dtype, nnz):
+    model = adapted_block(norm_of(kind), nnz).to(dtype)
+    x = torch.randn(5, 7, FEATURES, dtype=dtype, requires_grad=True)
+    got = gradients(model, lambda: model(x).float().square().sum())
+    assert answers == [True]
+    with torch.autograd.graph.save_on_cpu():
+        y = model(x)
+    assert answers == [True, False]
+    assert_same_bits(got, gradients(model, lambda: y.float().square().sum()))
+
+
+def test_autocast_makes_them_in_its_own_dtype(answers):
+    model, x = adapted_block(), torch.randn(5, 7, FEATURES, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gradients(model, lambda: model(x).float().square().sum())
+        with torch.autograd.graph.save_on_cpu():
+            y = model(x)
+    assert answers == [True, False]
+    assert_same_bits(got, gradients(model, lambda: y.float().square().sum()))
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_again():
+    model, x = adapted_block(), torch.randn(5, FEATURES, requires_grad=True)
+    loss = model(x).square().sum()
+    first = gradients(model, lambda: _keeping(loss))
+    second = gradients(model, lambda: loss)
+    assert_same_bits(first, second)
+
+
+class _keeping:
+    def __init__(self, loss):
+        self.loss = loss
+
+    def backward(self):
+        self.loss.backward(retain_graph=True)
+
+
+def test_the_gradient_of_some_layers_only_is_theirs():
+    model, x = adapted_block(), torch.randn(5, FEATURES, requires_grad=True)
+    expected = gradients(model, lambda: model(x).square().sum())
+    values = [layer.spft_values["default"] for layer in adapted_layers(model).values()]
+    loss = model(x).square().sum()
+    (got,) = torch.autograd.grad(loss, values[1], retain_graph=True)
+    assert torch.equal(got, expected[1])
+    assert_same_bits(torch.autograd.grad(loss, values), expected)
+
+
+def test_a_change_of_what_the_norm_keeps_is_an_error():
+    norm, x = norm_of(LlamaRMSNorm), hidden()
+    model = adapted_block(norm)
+    kept = x * 1
+    loss = model.base_model.model.q_proj(norm(kept)).sum()
+    with torch.no_grad():
+        kept.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_keeps_alike_in_both_passes(answers, reentrant):
+    model, x = adapted_block(), torch.randn(5, FEATURES, requires_grad=True)
+    expected = gradients(model, lambda: model(x).square().sum())
+    answers.clear()
+    got = gradients(model, lambda: checkpoint(model, x, use_reentrant=reentrant).square().sum())
+    # reentrant: first without gradients, which asks for nothing, then as without checkpointing
+    assert set(answers) == {reentrant}
+    assert_same_bits(got, expected)
+
+
+def test_models_work_when_deep_copied_with_a_graph_alive():
+    model, x = adapted_block(), torch.randn(5, FEATURES, requires_grad=True)
+    loss = model(x).square().sum()
+    twin = copy.deepcopy(model)
+    assert_same_bits(gradients(model, lambda: loss), gradients(twin, lambda: twin(x).square().sum()))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_behind_a_norm_keep_nothing(make, dtype):
+    model = with_adapter(make(dtype), density=0.3)
+    model.enable_input_require_grads()
+    batch = token_batch(rows=3, length=9)
+    behind = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+    assert kept_for_backward(model, batch, behind).by_adapted == 0
+    assert kept_for_backward(model, batch, ["o_proj"]).by_adapted > 0
