@@ -16,6 +16,8 @@ from torch.autograd.graph import Node
 
 from axolotl_spft.ops.columns import select_normed_columns
 
+# what DeepSpeed's ZeRO-3 passes each module's inputs and outputs through
+_UNCHANGED = ("PostBackwardFunctionModuleBackward", "PreBackwardFunctionForModuleBackward")
 # None before torch 2.8
 _current_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
@@ -66,6 +68,8 @@ def norm_output(x: Tensor, columns: Tensor | None, dtype: torch.dtype) -> NormOu
     # after a change in place x is no longer what the norm made
     if node is None or x._version or x.dtype not in (torch.float32, dtype) or _recomputes():
         return None
+    while node.name() in _UNCHANGED:
+        node = node.next_functions[0][0]
     node = _before_cast(node)
     if node.name() != "MulBackward0":
         return None
@@ -84,7 +88,7 @@ def norm_output(x: Tensor, columns: Tensor | None, dtype: torch.dtype) -> NormOu
     h, scale = _kept_by(product, "self"), _kept_by(product, "other")
     if h is None or scale is None or h.shape != x.shape or scale.shape != (*x.shape[:-1], 1):
         return None
-    if h.dtype != torch.float32 or scale.dtype != torch.float32 or not (h.is_contiguous() and scale.is_contiguous()):
+    if any(each.dtype != torch.float32 or each.device != x.device or not each.is_contiguous() for each in (h, scale)):
         return None
     return NormOutput(product, weight, columns, dtype, rounds=between != torch.float32)
 

@@ -8,6 +8,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
 from axolotl_spft.ops.csr import Mask, used_columns
@@ -82,22 +83,27 @@ class SharedInput:
         """`kept_columns` of x, and of ``inputs``, which is x in the dtype of the computation: once for all readers."""
         if len(self.readers) == 1 or torch.compiler.is_compiling():
             return kept_columns(x, inputs, plan)
-        last = self._last
-        if last is not None and last.x() is x and last.version == x._version and last.columns is plan.columns:
+        last, state = self._last, _state(x)
+        if last is not None and last.state == state and last.columns is plan.columns:
             kept = last.kept()
             if kept is not None and kept.dtype == inputs.dtype:
                 return kept
         kept = kept_columns(x, inputs, plan)
         weak = ref(kept) if isinstance(kept, NormOutput) else TensorWeakRef(kept)
-        self._last = _Kept(TensorWeakRef(x), x._version, plan.columns, weak)
+        self._last = _Kept(StorageWeakRef(x.untyped_storage()), state, plan.columns, weak)
         return kept
+
+
+def _state(x: Tensor) -> tuple:
+    # not x itself: DeepSpeed's ZeRO-3 gives each layer an alias of its own
+    return x.untyped_storage()._cdata, x._version, x.storage_offset(), x.shape, x.stride()
 
 
 class _Kept(NamedTuple):
     """The columns of x that a layer kept last; by weak references, so that they live as long as backward needs them."""
 
-    x: TensorWeakRef
-    version: int
+    storage: StorageWeakRef  # while it exists, no other storage has the same number
+    state: tuple
     columns: Tensor | None
     kept: TensorWeakRef | ref[NormOutput]
 

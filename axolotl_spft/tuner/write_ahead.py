@@ -66,6 +66,9 @@ class _Adapter:
             for layer, held, *_ in known
         )
 
+    def all(self, condition: Callable[[_Known], bool]) -> bool:
+        return all(map(condition, self.known))
+
     def write(self) -> None:
         for sums in self._sums:
             assign_sums_(sums)
@@ -153,35 +156,34 @@ class WriteAhead:
         self._current.end()
         if self._writing() > self._current.writing:
             # experts that no token had come to before, and layers whose plan was forgotten
-            self._adapters = {names: each for names, each in self._adapters.items() if each is not self._current}
+            self._keep(lambda adapter: adapter is not self._current)
             self._current = None
 
     def _writing(self) -> int:
         return sum([layer._written is not None for _, _, layer in self._places])
 
     def _is_held(self) -> bool:
-        return self._current is not None and all(known.is_held() for known in self._current.known)
+        return self._current is not None and self._current.all(_Known.is_held)
 
     def _find(self) -> _Adapter | None:
-        self._keep(_Known.is_valid)
+        self._keep(lambda adapter: adapter.all(_Known.is_valid))
         if any(place.get(name) is not layer for place, name, layer in self._places):
             # layers were taken out of the model, whose weights are no longer to be written
             self._find_layers()
             self._adapters = {}
-        due = [each for each in self._adapters.values() if all(known.is_due() for known in each.known)]
+        due = [each for each in self._adapters.values() if each.all(_Known.is_due)]
         if due:
             return max(due, key=lambda adapter: len(adapter.known))
         # so that tensors that nothing else uses any more are not kept alive
-        self._keep(_Known.is_where_it_was)
+        self._keep(lambda adapter: adapter.all(_Known.is_where_it_was))
         found = [known for known in map(_known, self.layers) if known is not None]
         if not found:
             return None
         adapter = self._adapters[tuple(known.names for known in found)] = _Adapter(found, self._writing())
         return adapter
 
-    def _keep(self, condition: Callable[[_Known], bool]) -> None:
-        self._adapters = {names: adapter for names, adapter in self._adapters.items()
-                          if all(map(condition, adapter.known))}  # fmt: skip
+    def _keep(self, condition: Callable[[_Adapter], bool]) -> None:
+        self._adapters = {names: adapter for names, adapter in self._adapters.items() if condition(adapter)}
 
 
 def _known(layer: SpftLinear) -> _Known | None:

@@ -103,6 +103,45 @@ def test_one_copy_for_all_readers():
     assert_right(model, x)
 
 
+class Alias(torch.autograd.Function):
+    """As DeepSpeed's ZeRO-3 passes each module's inputs on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_one_copy_for_readers_of_aliases():
+    model, x = adapted(), torch.randn(TOKENS, WIDTH, requires_grad=True)
+    expected = gradients(model, x)
+    for name in MASKS:
+        layer = model.get_submodule(f"base_model.model.{name}")
+        layer.register_forward_pre_hook(lambda _, inputs: (Alias.apply(inputs[0]),))
+    _, kept = kept_columns_of(model, x)
+    assert kept == [1, 5]
+    got = gradients(model, x)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_parts_of_one_tensor_are_not_taken_for_each_other():
+    model = adapted()
+    both = torch.randn(2 * TOKENS, WIDTH)
+    layers = [model.get_submodule(f"base_model.model.{name}") for name in ("q_proj", "k_proj")]
+    expected = []
+    for layer, part in zip(layers, both.clone().split(TOKENS)):
+        layer(part.clone()).square().sum().backward()
+        expected.append(layer.spft_values["default"].grad.clone())
+        layer.spft_values["default"].grad = None
+    outputs = [layer(part) for layer, part in zip(layers, both.split(TOKENS))]
+    sum(y.square().sum() for y in outputs).backward()
+    for layer, gradient in zip(layers, expected):
+        assert torch.equal(layer.spft_values["default"].grad, gradient)
+
+
 def test_readers_of_different_tensors_keep_a_copy_each():
     model = adapted()
     inputs = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.randn(TOKENS, WIDTH, requires_grad=True)

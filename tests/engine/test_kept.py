@@ -1,0 +1,54 @@
+"""Under ZeRO-3, which gives each layer an alias of its input, layers keep for backward what they keep without it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from axolotl_spft.salience.prepare import adapted_layers
+from tests.engine.processes import on_ranks
+from tests.models import tiny_llama, token_batch, with_adapter
+
+TOKENS = 8 * 32
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3},
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}},
+}
+
+
+def kept_by_layer(zero3: bool) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes of what layers keep with a row a token, in the second pass: ZeRO-3 learns the model in the first."""
+    model = with_adapter(tiny_llama(), density=0.1)
+    model.enable_input_require_grads()
+    engine = model
+    if zero3:
+        os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(torch.distributed.get_rank())}
+        import deepspeed
+
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=ZERO3)
+    kept = {name: [] for name in adapted_layers(model)}
+    running = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if running and tensor.numel() == TOKENS * tensor.shape[-1]:
+            kept[running[-1]].append((TOKENS, tensor.shape[-1]))
+        return tensor
+
+    for name, layer in adapted_layers(model).items():
+        layer.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+        layer.register_forward_hook(lambda *_: running.clear())
+    for _ in range(2):
+        kept.update({name: [] for name in kept})
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = engine(**token_batch(rows=8, length=32)).loss
+        engine.backward(loss) if zero3 else loss.backward()
+    return kept
+
+
+def test_zero3_keeps_no_more():
+    expected = kept_by_layer(False)
+    assert {name.rpartition(".")[2] for name, shapes in expected.items() if shapes} == {"o_proj", "down_proj"}
+    assert on_ranks(2, kept_by_layer, True) == [expected, expected]
