@@ -27,7 +27,7 @@ from axolotl_spft.ops.beside import Beside
 from axolotl_spft.ops.columns import select_columns
 from axolotl_spft.ops.csr import Mask
 from axolotl_spft.ops.dispatch import use_c
-from axolotl_spft.ops.norm_output import NormOutput, norm_output
+from axolotl_spft.ops.norm_output import NormOutput
 from axolotl_spft.ops.plan import Plan
 from axolotl_spft.ops.products import cast, linear, matmul
 from axolotl_spft.ops.values_grad import values_grad
@@ -259,22 +259,15 @@ def _op_gradients(ctx, grad_y: Tensor | None) -> tuple:
 torch.library.register_autograd("spft::linear", _op_gradients, setup_context=_setup_context, lib=_library)
 
 
-def kept_columns(x: Tensor, inputs: Tensor, plan: Plan) -> Tensor | NormOutput:
-    """What `sparse_linear` needs for the values' gradient: X[:, plan.columns], (tokens, columns), or how to make it.
-
-    Args:
-        x: (..., in_features).
-        inputs: x in the dtype of the computation.
-    """
+def kept_columns(x: Tensor, plan: Plan) -> Tensor:
+    """What `sparse_linear` needs to form the values' gradient: X[:, plan.columns], (tokens, columns)."""
     if x.shape[-1] != plan.in_features:
         # on a GPU, reading columns that do not exist would end the whole process
         raise RuntimeError(f"the input has {x.shape[-1]} features (shape {tuple(x.shape)}), not {plan.in_features}")
-    if torch.compiler.is_compiling():
-        return inputs.detach() if plan.columns is None else torch.ops.spft.select_columns(inputs, plan.columns)
-    normed = norm_output(x, plan.columns, inputs.dtype)
-    if normed is not None:
-        return normed
-    return inputs.detach() if plan.columns is None else select_columns(inputs, plan.columns)
+    if plan.columns is None:
+        return x.detach()
+    select = torch.ops.spft.select_columns if torch.compiler.is_compiling() else select_columns
+    return select(x, plan.columns)
 
 
 def sparse_linear(
@@ -290,7 +283,7 @@ def sparse_linear(
 
     Args:
         x: (..., in_features).
-        kept: from `kept_columns`, for the same x; None where the values need no gradient.
+        kept: from `kept_columns` or `norm_output`, for the same x; None where the values need no gradient.
         bias: (out_features) in the dtype of ``x``, or None.
         values: (nnz); receives a gradient.
         delta: where the values stand.

@@ -10,14 +10,17 @@ layers keep.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from axolotl_spft.ops.columns import select_normed_columns
+from axolotl_spft.ops.dispatch import DTYPES
 
 # what DeepSpeed's ZeRO-3 passes each module's inputs and outputs through
-_UNCHANGED = ("PostBackwardFunctionModuleBackward", "PreBackwardFunctionForModuleBackward")
+_ALIASES = ("PostBackwardFunctionModuleBackward", "PreBackwardFunctionForModuleBackward")
 # None before torch 2.8
 _current_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
@@ -27,6 +30,7 @@ class NormOutput:
 
     Attributes:
         dtype: of the columns.
+        hooked: whether hooks decide what the norm keeps, so that it may be something else than H and r.
         readers: how many backward passes ask for them: they are made for the first, and dropped after the last.
     """
 
@@ -36,6 +40,7 @@ class NormOutput:
         weight = weight.detach()
         weight = weight.clone() if columns is None else weight.index_select(0, columns)
         self._weight = weight.to(torch.float32)
+        self.hooked = _current_hooks(True) is not None
         self.readers = self._left = 0
         self._made: Tensor | None = None
 
@@ -43,35 +48,39 @@ class NormOutput:
         """(tokens, columns) in ``dtype``, with the bits of X."""
         made = self._made
         if made is None:
-            product = self._product
-            made = self._made = select_normed_columns(
-                product._saved_self, product._saved_other, self._weight, self._columns, self.dtype, self._rounds
-            )
+            made = self._made = self._make(self._product._saved_self, self._product._saved_other)
             self._left = self.readers
         self._left -= 1
         if self._left <= 0:
             self._made = None
         return made
 
+    def is_right(self, columns: Tensor) -> bool:
+        """Whether these columns of X are what would be made again from what the norm keeps now."""
+        made = self._make(_kept_by(self._product, "self"), _kept_by(self._product, "other"))
+        return torch.equal(made, columns.reshape(made.shape))
+
+    def _make(self, h: Tensor, scale: Tensor) -> Tensor:
+        return select_normed_columns(h.detach(), scale.detach(), self._weight, self._columns, self.dtype, self._rounds)
+
 
 def norm_output(x: Tensor, columns: Tensor | None, dtype: torch.dtype) -> NormOutput | None:
-    """The columns of x in ``dtype``, if x is the untouched output of an RMS norm that keeps what they are made from.
+    """The columns of x in ``dtype``, if x is the output of an RMS norm that keeps what they are made from.
 
     Recognized are norms of plain torch operations, as transformers writes them: ``w * (h * r).to(dtype)``, or Gemma's
-    ``(h * r * w).to(dtype)``.
+    ``(h * r * w).to(dtype)``. Not every change of x since can be seen here: see `NormOutput.is_right`.
 
     Args:
         x: (..., features).
         columns: int32, ascending; None: all.
     """
-    node = x.grad_fn
     # after a change in place x is no longer what the norm made
-    if node is None or x._version or x.dtype not in (torch.float32, dtype) or _recomputes():
+    if x.grad_fn is None or x._version or dtype not in DTYPES or x.dtype not in (torch.float32, dtype):
         return None
-    while node.name() in _UNCHANGED:
-        node = node.next_functions[0][0]
-    node = _before_cast(node)
-    if node.name() != "MulBackward0":
+    if must_keep_alike() or _compiles_backward():
+        return None
+    node = _before_cast(_before_aliases(x.grad_fn))
+    if node is None or node.name() != "MulBackward0":
         return None
     for side, other in (("self", 1), ("other", 0)):
         weight = _kept_by(node, side)
@@ -83,30 +92,56 @@ def norm_output(x: Tensor, columns: Tensor | None, dtype: torch.dtype) -> NormOu
     # the dtype of its result, which is the shape that its gradient will have
     between = product._input_metadata[0].dtype if product is not None else None
     product = _before_cast(product)
-    if between not in (torch.float32, dtype) or product.name() != "MulBackward0":
+    if between not in (torch.float32, dtype) or product is None or product.name() != "MulBackward0":
         return None
     h, scale = _kept_by(product, "self"), _kept_by(product, "other")
     if h is None or scale is None or h.shape != x.shape or scale.shape != (*x.shape[:-1], 1):
         return None
-    if any(each.dtype != torch.float32 or each.device != x.device or not each.is_contiguous() for each in (h, scale)):
+    if any(each.dtype != torch.float32 or not each.is_contiguous() for each in (h, scale)):
+        return None
+    if any(each.device != x.device for each in (h, scale, weight)) or not weight.untyped_storage().nbytes():
         return None
     return NormOutput(product, weight, columns, dtype, rounds=between != torch.float32)
 
 
-def _before_cast(node: Node) -> Node:
-    return node.next_functions[0][0] if node.name() == "ToCopyBackward0" else node
-
-
-def _kept_by(node: Node, side: str) -> Tensor | None:
-    """What a product keeps of one side, if it is kept as it is: hooks may put a number or a file in its place."""
-    # not unpacked: the hooks of offloading can do so once only
-    kept = getattr(getattr(node, f"_raw_saved_{side}"), "data", None)
-    return kept if isinstance(kept, Tensor) else None
-
-
-def _recomputes() -> bool:
+def must_keep_alike() -> bool:
     """Whether this pass may be one of torch's gradient checkpointing, which must keep alike whenever it runs again."""
     if _current_hooks is None:
         return True
     hooks = _current_hooks(True)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+
+
+def alias_of(x: Tensor) -> tuple | None:
+    """What two aliases of one tensor that ZeRO-3 made for two layers have in common; None for any other tensor."""
+    if x.grad_fn is None or x.grad_fn.name() not in _ALIASES:
+        return None
+    node = _before_aliases(x.grad_fn)
+    # the number of a node that a forward pass made is its own; leaves have none
+    if node is None or node.name().endswith("AccumulateGrad"):
+        return None
+    return node._sequence_nr(), x.data_ptr(), x.shape, x.stride()
+
+
+def _before_aliases(node: Node | None) -> Node | None:
+    """The node that made what ZeRO-3 has made aliases of."""
+    while node is not None and node.name() in _ALIASES:
+        node = node.next_functions[0][0]
+    return node
+
+
+def _before_cast(node: Node | None) -> Node | None:
+    return node.next_functions[0][0] if node is not None and node.name() == "ToCopyBackward0" else node
+
+
+def _kept_by(node: Node, side: str) -> Tensor | None:
+    """What a product keeps of one side, if it is a tensor: hooks may put a number or a file in its place."""
+    # not unpacked, which hooks may be able to do once only
+    kept = getattr(getattr(node, f"_raw_saved_{side}"), "data", None)
+    return kept if isinstance(kept, Tensor) else None
+
+
+def _compiles_backward() -> bool:
+    # compiled autograd takes what nodes keep away from them
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and dynamo.config.compiled_autograd

@@ -1,4 +1,4 @@
-"""Layers that read the same tensor keep one copy of the columns that they need of it."""
+"""Layers that read the same tensor keep one copy of the columns that they need of it, or none behind a norm."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
 from axolotl_spft.ops.csr import Mask, used_columns
 from axolotl_spft.ops.linear import kept_columns
-from axolotl_spft.ops.norm_output import NormOutput
+from axolotl_spft.ops.norm_output import NormOutput, alias_of, must_keep_alike, norm_output
 from axolotl_spft.ops.plan import MULTIPLE, Plan, padded
 
 # names, under one parent, of the layers that transformers' models call with one tensor. Where such layers get
@@ -62,6 +61,7 @@ class SharedInput:
         """Forget what was worked out from the masks, and from x."""
         self._union: dict[tuple[str, ...], Tensor] = {}
         self._last: _Kept | None = None
+        self._can_make_again: bool | None = None
 
     def columns(self, adapter_names: tuple[str, ...]) -> Tensor | None:
         """The columns of x that any reader uses for these adapters, for `make_plan`; None for a single reader."""
@@ -80,32 +80,50 @@ class SharedInput:
         return self._union[adapter_names]
 
     def keep(self, x: Tensor, inputs: Tensor, plan: Plan) -> Tensor | NormOutput:
-        """`kept_columns` of x, and of ``inputs``, which is x in the dtype of the computation: once for all readers."""
-        if len(self.readers) == 1 or torch.compiler.is_compiling():
-            return kept_columns(x, inputs, plan)
-        last, state = self._last, _state(x)
-        if last is not None and last.state == state and last.columns is plan.columns:
+        """What backward needs of x, or of ``inputs``, x in the dtype of the computation: once for all readers."""
+        if torch.compiler.is_compiling():
+            return kept_columns(inputs, plan)
+        if len(self.readers) == 1:
+            return self._columns(x, inputs, plan)
+        last, alias, alike = self._last, alias_of(x), must_keep_alike()
+        if last is not None and last.is_of(x, alias) and last.alike == alike and last.columns is plan.columns:
             kept = last.kept()
             if kept is not None and kept.dtype == inputs.dtype:
                 return kept
-        kept = kept_columns(x, inputs, plan)
+        kept = self._columns(x, inputs, plan)
         weak = ref(kept) if isinstance(kept, NormOutput) else TensorWeakRef(kept)
-        self._last = _Kept(StorageWeakRef(x.untyped_storage()), state, plan.columns, weak)
+        self._last = _Kept(TensorWeakRef(x), x._version, alias, alike, plan.columns, weak)
         return kept
 
-
-def _state(x: Tensor) -> tuple:
-    # not x itself: DeepSpeed's ZeRO-3 gives each layer an alias of its own
-    return x.untyped_storage()._cdata, x._version, x.storage_offset(), x.shape, x.stride()
+    def _columns(self, x: Tensor, inputs: Tensor, plan: Plan) -> Tensor | NormOutput:
+        normed = None
+        if self._can_make_again is not False and x.shape[-1] == plan.in_features:
+            normed = norm_output(x, plan.columns, inputs.dtype)
+        if normed is None:
+            return kept_columns(inputs, plan)
+        if normed.hooked or self._can_make_again is None:
+            # a hook of a module may have changed x unseen; one look tells, and it makes a GPU wait once
+            kept = kept_columns(inputs, plan)
+            right = normed.is_right(kept)
+            if not normed.hooked:
+                self._can_make_again = right
+            if not right:
+                return kept
+        return normed
 
 
 class _Kept(NamedTuple):
-    """The columns of x that a layer kept last; by weak references, so that they live as long as backward needs them."""
+    """What a layer kept last of x; by weak references, so that it lives as long as backward needs it."""
 
-    storage: StorageWeakRef  # while it exists, no other storage has the same number
-    state: tuple
+    x: TensorWeakRef
+    version: int
+    alias: tuple | None
+    alike: bool
     columns: Tensor | None
     kept: TensorWeakRef | ref[NormOutput]
+
+    def is_of(self, x: Tensor, alias: tuple | None) -> bool:
+        return self.version == x._version and (self.x() is x or (alias is not None and self.alias == alias))
 
 
 def group_by_input(in_features: Mapping[str, int]) -> list[list[str]]:

@@ -47,7 +47,7 @@ def delta_of(mask, in_features, *args, **kwargs):
 
 
 def linear(x, bias, values, delta, owner):
-    return sparse_linear(x, kept_columns(x, x, delta.plan), bias, values, delta, owner, register_owner(owner))
+    return sparse_linear(x, kept_columns(x, delta.plan), bias, values, delta, owner, register_owner(owner))
 
 
 # columns of x that backward is given: those that the mask uses, more than these, or all
@@ -107,7 +107,7 @@ def test_opcheck(kept):
     weight, mask, values, x, bias = random_case(13, 17, 20)
     plan = make_plan(mask, 17, 40, multiple=1, columns=shared_columns(mask, 17, kept))
     owner = DenseOwner(weight)
-    arguments = (x, kept_columns(x, x, plan), bias, values, *mask, torch.empty(0), *plan, register_owner(owner))
+    arguments = (x, kept_columns(x, plan), bias, values, *mask, torch.empty(0), *plan, register_owner(owner))
     torch.library.opcheck(torch.ops.spft.linear, arguments)
     torch.library.opcheck(torch.ops.spft.select_columns, (x.detach(), torch.tensor([3, 0], dtype=torch.int32)))
 
@@ -129,7 +129,7 @@ def test_an_input_of_another_width_is_refused_before_its_columns_are_read():
     _, mask, _, x, _ = random_case(13, 17, 5)
     plan = delta_of(mask, 17).plan
     with pytest.raises(RuntimeError, match=r"16 features .*not 17"):
-        kept_columns(x[..., :16], x[..., :16], plan)
+        kept_columns(x[..., :16], plan)
 
 
 def test_a_gradient_of_the_gradient_is_refused():
@@ -158,7 +158,7 @@ def test_a_compiled_graph_that_outlives_its_layer_is_a_clear_error():
     weight, mask, values, x, _ = random_case(13, 17, 20)
     owner = DenseOwner(weight)
     plan = make_plan(mask, 17, multiple=1)
-    kept = kept_columns(x, x, plan)
+    kept = kept_columns(x, plan)
     y = torch.ops.spft.linear(x, kept, None, values, *mask, torch.empty(0), *plan, register_owner(owner))
     del owner
     with pytest.raises(SpftError, match="keep the model alive"):

@@ -15,11 +15,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from axolotl_spft import SpftConfig
 from axolotl_spft.bench.kept import kept_for_backward
-from axolotl_spft.ops import linear
 from axolotl_spft.ops.columns import select_normed_columns
 from axolotl_spft.ops.csr import mask_from_positions
 from axolotl_spft.ops.norm_output import norm_output
 from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.tuner import shared_input
 from tests.models import tiny_llama, tiny_qwen2, token_batch, with_adapter
 
 LOW = [torch.bfloat16, torch.float16]
@@ -130,6 +130,25 @@ def test_what_is_not_the_untouched_output_is_not_taken_for_it():
     assert norm_output(norm(torch.randn(3, FEATURES)), SOME, torch.float32) is None
 
 
+def test_what_compiled_autograd_would_take_away_is_not_taken_for_it():
+    import torch._dynamo
+
+    x = norm_of(LlamaRMSNorm)(hidden())
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        assert norm_output(x, SOME, torch.float32) is None
+    assert norm_output(x, SOME, torch.float32) is not None
+
+
+def test_double_precision_is_not_taken_for_it():
+    norm = norm_of(LlamaRMSNorm)
+    norm.weight.data = norm.weight.data.double()
+    x = norm(hidden())
+    assert x.dtype == torch.float64
+    assert norm_output(x, SOME, torch.float64) is None
+    # rounding a float32 output to double is no rounding, but the kernels have no such result
+    assert norm_output(norm_of(LlamaRMSNorm)(hidden()), SOME, torch.float64) is None
+
+
 @pytest.mark.parametrize("given", [torch.float64, torch.bfloat16])
 def test_roundings_that_the_kernels_do_not_have_are_not_taken_for_it(given):
     x = norm_of(LlamaRMSNorm, given)(hidden(given))
@@ -210,7 +229,7 @@ def answers(monkeypatch) -> list[bool]:
         answered.append(found is not None)
         return found
 
-    monkeypatch.setattr(linear, "norm_output", ask)
+    monkeypatch.setattr(shared_input, "norm_output", ask)
     return answered
 
 
@@ -284,6 +303,102 @@ def test_checkpointing_keeps_alike_in_both_passes(answers, reentrant):
     # reentrant: first without gradients, which asks for nothing, then as without checkpointing
     assert set(answers) == {reentrant}
     assert_same_bits(got, expected)
+
+
+def same_without(monkeypatch, model, run) -> None:
+    """The gradients of ``run`` are those of copies that are kept."""
+    got = gradients(model, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_input, "norm_output", lambda *_: None)
+        assert_same_bits(got, gradients(model, run))
+
+
+@pytest.mark.parametrize("inside", [("q_proj",), ("k_proj",), ("q_proj", "k_proj"), ("v_proj",), ("k_proj", "v_proj")])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_readers_inside_and_outside_of_a_checkpoint(monkeypatch, inside, passes):
+    model, inputs = adapted_block(), [torch.randn(5, FEATURES, requires_grad=True) for _ in range(2)]
+    block = model.base_model.model
+
+    def loss(x):
+        x = block.norm(block.before(x))
+        q, k, v = (
+            checkpoint(layer, x, use_reentrant=False) if name in inside else layer(x)
+            for name, layer in block.named_children()
+            if name.endswith("_proj")
+        )
+        return (q * k + v).square().sum()
+
+    same_without(monkeypatch, model, lambda: sum([loss(x) for x in inputs[:passes]]))
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack"),
+    [(lambda t: 2 * t, lambda t: t / 2), (torch.neg, torch.neg), (torch.Tensor.clone, torch.Tensor.clone)],
+    ids=["doubled", "negated", "cloned"],
+)
+def test_hooks_that_keep_other_tensors(monkeypatch, pack, unpack):
+    model, x = adapted_block(), torch.randn(5, FEATURES, requires_grad=True)
+
+    def run():
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return model(x).square().sum()
+
+    gradients(model, lambda: model(x).square().sum())
+    same_without(monkeypatch, model, run)
+
+
+def test_hooks_that_can_unpack_once_only(monkeypatch):
+    model, x = adapted_block(), torch.randn(5, FEATURES, requires_grad=True)
+
+    def run():
+        kept = {}
+
+        def pack(tensor):
+            placeholder = torch.zeros_like(tensor)
+            kept[id(placeholder)] = tensor, placeholder
+            return placeholder
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda placeholder: kept.pop(id(placeholder))[0]):
+            return model(x).square().sum()
+
+    same_without(monkeypatch, model, run)
+
+
+@pytest.mark.parametrize("change", ["output", "weight"])
+def test_what_a_modules_hook_changes_unseen(monkeypatch, answers, change):
+    norm = norm_of(LlamaRMSNorm)
+    model, x = adapted_block(norm), torch.randn(5, FEATURES, requires_grad=True)
+
+    def hook(_, inputs, output):
+        (output if change == "output" else norm.weight).data.mul_(1.5)
+
+    norm.register_forward_hook(hook)
+    weight = norm.weight.detach().clone()
+
+    def run():
+        norm.weight.data.copy_(weight)
+        return model(x).square().sum()
+
+    same_without(monkeypatch, model, run)
+    assert answers
+
+
+def test_a_layer_behind_a_detached_output(monkeypatch):
+    model, x = adapted_block(), torch.randn(5, FEATURES, requires_grad=True)
+    block = model.base_model.model
+
+    def run():
+        y = block.norm(block.before(x))
+        block.q_proj(y)
+        k, v = block.k_proj(y.detach()).square().sum(), block.v_proj(y).square().sum()
+        v.backward()
+        return k
+
+    def backward():
+        loss = run() + block.q_proj(block.norm(block.before(x))).square().sum()
+        return loss
+
+    same_without(monkeypatch, model, backward)
 
 
 def test_models_work_when_deep_copied_with_a_graph_alive():
