@@ -11,6 +11,7 @@ layers keep.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -95,11 +96,9 @@ def norm_output(x: Tensor, columns: Tensor | None, dtype: torch.dtype) -> NormOu
     if between not in (torch.float32, dtype) or product is None or product.name() != "MulBackward0":
         return None
     h, scale = _kept_by(product, "self"), _kept_by(product, "other")
-    if h is None or scale is None or h.shape != x.shape or scale.shape != (*x.shape[:-1], 1):
+    if not _fits(h, x.shape, x.device) or not _fits(scale, (*x.shape[:-1], 1), x.device):
         return None
-    if any(each.dtype != torch.float32 or not each.is_contiguous() for each in (h, scale)):
-        return None
-    if any(each.device != x.device for each in (h, scale, weight)) or not weight.untyped_storage().nbytes():
+    if weight.device != x.device or not weight.untyped_storage().nbytes():
         return None
     return NormOutput(product, weight, columns, dtype, rounds=between != torch.float32)
 
@@ -137,8 +136,19 @@ def _before_cast(node: Node | None) -> Node | None:
 def _kept_by(node: Node, side: str) -> Tensor | None:
     """What a product keeps of one side, if it is a tensor: hooks may put a number or a file in its place."""
     # not unpacked, which hooks may be able to do once only
-    kept = getattr(getattr(node, f"_raw_saved_{side}"), "data", None)
+    saved = node._raw_saved_self if side == "self" else node._raw_saved_other
+    kept = getattr(saved, "data", None)
     return kept if isinstance(kept, Tensor) else None
+
+
+def _fits(kept: Tensor | None, shape: Sequence[int], device: torch.device) -> bool:
+    return (
+        kept is not None
+        and kept.shape == shape
+        and kept.dtype == torch.float32
+        and kept.device == device
+        and kept.is_contiguous()
+    )
 
 
 def _compiles_backward() -> bool:
