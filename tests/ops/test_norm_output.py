@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ LOW = [torch.bfloat16, torch.float16]
 DTYPES = [*LOW, torch.float32]
 NORMS = [LlamaRMSNorm, Qwen3RMSNorm, Gemma2RMSNorm]
 FEATURES = 37
+NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="there is no C compiler")
 SOME = torch.tensor([0, 3, 4, 20, 36, 36], dtype=torch.int32)
 
 
@@ -65,14 +67,15 @@ def test_columns_have_the_bits_of_the_output(kind, columns, trained, given, weig
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [*[(dtype, "auto") for dtype in DTYPES]]
+    + [pytest.param(dtype, "c", marks=NEEDS_COMPILER) for dtype in (torch.bfloat16, torch.float32)],
+)
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("columns", [SOME, None], ids=["some", "all"])
 @pytest.mark.parametrize("tokens", [0, 1, 8, 13, 300])
-@pytest.mark.parametrize("backend", ["c", "auto"])
-def test_kernels_compute_what_torch_does(dtype, rounds, columns, tokens, backend):
-    if backend == "c" and dtype == torch.float16:
-        pytest.skip("there is no C kernel for it")
+def test_kernels_compute_what_torch_does(dtype, backend, rounds, columns, tokens):
     h, scale = torch.randn(tokens, FEATURES), torch.rand(tokens, 1)
     if tokens:
         h[0, :4], scale[0] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40]), 1
@@ -85,6 +88,7 @@ def test_kernels_compute_what_torch_does(dtype, rounds, columns, tokens, backend
     )
 
 
+@NEEDS_COMPILER
 def test_shapes_that_do_not_fit_are_refused_before_memory_is_read():
     h, scale, weight = torch.randn(3, FEATURES), torch.rand(3, 1), torch.randn(len(SOME))
     for wrong in ((h[:2], scale, weight), (h, scale, weight[1:])):
