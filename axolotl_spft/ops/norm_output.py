@@ -90,8 +90,10 @@ def norm_output(x: Tensor, columns: Tensor | None, dtype: torch.dtype) -> NormOu
             break
     else:
         return None
-    # the dtype of its result, which is the shape that its gradient will have
-    between = product._input_metadata[0].dtype if product is not None else None
+    if product is None:
+        return None
+    # of the gradient that the node takes, which is that of the forward pass's result
+    between = product._input_metadata[0].dtype
     product = _before_cast(product)
     if between not in (torch.float32, dtype) or product is None or product.name() != "MulBackward0":
         return None

@@ -101,15 +101,14 @@ class SharedInput:
             normed = norm_output(x, plan.columns, inputs.dtype)
         if normed is None:
             return kept_columns(inputs, plan)
-        if normed.hooked or self._can_make_again is None:
-            # a hook of a module may have changed x unseen; one look tells, and it makes a GPU wait once
-            kept = kept_columns(inputs, plan)
-            right = normed.is_right(kept)
-            if not normed.hooked:
-                self._can_make_again = right
-            if not right:
-                return kept
-        return normed
+        if self._can_make_again and not normed.hooked:
+            return normed
+        # a hook of a module may have changed x unseen; one look tells, and it makes a GPU wait once
+        kept = kept_columns(inputs, plan)
+        right = normed.is_right(kept)
+        if not normed.hooked:
+            self._can_make_again = right
+        return normed if right else kept
 
 
 class _Kept(NamedTuple):

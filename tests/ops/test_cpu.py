@@ -12,7 +12,7 @@ from torch import nn
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops import cpu, cpu_library
-from axolotl_spft.ops.columns import select_columns
+from axolotl_spft.ops.columns import select_columns, select_normed_columns
 from axolotl_spft.ops.csr import Mask, mask_from_positions
 from axolotl_spft.ops.dispatch import use_c
 from axolotl_spft.ops.plan import make_plan
@@ -106,6 +106,24 @@ def test_columns_are_copied(processor, dtype, tokens):
         got = select_columns(x, columns.to(index), backend="c")
         assert torch.equal(got, x[:, columns])
         assert got.t().is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("columns", [[0, 3, 4, 20, 36, 36], None], ids=["some", "all"])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 13, 300])
+def test_columns_of_a_norm_have_the_bits_of_torch(processor, dtype, rounds, columns, tokens):
+    h, scale = torch.randn(tokens, 37), torch.rand(tokens, 1)
+    if tokens:
+        h[0, :4], scale[0] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40]), 1
+    weight = torch.randn(37 if columns is None else len(columns))
+    columns = None if columns is None else torch.tensor(columns, dtype=torch.int32)
+    arguments = (h, scale, weight, columns, dtype, rounds)
+    expected = select_normed_columns(*arguments, backend="torch")
+    assert expected.shape == (tokens, len(weight))
+    for backend in ("c", "auto"):
+        got = select_normed_columns(*arguments, backend=backend)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -235,6 +253,10 @@ def test_what_does_not_fit_is_refused_before_its_memory_is_read():
     with pytest.raises(ValueError, match="do not fit"):
         assign_sum_(weight, mask, values.to(torch.bfloat16), values, backend="c")
     assert not weight.any()
+    h, scale, columns = torch.randn(3, 8), torch.rand(3, 1), torch.tensor([0, 3], dtype=torch.int32)
+    for bad in ((h[:2], scale, torch.randn(2)), (h, scale, torch.randn(1))):
+        with pytest.raises(ValueError, match="do not fit"):
+            select_normed_columns(*bad, columns, torch.float32, False, backend="c")
 
 
 def test_without_a_compiler_a_warning_says_so_once_and_torch_goes_on(monkeypatch):
