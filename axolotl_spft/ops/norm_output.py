@@ -19,11 +19,10 @@ from torch.autograd.graph import Node
 
 from axolotl_spft.ops.columns import select_normed_columns
 from axolotl_spft.ops.dispatch import DTYPES
+from axolotl_spft.ops.saved_hooks import are_hooked, must_keep_alike
 
 # what DeepSpeed's ZeRO-3 passes each module's inputs and outputs through
 _ALIASES = ("PostBackwardFunctionModuleBackward", "PreBackwardFunctionForModuleBackward")
-# None before torch 2.8
-_current_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class NormOutput:
@@ -41,7 +40,7 @@ class NormOutput:
         weight = weight.detach()
         weight = weight.clone() if columns is None else weight.index_select(0, columns)
         self._weight = weight.to(torch.float32)
-        self.hooked = _current_hooks(True) is not None
+        self.hooked = are_hooked()
         self.readers = self._left = 0
         self._made: Tensor | None = None
 
@@ -103,14 +102,6 @@ def norm_output(x: Tensor, columns: Tensor | None, dtype: torch.dtype) -> NormOu
     if weight.device != x.device or not weight.untyped_storage().nbytes():
         return None
     return NormOutput(product, weight, columns, dtype, rounds=between != torch.float32)
-
-
-def must_keep_alike() -> bool:
-    """Whether this pass may be one of torch's gradient checkpointing, which must keep alike whenever it runs again."""
-    if _current_hooks is None:
-        return True
-    hooks = _current_hooks(True)
-    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 def alias_of(x: Tensor) -> tuple | None:

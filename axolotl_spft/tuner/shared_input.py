@@ -12,8 +12,9 @@ from torch.utils.weak import TensorWeakRef
 
 from axolotl_spft.ops.csr import Mask, used_columns
 from axolotl_spft.ops.linear import kept_columns
-from axolotl_spft.ops.norm_output import NormOutput, alias_of, must_keep_alike, norm_output
+from axolotl_spft.ops.norm_output import NormOutput, alias_of, norm_output
 from axolotl_spft.ops.plan import MULTIPLE, Plan, padded
+from axolotl_spft.ops.saved_hooks import keeps_shapes_only, must_keep_alike, shape_only
 
 # names, under one parent, of the layers that transformers' models call with one tensor. Where such layers get
 # different ones all the same, as in cross-attention, each keeps a copy of its own, of a few columns more
@@ -83,6 +84,8 @@ class SharedInput:
         """What backward needs of x, or of ``inputs``, x in the dtype of the computation: once for all readers."""
         if torch.compiler.is_compiling():
             return kept_columns(inputs, plan)
+        if plan.columns is not None and keeps_shapes_only():
+            return shape_only(inputs, inputs.shape[:-1].numel(), plan.columns.numel())
         if len(self.readers) == 1:
             return self._columns(x, inputs, plan)
         last, alias, alike = self._last, alias_of(x), must_keep_alike()

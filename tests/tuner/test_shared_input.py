@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from axolotl_spft import SpftConfig
 from axolotl_spft.ops.csr import Mask, mask_from_positions
+from axolotl_spft.ops.linear import kept_columns
 from axolotl_spft.ops.plan import MULTIPLE
 from axolotl_spft.tuner import shared_input
 from axolotl_spft.tuner.shared_input import group_by_input
@@ -70,10 +73,20 @@ def kept_columns_of(model, *inputs) -> tuple[torch.Tensor, list[int]]:
 
 
 def gradients(model, *inputs) -> dict[str, torch.Tensor]:
-    model.zero_grad()
     y, _ = kept_columns_of(model, *inputs)
+    return gradients_of(model, y)
+
+
+def gradients_of(model, y) -> dict[str, torch.Tensor]:
+    model.zero_grad()
     y.square().sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        assert torch.equal(gradient, expected[name]), name
 
 
 def dense_gradients(model, *inputs) -> dict[str, torch.Tensor]:
@@ -205,6 +218,48 @@ def test_nothing_is_copied_without_gradients(monkeypatch):
         model(torch.randn(TOKENS, WIDTH))
     model.requires_grad_(False)
     model(torch.randn(TOKENS, WIDTH, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_checkpoint_copies_in_its_last_pass_only(monkeypatch, nested):
+    model, x = adapted(), torch.randn(TOKENS, WIDTH)
+    attention, copied = model.base_model.model, []
+    expected = gradients(model, x)
+
+    def counted(inputs, plan):
+        copied.append(plan.columns.numel() // BAND)
+        return kept_columns(inputs, plan)
+
+    monkeypatch.setattr(shared_input, "kept_columns", counted)
+    own, passes = attention.forward, 0
+
+    def forward(x):
+        nonlocal passes
+        passes += 1
+        return own(x)
+
+    def inner(x):
+        return checkpoint(forward, x, use_reentrant=False)
+
+    y = checkpoint(inner if nested else forward, x, use_reentrant=False)
+    assert not copied
+    assert_same_bits(gradients_of(model, y), expected)
+    assert passes == 2
+    # of the three readers' input once, and of the last layer's own
+    assert copied == [5, 1]
+
+
+def test_a_selective_checkpoint_sees_the_same_operations_in_both_passes():
+    model, x = adapted(), torch.randn(TOKENS, WIDTH)
+    expected = gradients(model, x)
+
+    def saves(_, function, *args, **kwargs):
+        saved = function in (torch.ops.aten.mm.default, torch.ops.aten.index_select.default)
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, saves)
+    y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+    assert_same_bits(gradients_of(model, y), expected)
 
 
 def test_autocast_copies_in_its_own_dtype():
