@@ -53,6 +53,7 @@ def memory_per_rank(
     others: tuple[int, int] = (0, 4),
     buckets: int = 0,
     reads_gradients: bool = True,
+    shares_rows: bool = False,
 ) -> MemoryPerRank:
     """The bytes that one rank needs.
 
@@ -68,6 +69,7 @@ def memory_per_rank(
         buckets: elements of DeepSpeed's buckets, which it allocates whole to send gradients from.
         others: entries of the parameters that are trained whole (``modules_to_save``), and the bytes of each.
         reads_gradients: whether a salience pass collects dense gradients.
+        shares_rows: whether each rank accumulates its own rows of them only; under ZeRO-3 it always does.
     """
     trained = [(nnz, value_bytes), others]
     count, values = sum(entries for entries, _ in trained), sum(entries * each for entries, each in trained)
@@ -86,7 +88,8 @@ def memory_per_rank(
         gradients = values * (2 if world > 1 else 1)
         masters = sum(4 * entries for entries, each in trained if each < 4)
     optimizer = (count * _MOMENT_BYTES[state_bits] + masters) / (world if stage else 1)
-    salience = (4 * sum(entries) / (world if stage == 3 else 1) + 4 * max(entries)) if reads_gradients else 0
+    accumulators = 4 * sum(entries) / (world if stage == 3 or shares_rows else 1)
+    salience = accumulators + 4 * max(entries) if reads_gradients else 0
     return MemoryPerRank(
         base=-(-base_bytes // world) if stage == 3 else base_bytes,
         values=-(-values // (world if stage == 3 else 1)),

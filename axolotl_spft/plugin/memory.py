@@ -8,22 +8,26 @@ from torch import nn
 
 from axolotl_spft.budget import total_budget
 from axolotl_spft.engine.memory import MemoryPerRank, memory_per_rank
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.salience.collect import should_share_rows
 from axolotl_spft.salience.prepare import adapted_layers
 from axolotl_spft.salience.scores import NEEDS_GRADIENT
 
 
-def memory_of_run(model: nn.Module, args: Any, engine: str, world: int, state_bits: int) -> MemoryPerRank:
+def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_bits: int) -> MemoryPerRank:
     """The bytes on one rank.
 
     Args:
         model: a `PeftModel` whose active adapter is of this package, with a mask or without one yet.
         args: the trainer's `TrainingArguments`.
         engine: of `engine_of`.
+        ranks: of the run.
         state_bits: of the optimizer's moments.
     """
     adapter = model.active_adapter
     config = model.peft_config[adapter]
-    layers = [layer for layer in adapted_layers(model).values() if adapter in layer.spft_values]
+    named = {name: layer for name, layer in adapted_layers(model).items() if adapter in layer.spft_values}
+    layers = list(named.values())
     shapes = [(layer.out_features, layer.in_features) for layer in layers]
     held = sum(layer.mask(adapter).nnz for layer in layers)
     values = {id(layer.spft_values[adapter]) for layer in layers}
@@ -38,11 +42,12 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, world: int, state_bi
         value_bytes=2 if low_precision else first.spft_values[adapter].element_size(),
         original_bytes=base_layer.weight.element_size() if first.in_place else 0,
         engine=engine,
-        world=world,
+        world=ranks.world,
         state_bits=state_bits,
         buckets=_bucket_elements(args),
         others=(sum(map(_numel, others)), 2 if low_precision or not others else others[0].element_size()),
         reads_gradients=not held and config.salience in NEEDS_GRADIENT,
+        shares_rows=should_share_rows(named, ranks),
     )
 
 

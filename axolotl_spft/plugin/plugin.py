@@ -95,7 +95,7 @@ class SpftPlugin(BasePlugin):
         checkpoint = checkpoint_to_resume(cfg, ranks, engine)
         if checkpoint:
             _install_checkpoint_mask(model, checkpoint)
-        LOG.info("%s", memory_of_run(model, trainer.args, engine, ranks.world, OPTIMIZERS.get(cfg.optimizer, 32)))
+        LOG.info("%s", memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(cfg.optimizer, 32)))
         if checkpoint:
             LOG.info("Sparse mask: the one of the checkpoint %s", checkpoint)
         elif has_mask(model):

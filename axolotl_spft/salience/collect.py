@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -12,6 +13,8 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.ops.products import matmul
 
 _ONE_PROCESS = Ranks()
+# an expert that is a module of its own
+_EXPERT = re.compile(r"\bexperts?\.\d+\.")
 
 
 class _Probe(torch.autograd.Function):
@@ -26,12 +29,22 @@ class _Probe(torch.autograd.Function):
         return grad_y, None
 
 
-def accumulator_device(entries: int, device: torch.device) -> torch.device:
-    """The layers' own device while half of its free memory holds ``entries`` float32 accumulators, else the host."""
-    if device.type != "cuda":
-        return device
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return device if 4 * entries <= free_bytes // 2 else torch.device("cpu")
+def fits(entries: int, device: torch.device) -> bool:
+    """Whether half of a GPU's free memory holds ``entries`` float32 accumulators; of a host's there is no limit."""
+    return device.type != "cuda" or 4 * entries <= torch.cuda.mem_get_info(device)[0] // 2
+
+
+def should_share_rows(layers: Mapping[str, nn.Module], ranks: Ranks) -> bool:
+    """Whether each rank should accumulate its own rows only, by the memory of this one.
+
+    Whole accumulators on the host would be as many copies there as it has ranks, and each backward pass would move all
+    gradients to it.
+    """
+    # a rank that routes nothing to an expert would not take part in sending its gradient
+    if ranks.world == 1 or any(_EXPERT.search(name) for name in layers):
+        return False
+    entries = sum(layer.out_features * layer.in_features for layer in layers.values())
+    return not all(fits(entries, device) for device in _devices_of(layers))
 
 
 @contextmanager
@@ -55,13 +68,16 @@ def gathered_gradients(
         name -> accumulator, float32: (out_features, in_features), or this rank's rows of it.
     """
     sums: dict[str, Tensor] = {}
-    rows = {name: ranks.rows(layer.out_features) if sharded else slice(0, layer.out_features)
-            for name, layer in layers.items()}  # fmt: skip
-    entries = sum((rows[name].stop - rows[name].start) * layer.in_features for name, layer in layers.items())
+    shapes = {}
+    for name, layer in layers.items():
+        rows = ranks.rows(layer.out_features) if sharded else slice(0, layer.out_features)
+        shapes[name] = rows.stop - rows.start, layer.in_features
+    entries = sum(n_rows * in_features for n_rows, in_features in shapes.values())
+    # before any is made, which leaves less free memory for the next
+    placed = {device: device if fits(entries, device) else torch.device("cpu") for device in _devices_of(layers)}
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            device = accumulator_device(entries, _device_of(layer))
-            sums[name] = torch.zeros(rows[name].stop - rows[name].start, layer.in_features, device=device)
+            sums[name] = torch.zeros(shapes[name], device=placed[_device_of(layer)])
             add = _adder_to_shard(sums[name], layer.out_features, ranks) if sharded else _adder(sums[name])
             hooks.callback(layer.register_forward_hook(_gathering_hook(add)).remove)
         embeddings = _input_embeddings(model)
@@ -80,6 +96,10 @@ def reduce_to_shards(sums: dict[str, Tensor], ranks: Ranks) -> None:
 
 def _device_of(layer: nn.Module) -> torch.device:
     return layer.get_base_layer().weight.device if hasattr(layer, "get_base_layer") else layer.weight.device
+
+
+def _devices_of(layers: Mapping[str, nn.Module]) -> set[torch.device]:
+    return {_device_of(layer) for layer in layers.values()}
 
 
 def _adder(total: Tensor) -> Callable[[Tensor, Tensor], None]:

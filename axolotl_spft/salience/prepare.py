@@ -16,7 +16,7 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import gathered_while_used, is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.ops.csr import Mask, mask_from_positions
-from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards
+from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards, should_share_rows
 from axolotl_spft.salience.mask_file import load_masks, save_masks
 from axolotl_spft.salience.release import give_back_memory
 from axolotl_spft.salience.report import MaskReport, report_masks
@@ -198,7 +198,9 @@ def summed_gradients(
     """This rank's rows of each layer's gradient, summed over the batches of all ranks; and the examples read."""
     read = 0
     # where the weights are partitioned, whole accumulators would not fit beside them
-    sharded = ranks.world > 1 and any(is_partitioned(parameter) for parameter in model.parameters())
+    partitioned = ranks.world > 1 and any(is_partitioned(parameter) for parameter in model.parameters())
+    # all ranks or none
+    sharded = partitioned or ranks.sum_numbers(int(should_share_rows(layers, ranks)))[0] > 0
     with (
         untouched_rng(),
         untouched_model(model),

@@ -10,6 +10,7 @@ from peft import get_peft_model
 
 from axolotl_spft import SparseAdamW, SpftConfig, select_mask
 from axolotl_spft.engine.memory import memory_per_rank
+from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.plugin.memory import memory_of_run
 from axolotl_spft.salience.collect import gathered_gradients
 from axolotl_spft.salience.prepare import adapted_layers
@@ -31,9 +32,9 @@ def test_announced_bytes_are_those_of_the_tensors(base, state_bits, modules_to_s
     if base == "4bit":
         model = quantize(model, "4bit")
     model = get_peft_model(model, SpftConfig(density=0.05, samples=2, modules_to_save=modules_to_save))
-    before = memory_of_run(model, ARGUMENTS, "single", 1, state_bits)
+    before = memory_of_run(model, ARGUMENTS, "single", Ranks(), state_bits)
     select_mask(model, [token_batch()])
-    announced = memory_of_run(model, ARGUMENTS, "single", 1, state_bits)
+    announced = memory_of_run(model, ARGUMENTS, "single", Ranks(), state_bits)
     assert before[:-1] == announced[:-1]
     assert (before.salience > 0, announced.salience) == (True, 0)
 
@@ -62,7 +63,7 @@ def test_the_salience_pass_holds_what_was_announced():
     with gathered_gradients(model, layers) as sums:
         accumulators = bytes_of(sums.values())
     largest = max(layer.out_features * layer.in_features for layer in layers.values())
-    assert memory_of_run(model, ARGUMENTS, "single", 1, 32).salience == accumulators + 4 * largest
+    assert memory_of_run(model, ARGUMENTS, "single", Ranks(), 32).salience == accumulators + 4 * largest
 
 
 def test_stages_share_more_and_more():
@@ -84,5 +85,5 @@ def test_deepspeeds_buckets_are_counted():
     arguments = SimpleNamespace(
         bf16=True, fp16=False, hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": zero})
     )
-    with_buckets, without = (memory_of_run(model, each, "zero2", 2, 32) for each in (arguments, ARGUMENTS))
+    with_buckets, without = (memory_of_run(model, each, "zero2", Ranks(0, 2), 32) for each in (arguments, ARGUMENTS))
     assert with_buckets.gradients - without.gradients == 2 * 1000 * 2

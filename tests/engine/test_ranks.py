@@ -17,6 +17,7 @@ from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.csr import positions
+from axolotl_spft.salience import collect
 from axolotl_spft.salience.collect import gathered_gradients
 from axolotl_spft.salience.prepare import adapted_layers, check_same_mask, summed_gradients
 from axolotl_spft.salience.scores import balanced_score
@@ -48,6 +49,7 @@ def everything(folder: str) -> dict:
     return {
         "selected": select_everything(),
         "masks": [mask_of_model(*case) for case in CASES],
+        "too large": masks_where_one_gpu_is_too_small(),
         "tracked": tracked_bytes(),
         "refused": differing_masks(),
         "half": mask_on_one_node(folder),
@@ -82,6 +84,26 @@ def mask_of_model(scope: str, salience: str) -> tuple[list[list[int]], int]:
 def test_ranks_read_their_share_and_end_with_one_mask(by_rank):
     expected = [mask_of_model(*case) for case in CASES]
     assert [found["masks"] for found in by_rank] == [expected, expected]
+
+
+def masks_where_one_gpu_is_too_small() -> tuple[list, bool]:
+    """The same where rank 1 alone has no room for whole accumulators; and whether each rank had its rows only."""
+    ranks, entries = Ranks.current(), []
+
+    def fits(count: int, _) -> bool:
+        entries.append(count)
+        return ranks.rank == 0 or count < max(entries)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "fits", fits)
+        masks = [mask_of_model(*case) for case in CASES]
+    # of the question for all entries, and of that for what is then made
+    return masks, min(entries) < 0.6 * max(entries)
+
+
+def test_ranks_share_rows_where_one_has_no_room_for_all(by_rank):
+    expected = [mask_of_model(*case) for case in CASES]
+    assert [found["too large"] for found in by_rank] == [(expected, True), (expected, True)]
 
 
 class LiveBytes(TorchDispatchMode):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from axolotl_spft.salience.collect import accumulator_device, gathered_gradients
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.salience import collect
+from axolotl_spft.salience.collect import fits, gathered_gradients, should_share_rows
+
+ENTRIES = 1000
 
 
 def test_frozen_layers_that_nothing_trained_precedes_take_part():
@@ -56,5 +61,24 @@ def test_one_dense_gradient_is_alive_at_a_time():
     assert most == 1
 
 
-def test_accumulators_stay_on_the_cpu():
-    assert accumulator_device(1, torch.device("cpu")) == torch.device("cpu")
+@pytest.mark.parametrize(("free", "enough"), [(8 * ENTRIES, True), (8 * ENTRIES - 1, False)])
+def test_accumulators_fit_in_half_of_a_gpus_free_memory(monkeypatch, free, enough):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
+    assert fits(ENTRIES, torch.device("cuda")) == enough
+    assert fits(ENTRIES, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("world", "names", "shared"),
+    [
+        (1, ("q_proj", "k_proj"), False),
+        (2, ("q_proj", "k_proj"), True),
+        # rank 1 may route nothing to an expert that rank 0 runs
+        (2, ("q_proj", "mlp.experts.3.w1"), False),
+    ],
+)
+def test_ranks_share_rows_where_whole_accumulators_do_not_fit(monkeypatch, world, names, shared):
+    layers, ranks = {name: nn.Linear(5, 7) for name in names}, Ranks(0, world)
+    assert not should_share_rows(layers, ranks)
+    monkeypatch.setattr(collect, "fits", lambda entries, _: entries < 2 * 5 * 7)
+    assert should_share_rows(layers, ranks) == shared
