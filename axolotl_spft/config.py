@@ -143,6 +143,14 @@ _OPTIONAL = ("density", "num_values", "match_lora_rank", "exclude_modules", "lay
              "modules_to_save", "seed", "mask_path")  # fmt: skip
 
 
+def _if_text(value: Any) -> str:
+    """What to do about a number that YAML has read as text, like 5e-3."""
+    try:
+        return f" (YAML reads this as text: write {float(value)})" if isinstance(value, str) else ""
+    except ValueError:
+        return ""
+
+
 def check_options(options: Mapping[str, Any]) -> list[str]:
     """Every problem of ``options`` as one sentence each: the key, its value, the rule and what to write instead."""
     problems = []
@@ -160,7 +168,19 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
         except TypeError:
             kept = False
         if not kept:
-            problems.append(f"`{name}: {value}` {rule}")
+            problems.append(f"`{name}: {value}` {rule}{_if_text(value)}")
+    targets = options.get("target_modules")
+    if isinstance(targets, str) and targets.lower() != "all-linear":
+        problems += [
+            f"`{name}: {options[name]}` has no effect on `target_modules: {targets}`, a regular expression of whole "
+            "names: write the layers into it, or list names"
+            for name in ("layers_to_transform", "layers_pattern")
+            if options.get(name)
+        ]
+    elif options.get("layers_pattern") and options.get("layers_to_transform") is None:
+        problems.append(
+            f"`layers_pattern: {options['layers_pattern']}` needs `layers_to_transform`: add the layers' indices"
+        )
     for name in ("target_modules", "exclude_modules"):
         if isinstance(options.get(name), str):
             try:

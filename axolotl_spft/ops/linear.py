@@ -81,7 +81,10 @@ def owners_made() -> int:
 def _owner(number: int) -> WeightOwner:
     owner = _OWNERS.get(number)
     if owner is None:
-        raise SpftError("the layer of this sparse delta was deleted before its backward pass: keep the model alive")
+        raise SpftError(
+            "the layer of this sparse delta no longer exists: keep the model while its graphs run, and export a model "
+            "merged by merge_and_unload(), since a graph asks the layers for their weights"
+        )
     return owner
 
 
@@ -119,7 +122,7 @@ def _backward(
 
 
 def _bias_gradient(grad_y: Tensor) -> Tensor:
-    return grad_y.sum(dim=tuple(range(grad_y.ndim - 1)))
+    return grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
 
 
 def _once_differentiable(backward: Callable) -> Callable:

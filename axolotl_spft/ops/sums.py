@@ -50,6 +50,8 @@ class Sums(NamedTuple):
 def can_collect(weight: Tensor, originals: Tensor, values: Tensor) -> bool:
     """Whether `assign_sums_` can write the sum of these tensors."""
     tensors = (weight, originals, values)
+    if originals.dtype != weight.dtype:
+        return False
     # the C kernel reads the values where they are
     return use_triton("auto", *tensors) or (values.dtype == torch.float32 and use_c("auto", *tensors))
 

@@ -156,7 +156,7 @@ class BaseWeight:
         # not the originals: the adapter may have been merged since
         before = weight.take(self.storage_positions(delta.mask))
         try:
-            assign_sum_(weight, delta.mask, delta.originals, values.detach(), self.transposed)
+            assign_sum_(weight, delta.mask, delta.originals.to(weight.dtype), values.detach(), self.transposed)
             yield self._oriented(weight)
         finally:
             assign_(weight, delta.mask, before, self.transposed)
@@ -173,7 +173,8 @@ class BaseWeight:
         # .data: a layer may run several times before its backward pass, and assigning the same entries again is no
         # change that autograd should refuse; it sees a change of the values by the version of `values`
         weight = self.get_base_layer().weight.data
-        assign_sum_(weight, new.mask, new.originals, new.values, self.transposed)
+        # the base layer may have been cast by itself
+        assign_sum_(weight, new.mask, new.originals.to(weight.dtype), new.values, self.transposed)
         # past torch.nn.Module's own assignment, which takes as long as launching a kernel
         self.__dict__["_written"] = new
         return weight
@@ -182,7 +183,8 @@ class BaseWeight:
         """Put W back, bit for bit, where it holds W + S."""
         if self._written is not None:
             written, self._written = self._written, None
-            assign_(self.get_base_layer().weight.data, written.mask, written.originals, self.transposed)
+            weight = self.get_base_layer().weight.data
+            assign_(weight, written.mask, written.originals.to(weight.dtype), self.transposed)
 
     def _fresh_sum(self, deltas: list[tuple[Tensor, Mask]]) -> Tensor:
         """A new tensor with W plus all deltas (values, mask), in the layout of storage."""

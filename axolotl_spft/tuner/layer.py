@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -131,12 +132,28 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if values is None:
             values = torch.zeros(mask.nnz, dtype=old.dtype)
-        self.spft_values[adapter_name] = nn.Parameter(
-            values.to(device), requires_grad=True if old is None else old.requires_grad
-        )
+        # empty values that were retired are no parameter, and say nothing about whether these are trained
+        trained = old.requires_grad if isinstance(old, nn.Parameter) else adapter_name in self.active_adapters
+        self.spft_values[adapter_name] = nn.Parameter(values.to(device), requires_grad=trained or old is None)
         mask = Mask(*(tensor.to(device) for tensor in mask))
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
         self._keep_originals(adapter_name)
+
+    def add_up(self, adapter_name: str, weights: Mapping[str, float]) -> None:
+        """Make an adapter's S the sum of other adapters' S times their weights, on the positions of all of them."""
+        names = tuple(name for name in weights if name in self.spft_values)
+        mask, places = self._union(names)
+        total = torch.zeros(mask.nnz, dtype=torch.float32, device=mask.columns.device)
+        for name, at in zip(names, places):
+            total.index_add_(0, at, weights[name] * self.spft_values[name].detach().to(torch.float32))
+        self.set_mask(adapter_name, mask, total.to(self.spft_values[names[0]].dtype))
+
+    def _union(self, adapter_names: tuple[str, ...]) -> tuple[Mask, tuple[Tensor, ...]]:
+        """The mask with the positions of all adapters, and where each one's values go in it."""
+        each = [positions(self.mask(name), self.in_features) for name in adapter_names]
+        union = torch.cat(each).unique()
+        places = tuple(torch.searchsorted(union, at) for at in each)
+        return mask_from_positions(union, self.out_features, self.in_features), places
 
     def retire_empty_values(self) -> None:
         """Make the values of adapters without entries buffers, which nothing trains."""
@@ -231,14 +248,15 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         names = () if self.merged_adapters else self._filled_active_adapters()
         if not names and not self.keeps_gathered_weight:
             return self.base_layer(x, *args, **kwargs)
-        if names and names not in self._deltas:
-            self._deltas[names] = self._make_delta(names)
+        if names:
+            _have_delta(self, names)
         if self.forward_only:
             delta, places = self._deltas[names]
             y = self.base_layer(x, *args, **kwargs)
             return add_sparse_branch(y, x, self._values(names, delta, places), delta.mask, delta.plan)
         base_layer = self.get_base_layer()
-        autocast = torch.is_autocast_enabled(x.device.type)
+        # which leaves double precision alone
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         if autocast:
             dtype = torch.get_autocast_dtype(x.device.type)
         elif self.quantization_backend is not None:
@@ -285,13 +303,12 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
     def _make_delta(self, names: tuple[str, ...]) -> tuple[Delta, tuple[Tensor, ...]]:
         mask, places = self.mask(names[0]), ()
-        if len(names) > 1:
-            each = [positions(self.mask(name), self.in_features) for name in names]
-            union = torch.cat(each).unique()
-            mask = mask_from_positions(union, self.out_features, self.in_features)
-            places = tuple(torch.searchsorted(union, at) for at in each)
-        originals = self._originals(names[0]) if len(names) == 1 else self.read_originals(mask)
-        plan = make_plan(mask, self.in_features, columns=self._shared_input.columns(names))
+        # training later must be able to keep what an evaluation has made
+        with torch.inference_mode(False), torch.no_grad():
+            if len(names) > 1:
+                mask, places = self._union(names)
+            originals = self._originals(names[0]) if len(names) == 1 else self.read_originals(mask)
+            plan = make_plan(mask, self.in_features, columns=self._shared_input.columns(names))
         return Delta(mask, originals, plan), places
 
     def extra_repr(self) -> str:
@@ -300,6 +317,13 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
     def __repr__(self) -> str:
         return "spft." + super().__repr__()
+
+
+@torch.compiler.assume_constant_result
+def _have_delta(layer: SpftLinear, names: tuple[str, ...]) -> None:
+    """Make the delta of these adapters if there is none yet: torch.compile runs this while it traces the layer."""
+    if names not in layer._deltas:
+        layer._deltas[names] = layer._make_delta(names)
 
 
 def _base_weight_loaded(layer: SpftLinear, _: Any) -> None:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING, get_quantization_kwargs
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft.budget import layer_budgets
 from axolotl_spft.config import SpftConfig
 from axolotl_spft.engine.zero3 import is_partitioned
-from axolotl_spft.errors import SpftFileError
+from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.ops.csr import mask_from_positions
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.state import base_shapes_of, check_state, spft_layers
+from axolotl_spft.tuner.targets import check_target
 from axolotl_spft.tuner.write_ahead import WriteAhead
 
 _SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.", "._originals_")
@@ -38,6 +40,78 @@ class SpftModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
     _handles: Sequence[RemovableHandle] = ()
     _ahead: WriteAhead | None = None
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        # PEFT's own way in gives a dict
+        if isinstance(peft_config, SpftConfig) and peft_config.nnz is not None:
+            raise SpftError(
+                f"adapter `{adapter_name}` is a saved SPFT adapter of {peft_config.nnz} values, which is not loaded by "
+                "transformers or inject_adapter_in_model(): load the base model, then "
+                "`peft.PeftModel.from_pretrained(model, folder)`"
+            )
+        # adapters whose values' dtype is settled
+        self._has_dtype: set[str] = set()
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add the adapter with S = sum over i of weights[i] S_i, on the positions of all of them.
+
+        It is not made active.
+
+        Args:
+            adapters: names of adapters of this model.
+            weights: one of each.
+            adapter_name: a new name.
+            combination_type: ``linear`` is the only one: the others of LoRA's are about matrices of low rank.
+
+        Raises:
+            SpftError: the arguments, or the adapters, do not allow it.
+        """
+        problem = self._problem_of_sum(adapters, weights, adapter_name, combination_type)
+        if problem:
+            raise SpftError(f"add_weighted_adapter: {problem}")
+        layers = {
+            name: layer for name, layer in spft_layers(self.model).items() if set(adapters) & set(layer.spft_values)
+        }
+        self.peft_config[adapter_name] = config = replace(
+            self.peft_config[adapters[0]],
+            **dict.fromkeys(("density", "match_lora_rank", "exclude_modules", "layers_to_transform", "layers_pattern")),
+            num_values=1,
+            target_modules=list(layers),
+            mask_path=None,
+            init_weights=True,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        summed: dict[str, float] = {}
+        for name, weight in zip(adapters, weights):
+            summed[name] = summed.get(name, 0.0) + weight
+        for layer in layers.values():
+            layer.add_up(adapter_name, summed)
+        config.nnz = config.num_values = sum(layer.mask(adapter_name).nnz for layer in layers.values())
+        config.base_shapes, config.mask_source = base_shapes_of(layers), {"sum of": summed}
+
+    def _problem_of_sum(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    ) -> str | None:
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            return f"`adapters: {list(adapters)}` must name adapters of this model, which are {list(self.peft_config)}"
+        if len(weights) != len(adapters):
+            return f"there are {len(adapters)} adapters, but {len(weights)} weights: give one for each"
+        if adapter_name in self.peft_config:
+            return f"there is an adapter `{adapter_name}` already: choose another name, or delete_adapter() it first"
+        if combination_type != "linear":
+            return f"`combination_type: {combination_type}` must be linear"
+        if self._has_auxiliary_modules():
+            return "adapters with `modules_to_save` cannot be added up: merge one of them into the base model instead"
+        if any(layer.merged for layer in spft_layers(self.model).values()):
+            return "an adapter is merged: call unmerge_adapter() first"
+        if not any(layer.mask(name).nnz for layer in spft_layers(self.model).values() for name in adapters
+                   if name in layer.spft_values):  # fmt: skip
+            return f"the adapters {list(adapters)} hold no values yet: call select_mask() first"
+        return None
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -57,6 +131,24 @@ class SpftModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if not config.init_weights:
             self._fill_randomly(adapter_name, config)
+
+    def _check_target_module_exists(self, peft_config: SpftConfig, key: str) -> Any:
+        # PEFT asks for a layer's index only where a name is the ending of a module's; those of all-linear are whole
+        targets = peft_config.target_modules
+        if peft_config.layers_to_transform is not None and not isinstance(targets, str) and key in targets:
+            peft_config = copy.copy(peft_config)
+            peft_config.target_modules = {key.rpartition(".")[2]}
+        return super()._check_target_module_exists(peft_config, key)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # once: a trainer loads its checkpoint into the adapter it resumes, whose values have the dtype that was chosen
+        if adapter_name not in self._has_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            self._has_dtype.add(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._has_dtype.discard(adapter_name)
 
     def _write_ahead(self, model: nn.Module) -> None:
         self._stop_writing_ahead()
@@ -81,6 +173,15 @@ class SpftModel(BaseTuner):
             layer.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise SpftError(
+                "`adapter_names`, an adapter for each example of a batch, is not supported: call set_adapter() and run "
+                "the examples of each adapter by themselves"
+            )
+        yield
+
     def disable_adapter_layers(self) -> None:
         if self._ahead is not None:
             self._ahead.restore()
@@ -96,7 +197,7 @@ class SpftModel(BaseTuner):
             target.add_empty_adapter(adapter_name)
             return
         quantization = get_quantization_kwargs(self)
-        _check_target(target, current_key, quantization)
+        check_target(target, current_key, quantization)
         new_module = SpftLinear(target, adapter_name, **quantization)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
@@ -152,28 +253,22 @@ class SpftModel(BaseTuner):
             self.unload()
 
 
-def _check_target(target: nn.Module, name: str, quantization: dict) -> None:
-    base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if isinstance(base_layer, (nn.Linear, Conv1D)):
-        return
-    backend = resolve_quantization_backend(base_layer, **quantization)
-    if backend is None or backend.layer_type != "linear":
-        raise TypeError(
-            f"Target module `{name}` is a {type(base_layer).__name__}, which is not supported: target "
-            "torch.nn.Linear, transformers' Conv1D or a quantized linear layer, or name it in `exclude_modules`"
-        )
-
-
 def _mark_shared_weights(model: nn.Module) -> None:
     """Tell each sparse layer whether another module uses its weight too, as tied embeddings do."""
     users: Counter[int] = Counter()
     for module in model.modules():
         for child in module._modules.values():
             if child is not None:
-                users.update({id(parameter) for parameter in child._parameters.values() if parameter is not None})
+                users.update({_place(parameter) for parameter in child._parameters.values() if parameter is not None})
     for layer in spft_layers(model).values():
         weight = layer.get_base_layer()._parameters.get("weight")
-        layer.share_weight(weight is not None and users[id(weight)] > 1)
+        layer.share_weight(weight is not None and users[_place(weight)] > 1)
+
+
+def _place(parameter: nn.Parameter) -> tuple[str, int]:
+    """What parameters that are the same, or lie in the same memory, have in common."""
+    # those on the meta device, and those that ZeRO-3 has partitioned, are nowhere
+    return ("address", parameter.data_ptr()) if parameter.data_ptr() else ("id", id(parameter))
 
 
 def _mark_shared_inputs(model: nn.Module) -> None:

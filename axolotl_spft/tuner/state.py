@@ -86,7 +86,10 @@ def check_state(
         total += values.numel()
     problems.extend(f"{key.removeprefix(prefix)}: the model has no such targeted module" for key in given - known)
     if not problems and nnz is not None and total != nnz:
-        problems.append(f"{total} values in the file, but the adapter's config records nnz: {nnz}")
+        problems.append(
+            f"{total} values in the file, but the adapter's config records nnz: {nnz} (if that is another adapter of "
+            f"the same name, delete_adapter({adapter_name!r}) first)"
+        )
     if not problems and base_shapes is not None and base_shapes != base_shapes_of(layers):
         problems.append("the targeted modules' names or shapes are not those that the adapter's config records")
     if problems:

@@ -148,6 +148,62 @@ def test_casting_casts_the_base_weight_itself(dtype):
     torch.testing.assert_close(layer(x), reference(layer, x), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("cast", ["data", "base layer"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_a_base_weight_that_is_cast_by_itself(cast, dtypes):
+    """As `peft.prepare_model_for_kbit_training` does, while the weight holds W + S."""
+    model = with_adapter(tiny_llama(dtypes[0]))
+    weights = weights_of(tiny_llama(dtypes[0]))
+    logits(model)
+    for layer in adapted_layers(model).values():
+        if cast == "data":
+            layer.base_layer.weight.data = layer.base_layer.weight.data.to(dtypes[1])
+        else:
+            layer.base_layer.to(dtypes[1])
+    for _ in range(2):
+        # the second is written by all layers at once
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = logits(model)
+    for name, layer in adapted_layers(model).items():
+        original = weights[f"{name}.weight"].to(dtypes[1])
+        assert torch.equal(layer.get_base_weight(), original)
+        layer(torch.randn(3, layer.in_features, dtype=dtypes[1]))
+        held, expected = layer.base_layer.weight.data, original.float() + layer.get_delta_weight("default").float()
+        torch.testing.assert_close(held, expected.to(dtypes[1]), atol=0, rtol=2e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (logits(model.merge_and_unload()) - got).abs().max() <= 2e-2 * got.abs().max()
+
+
+def test_an_evaluation_in_inference_mode_before_training():
+    model = with_adapter(tiny_llama(), adapter_name="a")
+    model.add_adapter("b", SpftConfig(init_weights=False, density=0.1))
+    model.base_model.set_adapter(["a", "b"])
+    with torch.inference_mode():
+        expected = model(**token_batch()).loss
+    loss = model(**token_batch()).loss
+    assert torch.equal(loss, expected)
+    loss.backward()
+    assert all(layer.spft_values[name].grad.any() for layer in adapted_layers(model).values() for name in "ab")
+
+
+@pytest.mark.parametrize("shape", [(13,), (2, 3, 13)])
+def test_a_trained_bias_has_its_gradient_for_inputs_of_any_shape(shape):
+    layer = make_layer()
+    bias = layer.base_layer.bias.requires_grad_(True)
+    x = torch.randn(shape, requires_grad=True)
+    (got,) = torch.autograd.grad(layer(x).square().sum(), bias)
+    (expected,) = torch.autograd.grad(reference(layer, x).square().sum(), bias)
+    torch.testing.assert_close(got, expected)
+
+
+def test_double_precision_stays_double_under_autocast():
+    layer, x = make_layer(dtype=torch.float64), inputs().double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = layer(x)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, reference(layer, x))
+
+
 def test_in_place_writing_makes_no_copy_of_the_weight():
     layer = make_layer()
     weight = layer.get_base_layer().weight
@@ -167,9 +223,12 @@ def test_in_place_writing_makes_no_copy_of_the_weight():
     assert set(made) <= {weight.untyped_storage().data_ptr()}
 
 
-def test_a_weight_shared_with_another_module_is_never_written_to():
+@pytest.mark.parametrize("shared", ["parameter", "memory"])
+def test_a_weight_shared_with_another_module_is_never_written_to(shared):
     """Tied embeddings: the head is adapted, the embedding must not see it."""
     model = tiny_llama(tie_word_embeddings=True)
+    if shared == "memory":
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.data)
     before = weights_of(model)
     tokens = token_batch()["input_ids"]
     embedded = model.get_input_embeddings()(tokens)

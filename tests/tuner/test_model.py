@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -35,6 +36,10 @@ ATTENTION = {f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in 
         ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, {"model.layers.1.self_attn.q_proj"}),
         ({"target_modules": ["q_proj"], "layers_to_transform": 0}, {"model.layers.0.self_attn.q_proj"}),
         ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, {a for a in ATTENTION if "q_" in a}),
+        (
+            {"exclude_modules": r".*mlp.*", "layers_to_transform": [1], "layers_pattern": "layers"},
+            {f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"},
+        ),
         ({"exclude_modules": r".*(k_proj|o_proj|mlp).*"}, ATTENTION),
     ],
 )
@@ -226,6 +231,117 @@ def test_a_plain_stack_of_layers():
     assert torch.equal(model(x), expected)
     select_mask(model, [{"input": x}], lambda model, batch: model(batch["input"]).square().sum())
     assert sum(layer.mask("default").nnz for layer in adapted_layers(model).values()) == 7
+
+
+def test_a_weighted_sum_of_adapters():
+    model = with_adapter(tiny_llama(), adapter_name="a", target_modules=["q_proj", "up_proj"])
+    model.add_adapter("b", SpftConfig(target_modules=["q_proj", "down_proj"], init_weights=False, density=0.2))
+    layers, x = adapted_layers(model), token_batch()
+    expected = {}
+    for name, layer in layers.items():
+        each = [(weight, layer.get_delta_weight(one)) for one, weight in (("a", 0.5), ("b", -2.0))
+                if one in layer.spft_values]  # fmt: skip
+        expected[name] = sum(weight * dense for weight, dense in each)
+    model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "sum")
+    assert model.active_adapter == "a"
+    assert not any(layer.spft_values["sum"].requires_grad for layer in layers.values())
+    for name, layer in layers.items():
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected[name])
+    model.set_adapter("sum")
+    model(**x).loss.backward()
+    assert model.peft_config["sum"].nnz == sum(layer.spft_values["sum"].grad.numel() for layer in layers.values())
+
+
+def test_a_weighted_sum_is_saved_and_loaded(tmp_path):
+    model = with_adapter(tiny_llama(), adapter_name="a")
+    model.add_weighted_adapter(["a", "a"], [0.5, 0.25], "sum")
+    model.set_adapter("sum")
+    expected = logits(model)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "sum")), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((["a", "c"], [1, 1], "sum"), "must name adapters of this model, which are ['a', 'b']"),
+        ((["a", "b"], [1], "sum"), "2 adapters, but 1 weights"),
+        ((["a"], [1], "b"), "an adapter `b` already"),
+        ((["a"], [1], "sum", "ties"), "`combination_type: ties` must be linear"),
+        ((["b"], [1], "sum"), "hold no values yet"),
+    ],
+)
+def test_a_sum_that_cannot_be_is_refused_and_changes_nothing(arguments, said):
+    model = with_adapter(tiny_llama(), adapter_name="a")
+    model.add_adapter("b", SpftConfig())
+    with pytest.raises(SpftError, match=re.escape(said)):
+        model.add_weighted_adapter(*arguments)
+    assert set(model.peft_config) == {"a", "b"}
+
+
+def test_no_sum_of_a_merged_adapter():
+    model = with_adapter(tiny_llama(), adapter_name="a")
+    model.merge_adapter()
+    with pytest.raises(SpftError, match=r"merged: call unmerge_adapter\(\) first"):
+        model.add_weighted_adapter(["a"], [1], "sum")
+
+
+def test_an_adapter_for_each_example_is_refused():
+    model = with_adapter(tiny_llama())
+    with pytest.raises(SpftError, match="`adapter_names`, an adapter for each example"):
+        model(**token_batch(), adapter_names=["default", "default"])
+
+
+def test_a_saved_adapter_is_loaded_by_peft_only(tmp_path):
+    with_adapter(tiny_llama()).save_pretrained(tmp_path)
+    plain = tiny_llama()
+    before = weights_of(plain)
+    with pytest.raises(SpftError, match=r"`default` is a saved SPFT adapter of .*PeftModel.from_pretrained\(model"):
+        plain.load_adapter(str(tmp_path))
+    with pytest.raises(SpftError, match="saved SPFT adapter"):
+        inject_adapter_in_model(SpftConfig.from_pretrained(tmp_path), plain)
+    assert same_weights(plain, before)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_values_keep_the_dtype_that_was_chosen_when_their_adapter_is_loaded_again(tmp_path, autocast):
+    torch.manual_seed(0)
+    options = {"autocast_adapter_dtype": autocast}
+    model = get_peft_model(tiny_llama(torch.bfloat16), SpftConfig(init_weights=False, density=0.1), **options)
+    model.save_pretrained(tmp_path)
+
+    def dtypes(model) -> set[torch.dtype]:
+        return {layer.spft_values["default"].dtype for layer in adapted_layers(model).values()}
+
+    chosen = {torch.float32 if autocast else torch.bfloat16}
+    assert dtypes(model) == chosen
+    # as a trainer resumes
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert dtypes(model) == chosen
+    assert dtypes(PeftModel.from_pretrained(tiny_llama(torch.bfloat16), tmp_path, **options)) == chosen
+    model.delete_adapter("default")
+    model.add_adapter("default", SpftConfig(init_weights=False, density=0.1))
+    assert dtypes(model) == {torch.float32}
+
+
+def test_another_adapter_of_the_same_name_is_told_from_a_damaged_file(tmp_path):
+    with_adapter(tiny_llama(), density=0.05).save_pretrained(tmp_path)
+    model = with_adapter(tiny_llama())
+    with pytest.raises(
+        SpftError, match=r"if that is another adapter of the same name, delete_adapter\('default'\) first"
+    ):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_adapters_that_wait_for_their_mask_are_trained_after_it():
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.05), "a")
+    model.add_adapter("b", SpftConfig(density=0.05))
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        select_mask(model, [token_batch()])
+        model(**token_batch()).loss.backward()
+        for layer in adapted_layers(model).values():
+            assert layer.spft_values[name].grad.any()
 
 
 def test_the_mask_cannot_change_while_merged():
