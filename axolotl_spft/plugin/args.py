@@ -24,17 +24,29 @@ _FOREIGN_KEYS = {
     "lora_target_modules": "set `spft.target_modules`",
     "lora_target_linear": "set `spft.target_modules: all-linear`",
     "lora_target_parameters": "leave it out: only linear modules are adapted",
-    "lora_modules_to_save": "set `spft.modules_to_save`",
     "lora_exclude_modules": "set `spft.exclude_modules`",
     "peft_layers_to_transform": "set `spft.layers_to_transform`",
     "peft_layers_pattern": "set `spft.layers_pattern`",
-    "peft_use_dora": "leave it out: it belongs to LoRA",
-    "peft_use_rslora": "leave it out: it belongs to LoRA",
-    "loraplus_lr_ratio": "leave it out: it belongs to LoRA",
-    "relora": "leave it out: it belongs to LoRA",
-    "lora_mlp_kernel": "leave it out: it belongs to LoRA",
-    "lora_qkv_kernel": "leave it out: it belongs to LoRA",
-    "lora_o_kernel": "leave it out: it belongs to LoRA",
+    "peft_trainable_token_indices": "leave it out, or train the embedding whole with `spft.modules_to_save`",
+    **dict.fromkeys(
+        (
+            "peft_use_dora",
+            "peft_use_rslora",
+            "peft_ensure_weight_tying",
+            "peft_init_lora_weights",
+            "peft_layer_replication",
+            "lora_rank_pattern",
+            "lora_alpha_pattern",
+            "peft",
+            "loraplus_lr_ratio",
+            "relora",
+            "lora_embedding_kernel",
+            "lora_mlp_kernel",
+            "lora_qkv_kernel",
+            "lora_o_kernel",
+        ),
+        "leave it out: it belongs to LoRA",
+    ),
     "unfrozen_parameters": "set `spft.modules_to_save`: base weights stay frozen under `adapter: spft`",
 }
 _UNSUPPORTED = {
@@ -69,10 +81,16 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
         return problems
     if options is not None and not isinstance(options, Mapping):
         return [f"`spft: {options}` must be a block of keys"]
-    problems = check_options(options or {})
+    options = options or {}
+    problems = check_options(options)
     optimizer = str(cfg.get("optimizer") or "")
     if optimizer.startswith("sparse_") and optimizer not in OPTIMIZERS:
         problems.append(f"`optimizer: {optimizer}` must be {' or '.join(OPTIMIZERS)} or a Hugging Face optimizer name")
+    if optimizer in OPTIMIZERS and cfg.get("optim_args"):
+        problems.append(
+            f"`optim_args: {cfg['optim_args']}` is not read by `optimizer: {optimizer}`: set `adam_beta1`, "
+            "`adam_beta2`, `adam_epsilon` and `weight_decay`"
+        )
     if cfg.get("inference") and not cfg.get("lora_model_dir"):
         problems.append(
             "`lora_model_dir` is not set, so there is no trained adapter to load: "
@@ -89,6 +107,12 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
         for key, remedy in _FOREIGN_KEYS.items()
         if cfg.get(key)
     ]
+    saved = cfg.get("lora_modules_to_save")
+    if saved and saved != options.get("modules_to_save"):
+        problems.append(
+            f"`lora_modules_to_save: {saved}` differs from `spft.modules_to_save: {options.get('modules_to_save')}`, "
+            "of which the plugin makes it: leave it out, and set `spft.modules_to_save`"
+        )
     problems += [
         f"`{key}: {cfg[key]}`: {remedy}"
         for key, remedy in _UNSUPPORTED.items()
@@ -99,11 +123,6 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
         problems.append(
             "`save_only_model: true` writes checkpoints without optimizer state, which cannot be resumed: leave it "
             "out, or go on from one with `lora_model_dir`"
-        )
-    if cfg.get("rl") in ("dpo", "ipo", "kto") and cfg.get("lora_model_dir") and not cfg.get("inference"):
-        problems.append(
-            f"`lora_model_dir` is not read under `rl: {cfg['rl']}`, whose trainer makes the adapter itself: merge the "
-            "adapter first (`axolotl merge-lora`) and name the result as `base_model`"
         )
     problems += problems_of_launcher(cfg)
     if cfg.get("deepspeed"):

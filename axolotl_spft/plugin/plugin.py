@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ class SpftPlugin(BasePlugin):
 
         # Axolotl's own default reads LoRA files only
         cfg.setdefault("merge_method", "legacy")
+        options = cfg.get("spft")
+        saved = options.get("modules_to_save") if isinstance(options, Mapping) else None
+        if isinstance(saved, list) and not cfg.get("lora_modules_to_save"):
+            # where tokens are added, Axolotl asks for this key whatever the adapter
+            cfg["lora_modules_to_save"] = list(saved)
         request_quantization(cfg)
 
     def get_input_args(self) -> str:
@@ -50,6 +55,12 @@ class SpftPlugin(BasePlugin):
             arguments["ddp_find_unused_parameters"] = False
         return arguments
 
+    def pre_model_load(self, cfg: Any) -> None:
+        if cfg.adapter == ADAPTER:
+            from axolotl_spft.plugin.saved_adapter import check_lora_model_dir
+
+            check_lora_model_dir(cfg)
+
     def post_model_build(self, cfg: Any, model: nn.Module) -> None:
         if cfg.adapter == ADAPTER:
             from axolotl_spft.plugin.quantization import check_quantized
@@ -61,9 +72,12 @@ class SpftPlugin(BasePlugin):
             return None
         from peft import PeftModel, get_peft_model
 
+        from axolotl_spft.plugin.module_names import check_module_names
         from axolotl_spft.plugin.quantization import prepare_for_training
 
         config = _adapter_config(cfg, model)
+        if not cfg.lora_model_dir:
+            check_module_names(cfg.spft or {}, model)
         if config_only:
             return None, config
         if (cfg.load_in_4bit or cfg.load_in_8bit) and not inference:
@@ -86,6 +100,7 @@ class SpftPlugin(BasePlugin):
         from axolotl_spft.engine.zero3 import gather_as_units
         from axolotl_spft.plugin.checkpoints import RunRecord, checkpoint_to_resume
         from axolotl_spft.plugin.memory import memory_of_run
+        from axolotl_spft.plugin.saved_adapter import install_checkpoint_mask
         from axolotl_spft.plugin.trainer_pass import has_mask, peft_model_of, select_mask_with_trainer
         from axolotl_spft.salience.prepare import adapted_layers, check_same_mask, retire_empty_values
         from axolotl_spft.tuner.layer import SpftLinear
@@ -94,7 +109,7 @@ class SpftPlugin(BasePlugin):
         model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
         checkpoint = checkpoint_to_resume(cfg, ranks, engine)
         if checkpoint:
-            _install_checkpoint_mask(model, checkpoint)
+            install_checkpoint_mask(model, checkpoint)
         LOG.info("%s", memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(cfg.optimizer, 32)))
         if checkpoint:
             LOG.info("Sparse mask: the one of the checkpoint %s", checkpoint)
@@ -114,6 +129,7 @@ class SpftPlugin(BasePlugin):
 
 def _adapter_config(cfg: Any, model: nn.Module):
     from peft import TaskType
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
     from axolotl_spft.config import SpftConfig
 
@@ -128,20 +144,10 @@ def _adapter_config(cfg: Any, model: nn.Module):
         if "TokenClassification" in architecture
         else TaskType.CAUSAL_LM
     )
+    if task_type == TaskType.TOKEN_CLS:
+        # PEFT trains the head whole, but says so only after it has chosen the targets, and the head among them
+        options["modules_to_save"] = [*(options.get("modules_to_save") or []), *SEQ_CLS_HEAD_NAMES]
     return SpftConfig(task_type=task_type, **options)
-
-
-def _install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
-    """Give the adapter the mask of a checkpoint; the trainer loads the values later."""
-    from axolotl_spft.config import SpftConfig
-    from axolotl_spft.plugin.checkpoints import ADAPTER_FILE
-    from axolotl_spft.salience.mask_file import load_masks
-    from axolotl_spft.salience.prepare import adapted_layers, install_masks
-
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in adapted_layers(model).items()}
-    masks, _ = load_masks(Path(checkpoint) / ADAPTER_FILE, shapes)
-    source = SpftConfig.from_pretrained(checkpoint).mask_source or {}
-    install_masks(model, model.active_adapter, masks, source)
 
 
 def _optimizer(args: Any, state_bits: int, slots: dict) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

@@ -27,10 +27,16 @@ def save_masks(path: str | os.PathLike, masks: Mapping[str, Mask], source: Mappi
         save_file(tensors, temporary, metadata={"format": "pt", "mask_source": json.dumps(dict(source))})
 
 
-def load_masks(path: str | os.PathLike, shapes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Mask], dict]:
-    """Read masks for matrices of the given shapes: name -> (out_features, in_features).
+def load_masks(
+    path: str | os.PathLike, shapes: Mapping[str, tuple[int, int]], remedy: str
+) -> tuple[dict[str, Mask], dict]:
+    """Read masks for matrices of the given shapes.
 
     Both a mask file and an adapter's ``adapter_model.safetensors`` can be read.
+
+    Args:
+        shapes: name -> (out_features, in_features).
+        remedy: what to do when the file does not fit, the last sentence of the error.
 
     Raises:
         SpftFileError: the file is damaged or does not fit these matrices.
@@ -52,8 +58,7 @@ def load_masks(path: str | os.PathLike, shapes: Mapping[str, tuple[int, int]]) -
             masks[name] = mask
     if problems:
         raise SpftFileError(
-            f"mask file {path} is damaged or belongs to another model: {'; '.join(sorted(problems)[:5])}. "
-            "Delete it to compute the mask anew, or name another `mask_path`"
+            f"the mask in {path} is damaged or belongs to another model: {'; '.join(sorted(problems)[:5])}. {remedy}"
         )
     return masks, source
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import base_shapes_of, mask_checksum, slots_of, spft_layers
 
 Batch = Mapping[str, Any]
+_SHOWN = 5
 
 
 def select_mask(
@@ -160,13 +162,13 @@ def _shapes(layers: Mapping[str, SpftLinear]) -> dict[str, tuple[int, int]]:
 
 def _masks_from_file(config: SpftConfig, layers: Mapping[str, SpftLinear]) -> tuple[dict[str, Mask], dict]:
     shapes = _shapes(layers)
-    masks, source = load_masks(config.mask_path, shapes)
+    masks, source = load_masks(config.mask_path, shapes, "Name another `mask_path` to compute the mask anew")
     held = sum(mask.nnz for mask in masks.values())
     asked = total_budget(list(shapes.values()), config.density, config.num_values, config.match_lora_rank)
     if held != asked:
         raise SpftFileError(
             f"mask file {config.mask_path} holds {held:,} positions, but the config asks for {asked:,}: "
-            f"set `num_values: {held}`, or delete the file to compute the mask anew"
+            f"set `num_values: {held}`, or name another `mask_path` to compute the mask anew"
         )
     return masks, source
 
@@ -222,13 +224,27 @@ def summed_gradients(
             reduce_to_shards(sums, ranks)
     if not read:
         raise SpftError("the salience pass found no batches: give at least one, or use `salience: magnitude`")
-    finite = {name: int(torch.isfinite(total).all()) for name, total in sums.items()}
-    for name, count in zip(finite, ranks.sum_numbers(*finite.values())):
+    _check_gradients(sums, ranks)
+    return sums, read
+
+
+def _check_gradients(sums: Mapping[str, Tensor], ranks: Ranks) -> None:
+    finite = ranks.sum_numbers(*(int(torch.isfinite(total).all()) for total in sums.values()))
+    reached = ranks.sum_numbers(*(int(total.any()) for total in sums.values()))
+    for name, count in zip(sums, finite):
         if count < ranks.world:
             raise SpftError(
                 f"the gradient of {name} is not finite on the sample: check the data and the precision of the run"
             )
-    return sums, read
+    untouched = [name for name, count in zip(sums, reached) if not count]
+    if untouched and ranks.rank == 0:
+        more = f" and {len(untouched) - _SHOWN} more" if len(untouched) > _SHOWN else ""
+        warnings.warn(
+            f"no gradient reached {', '.join(untouched[:_SHOWN])}{more} on the sample, so their values may never be "
+            "trained: name modules whose weights are read without calling them (Mamba's dt_proj) in `exclude_modules`; "
+            "experts that no token came to may need more `samples`",
+            stacklevel=2,
+        )
 
 
 def _batches_of_all_ranks(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, int]]:
@@ -243,10 +259,14 @@ def _batches_of_all_ranks(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tu
 
 
 def count_examples(batch: Batch) -> int:
-    """The examples in a batch: rows, or with sample packing the sequences that start (``position_ids`` 0)."""
-    position_ids = batch.get("position_ids")
+    """The examples in a batch: rows, or with sample packing the sequences (``position_ids`` from 0) with a label."""
+    position_ids, labels = batch.get("position_ids"), batch.get("labels")
     if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
-        return max(1, int((position_ids == 0).sum()))
+        sequences = (position_ids.flatten() == 0).cumsum(0)
+        if isinstance(labels, Tensor) and labels.shape == position_ids.shape:
+            # Axolotl's padding has positions from 0 too, but no label
+            sequences = sequences[labels.flatten() != -100]
+        return max(1, len(sequences.unique()))
     return max((tensor.shape[0] for tensor in batch.values() if isinstance(tensor, Tensor) and tensor.ndim), default=1)
 
 

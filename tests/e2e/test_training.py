@@ -90,6 +90,16 @@ def runs(workspace, trained):
         write_config(workspace, "packed", sample_packing=True, pad_to_sequence_len=True, attn_implementation="sdpa"),
         write_config(workspace, "bf16", bf16=True, gradient_checkpointing=True, optimizer="adamw_torch"),
         write_config(workspace, "dpo", rl="dpo", datasets=pairs_set, val_set_size=0),
+        write_config(
+            workspace, "dpo_continued", rl="dpo", datasets=pairs_set, val_set_size=0, lora_model_dir=str(output_dir)
+        ),
+        write_config(
+            workspace,
+            "new_tokens",
+            tokens=["<|new|>"],
+            special_tokens={"pad_token": "<pad>", "eos_token": "<|end|>"},
+            spft={"density": 0.05, "samples": 8, "modules_to_save": ["embed_tokens", "lm_head"]},
+        ),
         write_config(workspace, "dense_only", adapter=None, spft=None, optimizer="adamw_torch", max_steps=1),
     ]
     return train_all(configs, ranks=1)
@@ -141,7 +151,7 @@ def test_lora_model_dir_continues_with_its_mask(trained, runs, workspace):
     assert losses(workspace / "continued", 6)[0] < losses(output_dir, 6)[0] - 0.1
 
 
-@pytest.mark.parametrize("name", ["four_bit", "eight_bit", "packed", "bf16", "dpo"])
+@pytest.mark.parametrize("name", ["four_bit", "eight_bit", "packed", "bf16", "dpo", "new_tokens"])
 def test_other_runs_train(runs, workspace, name):
     assert runs[name] is None
     history = losses(workspace / name, 6)
@@ -150,6 +160,22 @@ def test_other_runs_train(runs, workspace, name):
     values = torch.cat([tensor for key, tensor in tensors.items() if key.endswith("spft_values")])
     assert torch.isfinite(values).all()
     assert values.abs().max() > 0
+
+
+def test_preference_training_from_an_adapter_is_refused(runs):
+    assert "is not read under `rl: dpo`" in runs["dpo_continued"]
+
+
+def test_new_tokens_are_trained_saved_and_merged(runs, workspace):
+    assert runs["new_tokens"] is None
+    run_axolotl("merge-lora", workspace / "new_tokens.yml")
+    adapter = load_file(workspace / "new_tokens" / "adapter_model.safetensors")
+    base, merged = (load_file(workspace / name / "model.safetensors") for name in ("base", "new_tokens/merged"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert len(merged[name]) > len(base[name])
+        assert torch.equal(merged[name], adapter[f"base_model.model.{name}"])
+        assert not torch.equal(merged[name][: len(base[name])], base[name])
+    assert not torch.equal(*(weights["model.layers.0.mlp.up_proj.weight"] for weights in (base, merged)))
 
 
 def test_plugin_leaves_runs_without_it_alone(runs, workspace):

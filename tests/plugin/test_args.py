@@ -41,8 +41,14 @@ def test_good_configurations_pass(options):
         ({"dp_shard_size": 2}, ["`dp_shard_size: 2`: leave it out"]),
         ({"sequence_parallel_degree": 2}, ["`sequence_parallel_degree: 2`: leave it out"]),
         ({"save_only_model": True, "auto_resume_from_checkpoints": True}, ["cannot be resumed", "`lora_model_dir`"]),
-        ({"rl": "dpo", "lora_model_dir": "x"}, ["is not read under `rl: dpo`", "axolotl merge-lora"]),
         ({"lora_dropout": 0.1}, ["`lora_dropout: 0.1` has no meaning"]),
+        ({"lora_modules_to_save": ["lm_head"]}, ["differs from `spft.modules_to_save: None`", "leave it out, and set"]),
+        (
+            {"lora_modules_to_save": ["lm_head"], "spft": {"modules_to_save": ["embed_tokens"]}},
+            ["`lora_modules_to_save: ['lm_head']` differs from `spft.modules_to_save: ['embed_tokens']`"],
+        ),
+        ({"optim_args": {"eps": 0.5}}, ["`optim_args: {'eps': 0.5}` is not read by", "`adam_epsilon`"]),
+        ({"optim_args": "eps=0.5", "optimizer": "sparse_adamw_8bit"}, ["`optimizer: sparse_adamw_8bit`"]),
         ({"spft": {"target_modules": "(q"}}, ["`target_modules: (q` is not a regular expression"]),
         ({"spft": {"mask_path": "."}}, ["`mask_path: .` must be the path of a file"]),
         ({"deepspeed": 3}, ["`deepspeed: 3` must be the path of a JSON file"]),
@@ -87,6 +93,33 @@ def test_all_problems_come_together():
 def test_other_adapters_are_left_alone():
     assert check_run({"adapter": "lora", "lora_r": 8, "optimizer": "adamw_torch", "deepspeed": "zero3.json"}) == []
     assert check_run({}) == []
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"peft_trainable_token_indices": [3, 4]},
+        {"peft_ensure_weight_tying": True},
+        {"peft_init_lora_weights": "pissa"},
+        {"peft_layer_replication": [(0, 2)]},
+        {"peft": {"loftq_config": {"loftq_bits": 4}}},
+        {"lora_rank_pattern": {"q_proj": 4}},
+        {"lora_alpha_pattern": {"q_proj": 4}},
+        {"lora_embedding_kernel": True},
+    ],
+)
+def test_axolotls_keys_for_lora_alone_are_refused(keys):
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    assert keys.keys() <= AxolotlInputConfig.model_fields.keys()
+    (problem,) = check_run({**GOOD, **keys})
+    assert "has no meaning with `adapter: spft`: leave it out" in problem
+
+
+def test_keys_that_another_optimizer_or_verb_reads_pass():
+    assert check_run({**GOOD, "optimizer": "adamw_torch", "optim_args": {"eps": 0.5}}) == []
+    # `axolotl merge-lora` reads the configuration like this
+    assert check_run({**GOOD, "rl": "dpo", "lora_model_dir": "out"}) == []
 
 
 def test_engines_that_accelerate_switches_on_are_refused_too(monkeypatch):

@@ -20,7 +20,7 @@ def masks():
 def test_saved_and_read_again(tmp_path):
     path = tmp_path / "mask.safetensors"
     save_masks(path, masks(), {"salience": "gradient", "samples": 8})
-    again, source = load_masks(path, SHAPES)
+    again, source = load_masks(path, SHAPES, "Name another one")
     assert source == {"salience": "gradient", "samples": 8}
     assert list(again) == list(SHAPES)
     for name, mask in masks().items():
@@ -64,9 +64,9 @@ def test_damaged_files_are_one_clear_error(tmp_path, changes, part):
     save_masks(path, masks(), {})
     edited(path, **changes)
     with pytest.raises(SpftFileError) as caught:
-        load_masks(path, SHAPES)
+        load_masks(path, SHAPES, "Name another one")
     assert part in str(caught.value)
-    assert "Delete it to compute the mask anew" in str(caught.value)
+    assert str(caught.value).endswith(". Name another one")
 
 
 def test_a_truncated_file_is_one_clear_error(tmp_path):
@@ -74,4 +74,4 @@ def test_a_truncated_file_is_one_clear_error(tmp_path):
     save_masks(path, masks(), {})
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(SpftFileError, match="not a complete safetensors file"):
-        load_masks(path, SHAPES)
+        load_masks(path, SHAPES, "Name another one")

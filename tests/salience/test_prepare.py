@@ -204,7 +204,7 @@ def test_mask_path_saves_and_reads(tmp_path):
     with pytest.raises(SpftFileError, match=r"but the config asks for .* set `num_values: "):
         select_mask(other, None)
     wider = get_peft_model(tiny_llama(hidden_size=40), SpftConfig(density=0.03, mask_path=str(path)))
-    with pytest.raises(SpftFileError, match="damaged or belongs to another model"):
+    with pytest.raises(SpftFileError, match=r"damaged or belongs to another model.*\. Name another `mask_path`"):
         select_mask(wider, None)
 
 
@@ -242,6 +242,23 @@ def test_batches_without_labels_are_an_error():
         select_mask(model, [{"input_ids": BATCHES[0]["input_ids"]}])
 
 
+class Reads(torch.nn.Module):
+    """Reads one weight without calling its module, as Mamba does with that of dt_proj."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = torch.nn.Linear(5, 7), torch.nn.Linear(5, 7)
+
+    def forward(self, x):
+        return self.called(x) * (x @ self.read.weight.t())
+
+
+def test_modules_that_no_gradient_reaches_are_named():
+    model = get_peft_model(Reads(), SpftConfig(target_modules=["called", "read"], density=0.2))
+    with pytest.warns(UserWarning, match="no gradient reached read on the sample"):
+        select_mask(model, [{"x": torch.randn(3, 5)}], lambda model, batch: model(**batch).sum())
+
+
 def test_gradients_that_are_not_finite_are_an_error_that_changes_nothing():
     model = get_peft_model(tiny_llama(), SpftConfig(samples=2))
     with pytest.raises(SpftError, match="is not finite on the sample"):
@@ -271,6 +288,30 @@ def test_random_adapters_keep_their_mask():
     ],
 )
 def test_counted_examples(batch, expected):
+    assert count_examples(batch) == expected
+
+
+@pytest.mark.parametrize("with_attention_mask", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [([[50]], 1), ([[15, 15, 15]], 3), ([[64]], 1), ([[20, 44], [10]], 3)],
+)
+def test_padding_is_no_example_in_axolotls_packs(lengths, expected, with_attention_mask):
+    from axolotl.utils.collators.batching import V2BatchSamplerDataCollatorForSeq2Seq
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
+
+    def example(length: int) -> dict:
+        # the prompt has no labels
+        columns = {"input_ids": [5] * length, "labels": [-100] * 4 + [5] * (length - 4)}
+        columns["position_ids"] = list(range(length))
+        return columns | ({"attention_mask": [1] * length} if with_attention_mask else {})
+
+    collate = V2BatchSamplerDataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=64)
+    batch = collate([[example(length) for length in row] for row in lengths])
+    assert batch["input_ids"].shape == (len(lengths), 64)
     assert count_examples(batch) == expected
 
 

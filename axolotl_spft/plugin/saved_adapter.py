@@ -1,0 +1,75 @@
+"""Saved adapters that a run goes on from: the one in ``lora_model_dir``, and a checkpoint's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from axolotl.utils.schemas.enums import RLType
+from peft import PeftConfig
+from torch import nn
+
+from axolotl_spft.budget import total_budget
+from axolotl_spft.config import BUDGETS, SpftConfig
+from axolotl_spft.errors import SpftError
+from axolotl_spft.peft_type import SPFT
+from axolotl_spft.plugin.checkpoints import ADAPTER_FILE
+from axolotl_spft.salience.mask_file import load_masks
+from axolotl_spft.salience.prepare import adapted_layers, install_masks
+
+# what a mask depends on beside the budget and the targeted modules
+_MASK_OPTIONS = ("salience", "scope", "samples", "seed")
+_ANEW = "leave `resume_from_checkpoint` out and set another `output_dir` to start anew"
+
+
+def check_lora_model_dir(cfg: Any) -> None:
+    """Check that the adapter in ``lora_model_dir`` can be what a run starts from.
+
+    Raises:
+        SpftError: the run's trainer would not read it, or it is an adapter of another kind.
+    """
+    if not cfg.lora_model_dir:
+        return
+    rl = RLType(cfg.rl).value if cfg.rl else None
+    if rl in ("dpo", "ipo", "kto") and not cfg.merge_lora:
+        raise SpftError(
+            f"`lora_model_dir: {cfg.lora_model_dir}` is not read under `rl: {rl}`, whose trainer makes the adapter "
+            "itself: merge the adapter first (`axolotl merge-lora`) and name the result as `base_model`"
+        )
+    _check_kind(
+        cfg.lora_model_dir,
+        "name a sparse adapter's folder in `lora_model_dir`, or merge this adapter first and name the result as "
+        "`base_model`",
+    )
+
+
+def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
+    """Give the adapter the mask of a checkpoint, and what its config records about it; the trainer loads the values.
+
+    Raises:
+        SpftError: it is of another kind, or has another number of values than the adapter's config asks for.
+        SpftFileError: the mask does not fit the targeted modules.
+    """
+    _check_kind(checkpoint, _ANEW)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in adapted_layers(model).items()}
+    masks, _ = load_masks(
+        Path(checkpoint) / ADAPTER_FILE, shapes, f"Restore `target_modules` of the block `spft`, or {_ANEW}"
+    )
+    config, recorded = model.peft_config[model.active_adapter], SpftConfig.from_pretrained(checkpoint)
+    held = sum(mask.nnz for mask in masks.values())
+    asked = total_budget(list(shapes.values()), config.density, config.num_values, config.match_lora_rank)
+    if held != asked:
+        key = next(name for name in BUDGETS if getattr(config, name) is not None)
+        raise SpftError(
+            f"{checkpoint} holds {held:,} values, but `{key}: {getattr(config, key)}` asks for {asked:,}: restore the "
+            f"option (`num_values: {held}`), or {_ANEW}"
+        )
+    for name in _MASK_OPTIONS:
+        setattr(config, name, getattr(recorded, name))
+    install_masks(model, model.active_adapter, masks, recorded.mask_source or {})
+
+
+def _check_kind(folder: str, remedy: str) -> None:
+    kind = PeftConfig._get_peft_type(folder)
+    if kind != SPFT:
+        raise SpftError(f"{folder} holds an adapter of the kind {kind}, but the run has `adapter: spft`: {remedy}")

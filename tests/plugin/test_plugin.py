@@ -1,0 +1,59 @@
+"""The hooks of the plugin, on models without a run."""
+
+from __future__ import annotations
+
+import pytest
+from axolotl.utils.dict import DictDefault
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
+
+from axolotl_spft import SpftPlugin
+from axolotl_spft.errors import SpftConfigError, SpftError
+from axolotl_spft.plugin.args import check_run
+from axolotl_spft.salience.prepare import adapted_layers
+from tests.models import VOCABULARY, tiny_llama
+
+
+def config(**changes) -> DictDefault:
+    return DictDefault({"adapter": "spft", "output_dir": "out", **changes})
+
+
+def test_modules_to_save_go_where_axolotl_looks_for_them():
+    cfg = config(spft={"modules_to_save": ["embed_tokens", "lm_head"]}, tokens=["<new>"])
+    for _ in range(2):  # some commands read their configuration twice
+        SpftPlugin().register(cfg)
+        assert cfg["lora_modules_to_save"] == ["embed_tokens", "lm_head"]
+        assert check_run(cfg) == []
+
+
+@pytest.mark.parametrize("options", [None, 3, {}, {"modules_to_save": "lm_head"}])
+def test_no_modules_to_save_go_nowhere(options):
+    cfg = config(spft=options)
+    SpftPlugin().register(cfg)
+    assert "lora_modules_to_save" not in cfg
+
+
+@pytest.mark.parametrize("config_only", [False, True])
+def test_names_that_match_nothing_are_refused(config_only):
+    with pytest.raises(SpftConfigError, match="`target_modules: v_prj` matches no module"):
+        SpftPlugin().load_adapter(
+            tiny_llama(), config(spft={"target_modules": ["q_proj", "v_prj"]}), config_only=config_only
+        )
+
+
+def test_an_adapter_of_another_kind_is_refused_before_the_model_loads(tmp_path):
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(SpftError, match="an adapter of the kind LORA"):
+        SpftPlugin().pre_model_load(config(lora_model_dir=str(tmp_path)))
+    SpftPlugin().pre_model_load(config(adapter="lora", lora_model_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", [LlamaForTokenClassification, LlamaForSequenceClassification])
+@pytest.mark.parametrize("modules_to_save", [None, ["embed_tokens"]])
+def test_the_head_of_a_classifier_is_trained_whole(kind, modules_to_save):
+    sizes = {"hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = kind(LlamaConfig(vocab_size=VOCABULARY, **sizes))
+    model, _ = SpftPlugin().load_adapter(base, config(spft={"modules_to_save": modules_to_save}))
+    assert len(adapted_layers(model)) == 7
+    whole = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "spft" not in name]
+    assert {name.split(".modules_to_save")[0].split(".")[-1] for name in whole} == {"score", *(modules_to_save or [])}

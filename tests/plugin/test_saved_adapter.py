@@ -1,0 +1,86 @@
+"""Which saved adapters a run can go on from, and what it takes from a checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.enums import RLType
+from peft import LoraConfig, get_peft_model
+
+from axolotl_spft import SpftConfig, select_mask
+from axolotl_spft.errors import SpftError, SpftFileError
+from axolotl_spft.plugin.saved_adapter import check_lora_model_dir, install_checkpoint_mask
+from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.tuner.state import mask_checksum, slots_of
+from tests.models import tiny_llama
+
+MADE_WITH = {"density": 0.05, "salience": "magnitude", "scope": "global", "samples": 7, "seed": 3}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = get_peft_model(tiny_llama(), SpftConfig(**MADE_WITH))
+    select_mask(model, None)
+    model.save_pretrained(tmp_path / "checkpoint-2")
+    return model, str(tmp_path / "checkpoint-2")
+
+
+@pytest.fixture
+def lora(tmp_path):
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    return str(tmp_path / "lora")
+
+
+def checksum(model) -> str:
+    return mask_checksum(slots_of(adapted_layers(model), "default"))
+
+
+def test_the_mask_of_a_checkpoint_and_what_made_it(checkpoint):
+    made, folder = checkpoint
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.05, salience="random", scope="row", samples=9, seed=8))
+    install_checkpoint_mask(model, folder)
+    assert checksum(model) == checksum(made)
+    config, recorded = model.peft_config["default"], made.peft_config["default"]
+    assert {name: getattr(config, name) for name in MADE_WITH} == MADE_WITH
+    assert (config.nnz, config.mask_source) == (recorded.nnz, recorded.mask_source)
+
+
+def test_another_budget_than_the_checkpoints_is_refused(checkpoint):
+    made, folder = checkpoint
+    nnz = made.peft_config["default"].nnz
+    install_checkpoint_mask(get_peft_model(tiny_llama(), SpftConfig(num_values=nnz)), folder)
+    for option, value in {"density": 0.2, "num_values": nnz + 1, "match_lora_rank": 1}.items():
+        model = get_peft_model(tiny_llama(), SpftConfig(**{option: value}))
+        with pytest.raises(SpftError, match=f"holds {nnz:,} values, but `{option}: {value}`.*`num_values: {nnz}`"):
+            install_checkpoint_mask(model, folder)
+        assert all(layer.mask("default").nnz == 0 for layer in adapted_layers(model).values())
+
+
+def test_other_targets_than_the_checkpoints_are_refused_without_harm_to_it(checkpoint):
+    _, folder = checkpoint
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.05, target_modules=["q_proj"]))
+    with pytest.raises(SpftFileError, match=r"no such targeted module.*Restore `target_modules`.*`output_dir`") as got:
+        install_checkpoint_mask(model, folder)
+    assert "elete" not in str(got.value)
+
+
+def test_a_checkpoint_of_another_kind_is_refused(lora):
+    model = get_peft_model(tiny_llama(), SpftConfig())
+    with pytest.raises(SpftError, match=r"lora holds an adapter of the kind LORA.*another `output_dir`"):
+        install_checkpoint_mask(model, lora)
+
+
+def test_adapters_of_another_kind_are_no_start(checkpoint, lora):
+    check_lora_model_dir(DictDefault())
+    check_lora_model_dir(DictDefault(lora_model_dir=checkpoint[1]))
+    with pytest.raises(SpftError, match=r"lora holds an adapter of the kind LORA.*in `lora_model_dir`"):
+        check_lora_model_dir(DictDefault(lora_model_dir=lora))
+
+
+@pytest.mark.parametrize("rl", [RLType.DPO, RLType.IPO, RLType.KTO])
+def test_trainers_that_make_the_adapter_themselves_read_none(checkpoint, rl):
+    folder = checkpoint[1]
+    with pytest.raises(SpftError, match=f"is not read under `rl: {rl.value}`.*axolotl merge-lora.*`base_model`"):
+        check_lora_model_dir(DictDefault(lora_model_dir=folder, rl=rl))
+    check_lora_model_dir(DictDefault(lora_model_dir=folder, rl=rl, merge_lora=True))
+    check_lora_model_dir(DictDefault(lora_model_dir=folder, rl=RLType.ORPO))
