@@ -161,5 +161,5 @@ def test_a_compiled_graph_that_outlives_its_layer_is_a_clear_error():
     kept = kept_columns(x, plan)
     y = torch.ops.spft.linear(x, kept, None, values, *mask, torch.empty(0), *plan, register_owner(owner))
     del owner
-    with pytest.raises(SpftError, match="keep the model alive"):
+    with pytest.raises(SpftError, match="no longer exists: keep the model while its graphs run"):
         y.sum().backward()
