@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+_SHOWN = 5
 
 
 class SpftError(ValueError):
@@ -19,3 +21,9 @@ class SpftConfigError(SpftError):
 
 class SpftFileError(SpftError):
     """An adapter or mask file that is damaged or belongs to another base model."""
+
+
+def first_of(items: Sequence[str], separator: str) -> str:
+    """The first few items for a message, and how many more there are."""
+    more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
+    return separator.join([*items[:_SHOWN], *more])

@@ -23,6 +23,7 @@ from axolotl_spft.salience.report import report_masks
 from axolotl_spft.tuner import SpftConfig
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.shared_input import group_by_input
+from axolotl_spft.tuner.state import shapes_of
 
 _SHOW_PROGRESS_FROM = 100
 
@@ -89,10 +90,7 @@ def _computed(model: nn.Module, masking: Masking) -> tuple[MaskReport, MaskCost]
 
 def _drawn(model: nn.Module, config: SpftConfig, masking: Masking) -> MaskReport:
     layers = adapted_layers(model)
-    counts = layer_budgets(
-        [(layer.out_features, layer.in_features) for layer in layers.values()],
-        config.density, config.num_values, config.match_lora_rank,
-    )  # fmt: skip
+    counts = layer_budgets(list(shapes_of(layers).values()), config.density, config.num_values, config.match_lora_rank)
     nnz_of = dict(zip(layers, counts))
     groups = group_by_input({name: layer.in_features for name, layer in layers.items()})
     generator = torch.Generator(masking.device).manual_seed(0)

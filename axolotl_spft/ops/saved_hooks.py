@@ -11,7 +11,7 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 
 def are_hooked() -> bool:
     """Whether hooks decide what is kept."""
-    return _top_hooks is not None and _top_hooks(True) is not None
+    return _hooks() is not None
 
 
 def must_keep_alike() -> bool:
@@ -34,9 +34,13 @@ def shape_only(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(()).expand(shape)
 
 
+def _hooks() -> tuple | None:
+    return _top_hooks(True) if _top_hooks is not None else None
+
+
 def _checkpoint_hook() -> str | None:
     """The name of the uppermost hook, if it is one of torch's gradient checkpointing."""
-    hooks = _top_hooks(True) if _top_hooks is not None else None
+    hooks = _hooks()
     if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
         return None
     return hooks[0].__qualname__

@@ -12,6 +12,7 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.salience.collect import should_share_rows
 from axolotl_spft.salience.prepare import adapted_layers
 from axolotl_spft.salience.scores import NEEDS_GRADIENT
+from axolotl_spft.tuner.state import shapes_of
 
 
 def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_bits: int) -> MemoryPerRank:
@@ -28,7 +29,7 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
     config = model.peft_config[adapter]
     named = {name: layer for name, layer in adapted_layers(model).items() if adapter in layer.spft_values}
     layers = list(named.values())
-    shapes = [(layer.out_features, layer.in_features) for layer in layers]
+    shapes = list(shapes_of(named).values())
     held = sum(layer.mask(adapter).nnz for layer in layers)
     values = {id(layer.spft_values[adapter]) for layer in layers}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]

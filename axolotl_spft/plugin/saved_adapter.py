@@ -16,6 +16,7 @@ from axolotl_spft.peft_type import SPFT
 from axolotl_spft.plugin.checkpoints import ADAPTER_FILE
 from axolotl_spft.salience.mask_file import load_masks
 from axolotl_spft.salience.prepare import adapted_layers, install_masks
+from axolotl_spft.tuner.state import shapes_of
 
 # what a mask depends on beside the budget and the targeted modules
 _MASK_OPTIONS = ("salience", "scope", "samples", "seed")
@@ -51,7 +52,7 @@ def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
         SpftFileError: the mask does not fit the targeted modules.
     """
     _check_kind(checkpoint, _ANEW)
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in adapted_layers(model).items()}
+    shapes = shapes_of(adapted_layers(model))
     masks, _ = load_masks(
         Path(checkpoint) / ADAPTER_FILE, shapes, f"Restore `target_modules` of the block `spft`, or {_ANEW}"
     )

@@ -15,7 +15,7 @@ from axolotl_spft.budget import layer_budgets, total_budget
 from axolotl_spft.config import SpftConfig
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import gathered_while_used, is_partitioned
-from axolotl_spft.errors import SpftError, SpftFileError
+from axolotl_spft.errors import SpftError, SpftFileError, first_of
 from axolotl_spft.ops.csr import Mask, mask_from_positions
 from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards, should_share_rows
 from axolotl_spft.salience.mask_file import load_masks, save_masks
@@ -31,10 +31,9 @@ from axolotl_spft.salience.scores import (
 from axolotl_spft.salience.select import top_k, top_k_per_row
 from axolotl_spft.salience.untouched import untouched_model, untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
-from axolotl_spft.tuner.state import base_shapes_of, mask_checksum, slots_of, spft_layers
+from axolotl_spft.tuner.state import base_shapes_of, mask_checksum, shapes_of, slots_of, spft_layers
 
 Batch = Mapping[str, Any]
-_SHOWN = 5
 
 
 def select_mask(
@@ -156,12 +155,8 @@ def _describe(source: Mapping) -> str:
     return ", ".join(f"{key} {value}" for key, value in source.items()) or "unknown source"
 
 
-def _shapes(layers: Mapping[str, SpftLinear]) -> dict[str, tuple[int, int]]:
-    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-
-
 def _masks_from_file(config: SpftConfig, layers: Mapping[str, SpftLinear]) -> tuple[dict[str, Mask], dict]:
-    shapes = _shapes(layers)
+    shapes = shapes_of(layers)
     masks, source = load_masks(config.mask_path, shapes, "Name another `mask_path` to compute the mask anew")
     held = sum(mask.nnz for mask in masks.values())
     asked = total_budget(list(shapes.values()), config.density, config.num_values, config.match_lora_rank)
@@ -238,9 +233,8 @@ def _check_gradients(sums: Mapping[str, Tensor], ranks: Ranks) -> None:
             )
     untouched = [name for name, count in zip(sums, reached) if not count]
     if untouched and ranks.rank == 0:
-        more = f" and {len(untouched) - _SHOWN} more" if len(untouched) > _SHOWN else ""
         warnings.warn(
-            f"no gradient reached {', '.join(untouched[:_SHOWN])}{more} on the sample, so their values may never be "
+            f"no gradient reached {first_of(untouched, ', ')} on the sample, so their values may never be "
             "trained: name modules whose weights are read without calling them (Mamba's dt_proj) in `exclude_modules`; "
             "experts that no token came to may need more `samples`",
             stacklevel=2,
@@ -274,7 +268,7 @@ def _select(
     config: SpftConfig, layers: Mapping[str, SpftLinear], gradients: list[Tensor] | None, ranks: Ranks
 ) -> dict[str, Mask]:
     owners = list(layers.values())
-    shapes = list(_shapes(layers).values())
+    shapes = list(shapes_of(layers).values())
     budget = (config.density, config.num_values, config.match_lora_rank)
 
     def score(index: int) -> Tensor:

@@ -132,9 +132,9 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if values is None:
             values = torch.zeros(mask.nnz, dtype=old.dtype)
-        # empty values that were retired are no parameter, and say nothing about whether these are trained
+        # new ones, and empty ones that were retired, do not say whether these are trained
         trained = old.requires_grad if isinstance(old, nn.Parameter) else adapter_name in self.active_adapters
-        self.spft_values[adapter_name] = nn.Parameter(values.to(device), requires_grad=trained or old is None)
+        self.spft_values[adapter_name] = nn.Parameter(values.to(device), requires_grad=trained)
         mask = Mask(*(tensor.to(device) for tensor in mask))
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
         self._keep_originals(adapter_name)

@@ -22,7 +22,7 @@ from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.ops.csr import mask_from_positions
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
-from axolotl_spft.tuner.state import base_shapes_of, check_state, spft_layers
+from axolotl_spft.tuner.state import base_shapes_of, check_state, shapes_of, spft_layers
 from axolotl_spft.tuner.targets import check_target
 from axolotl_spft.tuner.write_ahead import WriteAhead
 
@@ -206,9 +206,8 @@ class SpftModel(BaseTuner):
     def _fill_randomly(self, adapter_name: str, config: SpftConfig) -> None:
         layers = {name: layer for name, layer in spft_layers(self.model).items() if adapter_name in layer.spft_values}
         counts = layer_budgets(
-            [(layer.out_features, layer.in_features) for layer in layers.values()],
-            config.density, config.num_values, config.match_lora_rank,
-        )  # fmt: skip
+            list(shapes_of(layers).values()), config.density, config.num_values, config.match_lora_rank
+        )
         for layer, count in zip(layers.values(), counts):
             at = torch.randperm(layer.out_features * layer.in_features)[:count].sort().values
             mask = mask_from_positions(at, layer.out_features, layer.in_features)

@@ -8,17 +8,21 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from axolotl_spft.errors import SpftFileError
+from axolotl_spft.errors import SpftFileError, first_of
 from axolotl_spft.ops.csr import Mask, problems_of
 from axolotl_spft.tuner.layer import SpftLinear
 
 TENSORS = ("spft_values", "spft_columns", "spft_row_offsets")
-_SHOWN = 5
 
 
 def spft_layers(model: nn.Module) -> dict[str, SpftLinear]:
     """The sparse layers of ``model`` by name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SpftLinear)}
+
+
+def shapes_of(layers: Mapping[str, SpftLinear]) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of each layer."""
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
 
 
 def shapes_fingerprint(shapes: Iterable[tuple[str, int, int]]) -> str:
@@ -93,9 +97,8 @@ def check_state(
     if not problems and base_shapes is not None and base_shapes != base_shapes_of(layers):
         problems.append("the targeted modules' names or shapes are not those that the adapter's config records")
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise SpftFileError(
             f"adapter `{adapter_name}`: its file is damaged or belongs to another base model: "
-            f"{'; '.join(problems[:_SHOWN])}{more}. Load it on the base model it was trained on, "
+            f"{first_of(problems, '; ')}. Load it on the base model it was trained on, "
             "with an intact copy of the file"
         )
