@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from axolotl_spft import SpftConfig
+from tests.interpreter import DEVICE
 
 VOCABULARY = 67
 
@@ -35,7 +36,7 @@ def _make(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(3)
-    return model.to(dtype)
+    return model.to(DEVICE, dtype)
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
@@ -81,7 +82,9 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 
 
 def token_batch(rows: int = 2, length: int = 11, seed: int = 0) -> dict[str, torch.Tensor]:
-    tokens = torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed), device="cpu"
+    ).to(DEVICE)
     return {"input_ids": tokens, "labels": tokens}
 
 

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from axolotl_spft import SparseAdamW, SpftConfig, select_mask
 from axolotl_spft.ops.csr import positions
 from axolotl_spft.salience.prepare import adapted_layers
+from tests.interpreter import DEVICE
 from tests.models import ARCHITECTURES, token_batch
 
 STEPS = 20
@@ -19,7 +20,7 @@ def dense_masks(model) -> dict[str, torch.Tensor]:
     """For each targeted weight where it is trained: bool, in the layout of storage."""
     masks = {}
     for name, layer in adapted_layers(model).items():
-        mask = torch.zeros(layer.out_features, layer.in_features, dtype=torch.bool)
+        mask = torch.zeros(layer.out_features, layer.in_features, dtype=torch.bool, device=DEVICE)
         mask.view(-1)[positions(layer.mask("default"), layer.in_features)] = True
         masks[f"{name}.weight"] = mask.t().contiguous() if layer.transposed else mask
     return masks

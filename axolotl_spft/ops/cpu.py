@@ -1,7 +1,7 @@
 """The kernels for CPUs as functions of tensors: bfloat16 or float32, compiled by `axolotl_spft.ops.cpu_library`.
 
-They read memory by its address, so shapes and dtypes that do not fit are refused here; indices are those of a mask,
-which is checked where it comes in.
+They read memory by its address, so shapes, dtypes and devices that do not fit are refused here; indices are those of a
+mask, which is checked where it comes in.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def select_normed_columns(
         )
     copy = torch.empty_strided((tokens, count), (1, tokens), dtype=dtype)
     library(dtype).select_normed_columns(
-        h.data_ptr(), scale.data_ptr(), weight.data_ptr(), rounds, tokens, features, _address(columns), count,
+        h.data_ptr(), _address(scale), _address(weight), rounds, tokens, features, _address(columns), count,
         copy.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return copy
@@ -73,8 +73,8 @@ def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) ->
         kept = select_columns(kept.contiguous(), None)
     grads = torch.empty(mask.nnz, dtype=torch.float32)
     library(grad_y.dtype).sampled_product(
-        grad_y.data_ptr(), *grad_y.shape, _address(plan.rows), plan.n_rows, plan.offsets.data_ptr(),
-        mask.columns.data_ptr(), mask.columns.element_size(), _address(plan.column_ranks), kept.data_ptr(),
+        grad_y.data_ptr(), *grad_y.shape, _address(plan.rows), plan.n_rows, _address(plan.offsets),
+        _address(mask.columns), mask.columns.element_size(), _address(plan.column_ranks), kept.data_ptr(),
         grads.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return grads
@@ -99,8 +99,8 @@ def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Te
             f"not fit a mask of {mask.nnz} entries in {mask.out_features} rows, or its original weights"
         )
     library(weight.dtype).write_sum(
-        weight.data_ptr(), *strides(weight, transposed), mask.out_features, mask.row_offsets.data_ptr(),
-        mask.columns.data_ptr(), mask.columns.element_size(), _address(originals), _address(values),
+        weight.data_ptr(), *strides(weight, transposed), mask.out_features, _address(mask.row_offsets),
+        _address(mask.columns), mask.columns.element_size(), _address(originals), _address(values),
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -116,4 +116,8 @@ def write_sums_(
 
 
 def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return None
+    if not tensor.is_cpu:
+        raise RuntimeError(f"an input or a base weight lies on the CPU, and its sparse delta on {tensor.device}")
+    return tensor.data_ptr()

@@ -78,7 +78,7 @@ def owners_made() -> int:
     return _made
 
 
-def _owner(number: int) -> WeightOwner:
+def owner_of(number: int) -> WeightOwner:
     owner = _OWNERS.get(number)
     if owner is None:
         raise SpftError(
@@ -213,7 +213,7 @@ def _select_columns_fake(x, columns):
 @torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
 def _linear(x, kept, bias, values, *rest):
     *delta, owner = rest
-    return _forward(x, bias, values, _delta_of(delta), _owner(owner))
+    return _forward(x, bias, values, _delta_of(delta), owner_of(owner))
 
 
 @torch.library.register_fake("spft::linear", lib=_library)
@@ -225,7 +225,7 @@ def _linear_fake(x, kept, bias, values, *rest):
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
 def _linear_backward(grad_y, kept, values, *rest):
     *delta, owner, need_x, need_values = rest
-    gradients = _backward(grad_y, kept, values, _delta_of(delta), _owner(owner), need_x, need_values)
+    gradients = _backward(grad_y, kept, values, _delta_of(delta), owner_of(owner), need_x, need_values)
     return tuple(grad_y.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.branch import add_sparse_branch
 from axolotl_spft.ops.csr import Mask, empty_mask, mask_from_positions, positions
-from axolotl_spft.ops.linear import Delta, frozen_linear, register_owner, sparse_linear
+from axolotl_spft.ops.linear import Delta, frozen_linear, owner_of, register_owner, sparse_linear
 from axolotl_spft.ops.plan import make_plan
 from axolotl_spft.ops.products import cast
 from axolotl_spft.ops.reference import dense_delta
@@ -249,7 +249,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         if not names and not self.keeps_gathered_weight:
             return self.base_layer(x, *args, **kwargs)
         if names:
-            _have_delta(self, names)
+            _have_delta(self._owner, names)
         if self.forward_only:
             delta, places = self._deltas[names]
             y = self.base_layer(x, *args, **kwargs)
@@ -320,8 +320,10 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
 
 @torch.compiler.assume_constant_result
-def _have_delta(layer: SpftLinear, names: tuple[str, ...]) -> None:
+def _have_delta(owner: int, names: tuple[str, ...]) -> None:
     """Make the delta of these adapters if there is none yet: torch.compile runs this while it traces the layer."""
+    # by its number: some versions of torch.compile take no module here
+    layer = owner_of(owner)
     if names not in layer._deltas:
         layer._deltas[names] = layer._make_delta(names)
 

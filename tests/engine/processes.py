@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,8 @@ import torch.multiprocessing as multiprocessing
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Every rank's ``function(*args)``, in the order of ranks; the function must be one of a module."""
-    with tempfile.TemporaryDirectory() as folder:
+    # gloo's ranks compute on the CPU
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
         multiprocessing.spawn(_run, (world, folder, function, args), nprocs=world)
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
 

@@ -253,6 +253,11 @@ def test_what_does_not_fit_is_refused_before_its_memory_is_read():
     with pytest.raises(ValueError, match="do not fit"):
         assign_sum_(weight, mask, values.to(torch.bfloat16), values, backend="c")
     assert not weight.any()
+    elsewhere = Mask(*(tensor.to("meta") for tensor in mask))
+    with pytest.raises(RuntimeError, match="on the CPU, and its sparse delta on meta"):
+        assign_sum_(weight, elsewhere, values, values, backend="c")
+    with pytest.raises(RuntimeError, match="on the CPU, and its sparse delta on meta"):
+        select_columns(x, torch.zeros(2, dtype=torch.int32, device="meta"), backend="c")
     h, scale, columns = torch.randn(3, 8), torch.rand(3, 1), torch.tensor([0, 3], dtype=torch.int32)
     for bad in ((h[:2], scale, torch.randn(2)), (h, scale, torch.randn(1))):
         with pytest.raises(ValueError, match="do not fit"):

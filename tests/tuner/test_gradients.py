@@ -10,6 +10,7 @@ import torch._dynamo
 from torch import nn
 
 from axolotl_spft.salience.prepare import adapted_layers
+from tests.interpreter import DEVICE
 from tests.models import ARCHITECTURES, tiny_llama, token_batch, with_adapter
 
 BATCH = token_batch(rows=3, length=9)
@@ -34,7 +35,7 @@ def assert_gradients_equal(model, twin, tolerance: float) -> None:
 
 def backward(model, autocast: torch.dtype | None = None) -> torch.Tensor:
     model.train()
-    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+    with torch.autocast(DEVICE, dtype=autocast, enabled=autocast is not None):
         loss = model(**BATCH).loss
     loss.backward()
     return loss.detach()

@@ -17,6 +17,7 @@ from axolotl_spft.ops.csr import mask_from_positions
 from axolotl_spft.ops.reference import sparse_linear as reference_linear
 from axolotl_spft.salience.prepare import adapted_layers
 from axolotl_spft.tuner import SpftLinear
+from tests.interpreter import DEVICE
 from tests.models import logits, same_weights, tiny_llama, token_batch, weights_of, with_adapter
 
 
@@ -162,15 +163,15 @@ def test_a_base_weight_that_is_cast_by_itself(cast, dtypes):
             layer.base_layer.to(dtypes[1])
     for _ in range(2):
         # the second is written by all layers at once
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             got = logits(model)
     for name, layer in adapted_layers(model).items():
         original = weights[f"{name}.weight"].to(dtypes[1])
         assert torch.equal(layer.get_base_weight(), original)
-        layer(torch.randn(3, layer.in_features, dtype=dtypes[1]))
+        layer(torch.randn(3, layer.in_features, dtype=dtypes[1], device=DEVICE))
         held, expected = layer.base_layer.weight.data, original.float() + layer.get_delta_weight("default").float()
         torch.testing.assert_close(held, expected.to(dtypes[1]), atol=0, rtol=2e-2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert (logits(model.merge_and_unload()) - got).abs().max() <= 2e-2 * got.abs().max()
 
 

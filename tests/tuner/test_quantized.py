@@ -14,6 +14,7 @@ from torch import nn
 from axolotl_spft import SparseAdamW, SpftConfig, select_mask
 from axolotl_spft.salience.prepare import adapted_layers
 from axolotl_spft.tuner import SpftLinear
+from tests.interpreter import DEVICE
 from tests.models import ARCHITECTURES, logits, same_weights, tiny_llama, token_batch, weights_of, with_adapter
 
 KINDS = ["4bit", "4bit-double", "8bit"]
@@ -34,7 +35,7 @@ def quantized_layer(weight: torch.Tensor, bias: torch.Tensor | None, kind: str, 
         )
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-    return layer.to("cpu")  # quantizes
+    return layer.to(DEVICE)  # quantizes
 
 
 def quantize(model: nn.Module, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -51,7 +52,7 @@ def dequantized(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
-            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device=DEVICE)
             weight = dequantize_module_weight(module)
             plain.weight = nn.Parameter(weight.float())
             if module.bias is not None:
@@ -156,7 +157,7 @@ def test_the_mask_is_that_of_the_dequantized_model(kind):
 def test_an_empty_layer_under_zero3_keeps_nothing_of_its_weight(monkeypatch):
     monkeypatch.setattr("axolotl_spft.tuner.base_weight.is_deepspeed_zero3_enabled", lambda: True)
     layer = SpftLinear(quantize(tiny_llama(), "4bit").model.layers[0].mlp.up_proj, "default")
-    x = torch.randn(3, layer.in_features, requires_grad=True)
+    x = torch.randn(3, layer.in_features, device=DEVICE, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x)

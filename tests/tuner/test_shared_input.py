@@ -18,6 +18,9 @@ from axolotl_spft.ops.linear import kept_columns
 from axolotl_spft.ops.plan import MULTIPLE
 from axolotl_spft.tuner import shared_input
 from axolotl_spft.tuner.shared_input import group_by_input
+from tests.interpreter import DEVICE
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 # columns are kept in multiples of 16: each column that is named below stands for 16 of them
 BAND = MULTIPLE
@@ -143,7 +146,7 @@ def test_one_copy_for_readers_of_aliases():
 class OneBuffer(torch.autograd.Function):
     """As a CUDA graph, which writes each result to the same memory."""
 
-    memory = torch.empty(TOKENS, WIDTH)
+    memory = torch.empty(TOKENS, WIDTH, device=DEVICE)
 
     @staticmethod
     def forward(ctx, x):
@@ -264,7 +267,7 @@ def test_a_selective_checkpoint_sees_the_same_operations_in_both_passes():
 
 def test_autocast_copies_in_its_own_dtype():
     model, x = adapted(), torch.randn(TOKENS, WIDTH)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         y, kept = kept_columns_of(model, x)
     assert kept == [1, 5]
     y.float().square().sum().backward()

@@ -23,7 +23,8 @@ def trained_adapter(model=None, **options) -> PeftModel:
     select_mask(model, [token_batch()])
     with torch.no_grad():
         for number, layer in enumerate(adapted_layers(model).values()):
-            layer.spft_values["default"].normal_(generator=torch.Generator().manual_seed(number))
+            values = layer.spft_values["default"]
+            values.copy_(torch.randn(values.shape, generator=torch.Generator().manual_seed(number)))
     return model
 
 
