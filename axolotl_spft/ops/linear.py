@@ -201,6 +201,8 @@ def _delta_of(arguments: Sequence) -> Delta:
 
 
 _library.impl("select_columns", select_columns, "CompositeExplicitAutograd")
+# no gradient flows through a copy
+_library.impl("select_columns", torch.library.fallthrough_kernel, "Autograd")
 
 
 @torch.library.register_fake("spft::select_columns", lib=_library)

@@ -77,11 +77,13 @@ def test_accumulated_over_two_backward_passes():
         torch.testing.assert_close(layer.spft_values["default"].grad, 2 * once[name])
 
 
+@pytest.mark.filterwarnings("error:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_equal_under_torch_compile_without_a_graph_break(backend, architecture):
     torch._dynamo.reset()
-    model = with_adapter(ARCHITECTURES[architecture](), density=0.2)
+    # few enough that backward keeps a copy of some columns
+    model = with_adapter(ARCHITECTURES[architecture](), density=0.02)
     layers = adapted_layers(model).values()
 
     def gradients(run) -> list[torch.Tensor]:
