@@ -21,7 +21,7 @@ KINDS = ["4bit", "4bit-double", "8bit"]
 
 
 def quantized_layer(weight: torch.Tensor, bias: torch.Tensor | None, kind: str, dtype: torch.dtype) -> nn.Module:
-    out_features, in_features = weight.shape
+    weight, (out_features, in_features) = weight.cpu(), weight.shape  # on its way to a device it is quantized
     if kind == "8bit":
         layer = bnb.nn.Linear8bitLt(in_features, out_features, bias is not None, has_fp16_weights=False)
         layer.weight = bnb.nn.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
@@ -35,7 +35,7 @@ def quantized_layer(weight: torch.Tensor, bias: torch.Tensor | None, kind: str, 
         )
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-    return layer.to(DEVICE)  # quantizes
+    return layer.to(DEVICE)
 
 
 def quantize(model: nn.Module, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
