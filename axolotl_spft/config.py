@@ -90,13 +90,13 @@ class SpftConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
 
-_RECORDED = ("nnz", "base_shapes", "mask_source")
+RECORDED = ("nnz", "base_shapes", "mask_source")
 
 
 def option_names() -> tuple[str, ...]:
     """Names of the options that users set, in the order of the class."""
     inherited = {f.name for f in fields(PeftConfig)}
-    return tuple(f.name for f in fields(SpftConfig) if f.name not in inherited and f.name not in _RECORDED)
+    return tuple(f.name for f in fields(SpftConfig) if f.name not in inherited and f.name not in RECORDED)
 
 
 def _is_int(value: Any) -> bool:

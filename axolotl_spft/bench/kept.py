@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -21,6 +22,14 @@ class KeptBytes(NamedTuple):
     by_adapted: int
 
 
+class _Storage(NamedTuple):
+    """The memory of a tensor that was kept, while that tensor lives."""
+
+    of: TensorWeakRef
+    address: int
+    size: int
+
+
 def kept_for_backward(model: nn.Module, batch: Mapping[str, Tensor], targets: Collection[str]) -> KeptBytes:
     """What one forward pass keeps for backward, without parameters, buffers and the batch.
 
@@ -31,11 +40,13 @@ def kept_for_backward(model: nn.Module, batch: Mapping[str, Tensor], targets: Co
     """
     owned = [*model.parameters(), *model.buffers(), *batch.values()]
     own = {tensor.untyped_storage().data_ptr() for tensor in owned}
-    kept: dict[int, int] = {}
-    by_adapted: dict[int, int] = {}
+    kept: list[_Storage] = []
+    by_adapted: list[_Storage] = []
     depth = 0
 
     def pack(tensor: Tensor) -> Tensor:
+        # an alias: an operation that keeps its own output would else keep itself alive
+        tensor = tensor.detach()
         if tensor.layout is torch.strided:  # else it is SHiRA's delta, whose values and indices are the adapter's own
             _count(tensor, own, kept)
             if depth:
@@ -65,11 +76,17 @@ def kept_for_backward(model: nn.Module, batch: Mapping[str, Tensor], targets: Co
                 stack.callback(handle.remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         loss = model(**batch).loss
+    found = KeptBytes(_alive_bytes(kept), _alive_bytes(by_adapted))
     loss.backward()
-    return KeptBytes(sum(kept.values()), sum(by_adapted.values()))
+    return found
 
 
-def _count(tensor: Tensor, own: set[int], counted: dict[int, int]) -> None:
+def _count(tensor: Tensor, own: set[int], counted: list[_Storage]) -> None:
     storage = tensor.untyped_storage()
     if storage.data_ptr() not in own:
-        counted[storage.data_ptr()] = storage.nbytes()
+        counted.append(_Storage(TensorWeakRef(tensor), storage.data_ptr(), storage.nbytes()))
+
+
+def _alive_bytes(counted: list[_Storage]) -> int:
+    # graphs that were dropped during the forward pass keep nothing, DoRA's norm of the weight for one
+    return sum({storage.address: storage.size for storage in counted if storage.of() is not None}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ from axolotl_spft.bench.machine import machine
 from axolotl_spft.bench.options import Options
 from axolotl_spft.bench.rounds import compare
 from axolotl_spft.bench.sweep import parse_values, sweep
+from axolotl_spft.errors import SpftError
 
 
 def run_comparison(options: Options, output: Path | None, picture: Path | None) -> None:
     """One comparison."""
-    _get_ready(picture)
+    _get_ready(output, picture)
     rows, left_out = compare(options)
     print(report.comparison(rows))
     if output:
@@ -26,7 +28,7 @@ def run_comparison(options: Options, output: Path | None, picture: Path | None) 
 
 def run_sweep(options: Options, over: str, texts: Sequence[str], output: Path | None, picture: Path | None) -> None:
     """One comparison at each value of the option ``over``."""
-    _get_ready(picture)
+    _get_ready(output, picture)
     points = sweep(options, over, parse_values(over, texts))
     print(report.sweep_table(over, points))
     if output:
@@ -35,9 +37,19 @@ def run_sweep(options: Options, over: str, texts: Sequence[str], output: Path | 
         plot.plot_sweep(over, points, picture, _title(options, over))
 
 
-def _get_ready(picture: Path | None) -> None:
+def _get_ready(output: Path | None, picture: Path | None) -> None:
+    """Find out before anything is measured what would lose the figures at the end."""
     if picture:
         plot.require_matplotlib()
+        if picture.suffix not in plot.FORMATS:
+            raise SpftError(f"`--plot {picture}` must end in {', '.join(plot.FORMATS)}")
+    for path in filter(None, (output, picture)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpftError(f"nothing can be written to {path}: {error}: name another file") from error
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise SpftError(f"nothing can be written to {path}: name a file in a folder that you may write to")
     # random weights have no home on a hub, and SHiRA's delta is a sparse tensor
     for message in ("Could not find a config file", "Sparse invariant checks"):
         warnings.filterwarnings("ignore", message=message)
@@ -48,4 +60,5 @@ def _title(options: Options, over: str | None = None) -> str:
     parts = [Path(options.model).name, options.dtype]
     parts += ["4-bit base"] if options.quantization == "4bit" else []
     parts += [] if over == "tokens" else [f"{options.tokens} tokens"]
-    return f"{', '.join(parts)}; {what['gpu'] or what['cpu']}, {what['date'][:10]}"
+    processor = what["cpu"] if options.device.startswith("cpu") else what["gpu"]
+    return f"{', '.join(parts)}; {processor}, {what['date'][:10]}"

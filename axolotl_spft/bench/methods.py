@@ -150,7 +150,9 @@ def _trained(model: nn.Module) -> int:
 
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # as transformers' trainer by default
+    return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
 
 
 def _cast_trained(model: nn.Module, dtype: torch.dtype) -> None:

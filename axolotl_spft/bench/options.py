@@ -68,6 +68,12 @@ class Options:
                 (self.area is None or 0 < self.area <= 1, f"`area {self.area}` must be in (0, 1]"),
                 (self.tokens >= 2, f"`tokens {self.tokens}` must be at least 2"),
                 (self.rounds >= 1, f"`rounds {self.rounds}` must be at least 1"),
+                (self.width is None or self.width >= 1, f"`width {self.width}` must be at least 1"),
+                (self.threads is None or self.threads >= 1, f"`threads {self.threads}` must be at least 1"),
+                (
+                    self.device.partition(":")[0] in ("cpu", "cuda"),
+                    f"`device {self.device}` must be cpu, cuda or cuda:<number>",
+                ),
                 (self.samples >= 1, f"`samples {self.samples}` must be at least 1"),
             )
             if not holds

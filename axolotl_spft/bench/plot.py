@@ -11,6 +11,8 @@ from axolotl_spft.files import atomic_path
 
 Row = dict[str, Any]
 _MIB = 2**20
+# that the command promises
+FORMATS = (".png", ".pdf", ".svg")
 _PALE, _STRONG = "#9db4c0", "#1f6f8b"
 
 

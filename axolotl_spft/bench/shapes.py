@@ -48,7 +48,8 @@ def model_config(model: str, tokens: int, width: int | None = None) -> Pretraine
         raise SpftError(f"`--model {model}` is neither a file nor one of {', '.join(SHAPES)}: name one of them")
     if width is not None:
         _scale(config, width)
-    config.max_position_embeddings = max(config.max_position_embeddings, tokens)
+    if getattr(config, "max_position_embeddings", tokens) < tokens:
+        config.max_position_embeddings = tokens
     config.use_cache = False
     return config
 

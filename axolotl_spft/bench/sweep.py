@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from axolotl_spft.bench.options import Options
 from axolotl_spft.bench.rounds import compare
+from axolotl_spft.bench.shapes import model_config
 from axolotl_spft.errors import SpftError
 
 SWEPT = {"tokens": int, "density": float, "width": int, "area": float}
@@ -41,4 +42,6 @@ def sweep(
     """(value, rows, what was left out) of each comparison."""
     # all at once: a bad value must not cost the time of the good ones before it
     every = [options_at(options, over, value) for value in values]
+    for each in every:
+        model_config(each.model, each.tokens, each.width)
     return [(value, *compare(each)) for value, each in zip(values, tqdm(every, desc=f"Sweep of {over}"))]

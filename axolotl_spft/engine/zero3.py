@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from peft.utils.integrations import gather_params_ctx
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -48,20 +50,49 @@ def gathered_while_used(model: nn.Module) -> Iterator[None]:
         yield
 
 
+class _Release(torch.autograd.Function):
+    """The identity on a module's inputs, whose backward comes after the module's own."""
+
+    @staticmethod
+    def forward(ctx, release: Callable[[], None], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.release = release
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for x in inputs)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None) -> tuple:
+        ctx.release()
+        return None, *gradients
+
+
 def _gather_around(module: nn.Module, parameters: list[nn.Parameter], stack: ExitStack) -> None:
     held = stack.enter_context(ExitStack())
 
-    def gather(*_) -> None:
+    def gather() -> None:
         held.close()
         held.enter_context(gathered(parameters))
 
-    def release(*_) -> None:
-        held.close()
+    def before_forward(_, inputs: tuple) -> tuple:
+        gather()
+        tracked = [i for i, x in enumerate(inputs) if torch.is_grad_enabled() and _requires_grad(x)]
+        if not tracked:
+            return inputs
+        passed = list(inputs)
+        for i, x in zip(tracked, _Release.apply(held.close, *(inputs[i] for i in tracked))):
+            passed[i] = x
+        return tuple(passed)
 
-    for handle in (
-        module.register_forward_pre_hook(gather),
-        module.register_forward_hook(release),
-        module.register_full_backward_pre_hook(gather),
-        module.register_full_backward_hook(release),
-    ):
+    def after_forward(_, inputs: tuple, output: Any) -> None:
+        held.close()
+        # not torch's hooks for backward: they make the output a view, which a loss may not write to
+        if any(map(_requires_grad, inputs)):
+            for y in output if isinstance(output, (tuple, list)) else [output]:
+                if _requires_grad(y):
+                    y.register_hook(lambda _: gather())
+
+    for handle in (module.register_forward_pre_hook(before_forward), module.register_forward_hook(after_forward)):
         stack.callback(handle.remove)
+
+
+def _requires_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad

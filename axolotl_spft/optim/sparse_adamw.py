@@ -12,7 +12,7 @@ from axolotl_spft.errors import SpftConfigError, SpftFileError
 from axolotl_spft.ops.dispatch import use_triton
 from axolotl_spft.optim.adamw import adamw_, adamw_low_precision_
 from axolotl_spft.optim.adamw_8bit import adamw_8bit_
-from axolotl_spft.optim.moments import MOMENTS, zero_moments
+from axolotl_spft.optim.moments import BLOCK, MOMENTS, absmax_name, zero_moments
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -32,7 +32,8 @@ class SparseAdamW(torch.optim.Optimizer):
             compared when a state is loaded.
 
     Raises:
-        SpftConfigError: a hyperparameter breaks its rule; all are reported together.
+        SpftConfigError: a hyperparameter breaks its rule, all are reported together; or a parameter is none of
+            float32 and lower precision.
     """
 
     def __init__(
@@ -62,6 +63,20 @@ class SparseAdamW(torch.optim.Optimizer):
         defaults |= {"state_bits": state_bits, "slots": None if slots is None else dict(slots)}
         super().__init__(params, defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; see the class for what it raises."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        other = {str(p.dtype) for p in group["params"] if p.dtype not in (torch.float32, torch.bfloat16, torch.float16)}
+        if other:
+            self.param_groups.pop()
+            raise SpftConfigError(
+                [
+                    f"SparseAdamW computes in float32, and parameters are {', '.join(sorted(other))}: cast them to "
+                    "float32 or lower precision, or use torch.optim.AdamW"
+                ]
+            )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Update every parameter that has a gradient."""
@@ -78,6 +93,8 @@ class SparseAdamW(torch.optim.Optimizer):
             grads = [parameter.grad.to(torch.float32) for parameter in trained]
             if group["state_bits"] == 8:
                 if trained:
+                    # it takes flat pieces of them
+                    targets = [target.contiguous() for target in targets]
                     adamw_8bit_(targets, grads, states, *_hyperparameters(group))
             else:
                 moments = ([state[moment] for state in states] for moment in MOMENTS)
@@ -105,35 +122,67 @@ class SparseAdamW(torch.optim.Optimizer):
             else:
                 state |= {moment: torch.zeros_like(parameter, dtype=torch.float32) for moment in MOMENTS}
             if parameter.dtype != torch.float32:
-                state["master"] = parameter.detach().to(torch.float32)
+                layout = torch.contiguous_format if state_bits == 8 else torch.preserve_format
+                state["master"] = parameter.detach().to(torch.float32, memory_format=layout)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state.
 
         Raises:
-            SpftFileError: it was saved for other positions or another precision of the moments; nothing is changed.
+            SpftFileError: it was saved by another optimizer, or for other positions, other numbers of values, values
+                of another precision or another precision of the moments; nothing is changed.
         """
-        saved_group, group = state_dict["param_groups"][0], self.param_groups[0]
-        if saved_group.get("state_bits", group["state_bits"]) != group["state_bits"]:
-            raise SpftFileError(
-                f"the optimizer state to resume from has {saved_group['state_bits']}-bit moments, but this run's have "
-                f"{group['state_bits']} bits: resume with the `optimizer` that the checkpoint was made with"
-            )
-        saved_slots, slots = saved_group.get("slots"), group["slots"]
-        if saved_slots is not None and slots is not None:
-            _check_slots(saved_slots, slots)
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups):
+            _check_group(saved_group, group)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [(parameter, group["state_bits"]) for group in self.param_groups for parameter in group["params"]]
+        for number, (parameter, state_bits) in zip(numbers, parameters):
+            _check_state(state_dict["state"].get(number, {}), parameter, state_bits)
         super().load_state_dict(state_dict)
         # torch casts the state to the parameter's dtype; ours is what it is whatever that is
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters):
+        for number, (parameter, _) in zip(numbers, parameters):
             for name, saved in state_dict["state"].get(number, {}).items():
                 self.state[parameter][name] = saved.to(parameter.device, copy=True)
 
 
 def _hyperparameters(group: dict[str, Any]) -> tuple[float, tuple[float, float], float, float]:
     return float(group["lr"]), group["betas"], group["eps"], group["weight_decay"]
+
+
+def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    if "state_bits" not in saved:
+        raise SpftFileError(
+            "the optimizer state to resume from was saved by another optimizer than SparseAdamW: resume with the "
+            "`optimizer` that the checkpoint was made with"
+        )
+    if saved["state_bits"] != group["state_bits"]:
+        raise SpftFileError(
+            f"the optimizer state to resume from has {saved['state_bits']}-bit moments, but this run's have "
+            f"{group['state_bits']} bits: resume with the `optimizer` that the checkpoint was made with"
+        )
+    if saved.get("slots") is not None and group["slots"] is not None:
+        _check_slots(saved["slots"], group["slots"])
+
+
+def _check_state(saved: Mapping[str, Tensor], parameter: nn.Parameter, state_bits: int) -> None:
+    """Check that a parameter's saved state is one that it could have: kernels read as far as the parameter goes."""
+    # DeepSpeed fills the state of its flat pieces in afterwards
+    if not saved:
+        return
+    count = parameter.numel()
+    sizes = {"step": 1} | dict.fromkeys(MOMENTS, count)
+    if state_bits == 8:
+        sizes |= {absmax_name(moment): -(-count // BLOCK) for moment in MOMENTS}
+    if parameter.dtype != torch.float32:
+        sizes["master"] = count
+    found = {name: tensor.numel() for name, tensor in saved.items()}
+    if found != sizes:
+        raise SpftFileError(
+            f"the optimizer state to resume from has entries of sizes {found} where a parameter of {count} values in "
+            f"{parameter.dtype} has {sizes}: resume with the adapter, and the dtype of its values, that the state was "
+            "saved with"
+        )
 
 
 def _check_slots(saved: Mapping[str, tuple[int, str]], slots: Mapping[str, tuple[int, str]]) -> None:

@@ -67,6 +67,10 @@ _UNSUPPORTED = {
 }
 
 
+# they orthogonalize the update of a matrix
+_OF_MATRICES = ("muon", "dion", "flash_muon")
+
+
 def check_run(cfg: Mapping[str, Any]) -> list[str]:
     """Every problem of a whole Axolotl configuration with ``adapter: spft``, one sentence each."""
     options = cfg.get("spft")
@@ -90,6 +94,11 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"`optim_args: {cfg['optim_args']}` is not read by `optimizer: {optimizer}`: set `adam_beta1`, "
             "`adam_beta2`, `adam_epsilon` and `weight_decay`"
+        )
+    if optimizer in _OF_MATRICES:
+        problems.append(
+            f"`optimizer: {optimizer}` trains matrices only, and the values of a sparse adapter are vectors: use "
+            f"{' or '.join(OPTIMIZERS)}, or another optimizer of single values such as adamw_torch"
         )
     if cfg.get("inference") and not cfg.get("lora_model_dir"):
         problems.append(

@@ -100,16 +100,21 @@ class SpftPlugin(BasePlugin):
         from axolotl_spft.engine.zero3 import gather_as_units
         from axolotl_spft.plugin.checkpoints import RunRecord, checkpoint_to_resume
         from axolotl_spft.plugin.memory import memory_of_run
-        from axolotl_spft.plugin.saved_adapter import install_checkpoint_mask
+        from axolotl_spft.plugin.saved_adapter import copy_to_reference, has_reference, install_checkpoint_mask
         from axolotl_spft.plugin.trainer_pass import has_mask, peft_model_of, select_mask_with_trainer
         from axolotl_spft.salience.prepare import adapted_layers, check_same_mask, retire_empty_values
         from axolotl_spft.tuner.layer import SpftLinear
         from axolotl_spft.tuner.state import slots_of
 
         model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
+        if has_reference(model) and has_mask(model):
+            copy_to_reference(model)
         checkpoint = checkpoint_to_resume(cfg, ranks, engine)
         if checkpoint:
             install_checkpoint_mask(model, checkpoint)
+            if has_reference(model):
+                # beside adapters in folders of their own transformers does not load the one that is trained
+                model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
         LOG.info("%s", memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(cfg.optimizer, 32)))
         if checkpoint:
             LOG.info("Sparse mask: the one of the checkpoint %s", checkpoint)

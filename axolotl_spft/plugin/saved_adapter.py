@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import nn
 
 from axolotl_spft.budget import total_budget
-from axolotl_spft.config import BUDGETS, SpftConfig
+from axolotl_spft.config import BUDGETS, RECORDED, SpftConfig
 from axolotl_spft.errors import SpftError
 from axolotl_spft.peft_type import SPFT
 from axolotl_spft.plugin.checkpoints import ADAPTER_FILE
@@ -20,6 +20,8 @@ from axolotl_spft.tuner.state import shapes_of
 
 # what a mask depends on beside the budget and the targeted modules
 _MASK_OPTIONS = ("salience", "scope", "samples", "seed")
+# as TRL names it
+_REFERENCE = "ref"
 _ANEW = "leave `resume_from_checkpoint` out and set another `output_dir` to start anew"
 
 
@@ -42,6 +44,25 @@ def check_lora_model_dir(cfg: Any) -> None:
         "name a sparse adapter's folder in `lora_model_dir`, or merge this adapter first and name the result as "
         "`base_model`",
     )
+
+
+def copy_to_reference(model: nn.Module) -> None:
+    """Make TRL's frozen adapter, which a trained one is compared with, the copy of the trained one that TRL means.
+
+    TRL copies parameters whose names hold ``.default.``, as LoRA's do; those of a sparse adapter end in ``.default``,
+    and have the sizes of its mask.
+    """
+    trained = model.active_adapter
+    for layer in adapted_layers(model).values():
+        layer.set_mask(_REFERENCE, layer.mask(trained), layer.spft_values[trained].detach().clone())
+        layer.spft_values[_REFERENCE].requires_grad_(False)
+    for recorded in RECORDED:
+        setattr(model.peft_config[_REFERENCE], recorded, getattr(model.peft_config[trained], recorded))
+
+
+def has_reference(model: nn.Module) -> bool:
+    """Whether TRL's trainer has added an adapter to compare with."""
+    return _REFERENCE in model.peft_config
 
 
 def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:

@@ -91,6 +91,8 @@ class BaseWeight:
             and weight.is_floating_point()
             and weight.is_contiguous()
             and not weight.is_meta
+            # transformers does not yet know of ZeRO-3 while a saved adapter is loaded
+            and not is_partitioned(weight)
         )
 
     def storage_positions(self, mask: Mask) -> Tensor:

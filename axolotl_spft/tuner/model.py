@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_spft.budget import layer_budgets
-from axolotl_spft.config import SpftConfig
+from axolotl_spft.config import RECORDED, SpftConfig
 from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.ops.csr import mask_from_positions
@@ -124,6 +124,10 @@ class SpftModel(BaseTuner):
         ]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        given = self.peft_config[adapter_name]
+        if any(config is given for name, config in self.peft_config.items() if name != adapter_name):
+            # what is recorded of one adapter is not true of the other
+            self.peft_config[adapter_name] = replace(given, **dict.fromkeys(RECORDED))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _mark_shared_weights(model)
         _mark_shared_inputs(model)

@@ -15,6 +15,7 @@ import torch
 
 from axolotl_spft.bench import contestant as contestant_module
 from axolotl_spft.bench import main, rounds
+from axolotl_spft.bench import sweep as sweep_module
 from axolotl_spft.bench.contestant import Contestant
 from axolotl_spft.bench.options import PROCESSES
 from axolotl_spft.bench.rounds import compare
@@ -207,3 +208,35 @@ def test_without_matplotlib_nothing_is_measured(tiny_options, tmp_path, monkeypa
 def test_all_mistakes_are_reported_together(tiny_options):
     with pytest.raises(SpftError, match=r"`density 2` must be in \(0, 1\].*`rounds 0` must be at least 1"):
         tiny_options(rank=None, density=2, rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("output", "picture", "message"),
+    [
+        ("file/a.json", None, "nothing can be written to"),
+        (".", None, "name a file"),
+        (None, "a.xyz", r"must end in \.png, \.pdf, \.svg"),
+    ],
+)
+def test_files_that_cannot_be_written_are_found_before_anything_is_measured(
+    output, picture, message, tiny_options, tmp_path, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(main, "compare", lambda _: pytest.fail("it was measured"))
+    paths = (None if name is None else tmp_path / name for name in (output, picture))
+    with pytest.raises(SpftError, match=message):
+        main.run_comparison(tiny_options(), *paths)
+
+
+def test_a_bad_value_of_a_sweep_is_found_before_the_good_ones_are_measured(tiny_options, monkeypatch):
+    monkeypatch.setattr(sweep_module, "compare", lambda _: pytest.fail("it was measured"))
+    with pytest.raises(SpftError, match="`width 49` must be a multiple of"):
+        sweep_module.sweep(tiny_options(), "width", [48, 49])
+
+
+def test_a_picture_names_the_processor_that_ran(tiny_options, monkeypatch):
+    what = {"gpu": "a GPU", "cpu": "a CPU", "date": "2026-01-01T00:00"}
+    monkeypatch.setattr(main, "machine", lambda: what)
+    assert "; a CPU, 2026-01-01" in main._title(tiny_options(device="cpu"))
+    assert "; a GPU, 2026-01-01" in main._title(tiny_options(device="cuda"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,3 +122,19 @@ def test_the_footprint_is_that_of_the_tensors(tiny_options):
 def test_the_spread_is_the_interquartile_range_over_the_median():
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
     assert spread([1.0]) == 0
+
+
+def test_a_graph_that_was_dropped_keeps_nothing():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = torch.nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            # as DoRA, which detaches a norm whose graph it has made
+            scale = (x * x).exp().sum().detach()
+            return SimpleNamespace(loss=(self.q_proj(x) * scale).sum())
+
+    x = torch.randn(5, 8, requires_grad=True)
+    kept = kept_for_backward(Model().requires_grad_(False), {"x": x}, ["q_proj"])
+    assert kept.all == x.element_size()  # the scale

@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
 def runs(folder):
     """Trains every case: name -> error, or None where it went well."""
     mask = {"density": 0.05, "samples": 16, "mask_path": str(folder / "mask.safetensors")}
+    saved = {"lora_model_dir": str(folder / "single_plain")}
 
     def cases(engine: str, ranks: int = RANKS) -> list:
         def case(name: str, engine: str = engine, **changes):
@@ -41,6 +42,7 @@ def runs(folder):
             return [
                 case("plain", spft=mask), case("four_bit", **BASES["4bit"]), case("few", spft=FEW),
                 case("head", spft=WITH_HEAD), case("bf16", bf16=True),
+                case("continued", **saved),
             ]  # fmt: skip
         if engine == "ddp":
             return [
@@ -62,6 +64,7 @@ def runs(folder):
             case("from_file", "zero3", spft={**mask, "mask_path": str(folder / "zero3_mask.safetensors")}),
             case("few", "zero3", spft=FEW),
             case("head", "zero3", spft=WITH_HEAD),
+            case("continued", "zero3", **saved),
             case("plain", "zero3-offload"),
             case("bf16", "zero3", bf16=True, **GRADIENTS),
         ]
@@ -76,7 +79,7 @@ def figures(folder, name: str):
 @pytest.mark.parametrize(
     "name",
     ["ddp_plain", "ddp_few", "ddp_head", "zero1_few", "zero2_head", "zero2_four_bit", "zero3_plain", "zero3_few",
-     "zero3_head", "zero2-offload_plain", "zero3-offload_plain"],
+     "zero3_head", "zero3_continued", "zero2-offload_plain", "zero3-offload_plain"],
 )  # fmt: skip
 def test_equals_one_process(folder, runs, name):
     reference = f"single_{name.partition('_')[2]}"

@@ -166,6 +166,13 @@ def test_a_sharded_pass_holds_its_accumulators_and_one_dense_gradient(by_rank):
         assert 0 < peak <= largest
 
 
+def loss_that_writes(model, batch) -> torch.Tensor:
+    """As TRL's losses, which divide the logits by a temperature in place; half of the model's own."""
+    logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+    logits.div_(2).mul_(2)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()) / 2
+
+
 def partitioned_pass() -> tuple[int, list[int], bool]:
     """Of a ZeRO-3 pass: the most bytes at a time in matrices as large as a weight, the weights' own in float32, and
     whether these are in parts again.
@@ -187,7 +194,10 @@ def partitioned_pass() -> tuple[int, list[int], bool]:
     layers = adapted_layers(model)
     shapes = {(layer.out_features, layer.in_features) for layer in layers.values()}
     with LiveBytes(shapes, []) as tracker:
-        summed_gradients(model, layers, [token_batch(rows=1, seed=ranks.rank)], None, 2, ranks)
+        sums, _ = summed_gradients(model, layers, [token_batch(rows=1, seed=ranks.rank)], None, 2, ranks)
+    writing, _ = summed_gradients(model, layers, [token_batch(rows=1, seed=ranks.rank)], loss_that_writes, 2, ranks)
+    for name, total in sums.items():
+        torch.testing.assert_close(writing[name], total / 2)
     assert held.is_zero3()
     partitioned = [parameter.numel() == 0 for parameter in base.parameters() if hasattr(parameter, "ds_id")]
     sizes = [4 * layer.out_features * layer.in_features for layer in layers.values()]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from axolotl_spft import SparseAdamW
-from axolotl_spft.errors import SpftConfigError
+from axolotl_spft.errors import SpftConfigError, SpftFileError
 from axolotl_spft.optim.adamw import adamw_
 
 
@@ -113,3 +113,77 @@ def test_bad_hyperparameters_are_reported_together():
     with pytest.raises(SpftConfigError) as caught:
         SparseAdamW([nn.Parameter(torch.ones(1))], lr=-1, betas=(0.9, 1.0), eps=0, weight_decay=-0.1, state_bits=4)
     assert len(caught.value.problems) == 5
+
+
+def optimizer_after_a_step(size: int = 10, dtype: torch.dtype = torch.float32, state_bits: int = 32) -> SparseAdamW:
+    parameter = nn.Parameter(torch.ones(size, dtype=dtype))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = SparseAdamW([parameter], state_bits=state_bits)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize(
+    ("saved", "own"),
+    [
+        ({"size": 10}, {"size": 4000}),
+        ({"size": 4000}, {"size": 10}),
+        ({"dtype": torch.float32}, {"dtype": torch.bfloat16}),
+        ({"dtype": torch.bfloat16}, {"dtype": torch.float32}),
+    ],
+    ids=["shorter", "longer", "without masters", "with masters"],
+)
+def test_the_state_of_other_values_is_refused_and_changes_nothing(state_bits, saved, own):
+    state = optimizer_after_a_step(**saved, state_bits=state_bits).state_dict()
+    optimizer = optimizer_after_a_step(**own, state_bits=state_bits)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(SpftFileError, match="the optimizer state to resume from has entries of sizes"):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for name, tensor in before["state"][0].items():
+        assert torch.equal(after["state"][0][name], tensor)
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    optimizer = optimizer_after_a_step()
+    other = torch.optim.AdamW([nn.Parameter(torch.ones(10))])
+    with pytest.raises(SpftFileError, match="saved by another optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+    optimizer.step()
+
+
+def test_every_group_is_compared():
+    groups = [[nn.Parameter(torch.ones(3))], [nn.Parameter(torch.ones(4))]]
+    optimizer = SparseAdamW([{"params": params} for params in groups])
+    state = optimizer.state_dict()
+    state["param_groups"][1]["state_bits"] = 8
+    with pytest.raises(SpftFileError, match="has 8-bit moments"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_precision_that_float32_would_lose_is_refused(dtype):
+    with pytest.raises(SpftConfigError, match="computes in float32"):
+        SparseAdamW([nn.Parameter(torch.ones(3, dtype=dtype))])
+    optimizer = optimizer_after_a_step()
+    with pytest.raises(SpftConfigError, match=f"parameters are {dtype}"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=dtype))]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_parameters_that_are_stored_transposed(dtype, state_bits):
+    weight = torch.linspace(-1, 1, 12).view(3, 4).to(dtype)
+    transposed, plain = nn.Parameter(weight.clone().t()), nn.Parameter(weight.t().contiguous())
+    assert not transposed.is_contiguous()
+    for parameter in (transposed, plain):
+        optimizer = SparseAdamW([parameter], lr=0.1, state_bits=state_bits)
+        for step in range(3):
+            parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(torch.sin(9 * weight.t() + step))
+            optimizer.step()
+    assert (plain - weight.t()).abs().max() > 0.1
+    assert torch.equal(transposed, plain)

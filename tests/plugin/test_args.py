@@ -47,6 +47,7 @@ def test_good_configurations_pass(options):
             {"lora_modules_to_save": ["lm_head"], "spft": {"modules_to_save": ["embed_tokens"]}},
             ["`lora_modules_to_save: ['lm_head']` differs from `spft.modules_to_save: ['embed_tokens']`"],
         ),
+        ({"optimizer": "muon"}, ["`optimizer: muon` trains matrices only", "sparse_adamw"]),
         ({"optim_args": {"eps": 0.5}}, ["`optim_args: {'eps': 0.5}` is not read by", "`adam_epsilon`"]),
         ({"optim_args": "eps=0.5", "optimizer": "sparse_adamw_8bit"}, ["`optimizer: sparse_adamw_8bit`"]),
         ({"spft": {"target_modules": "(q"}}, ["`target_modules: (q` is not a regular expression"]),

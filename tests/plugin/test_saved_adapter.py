@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.enums import RLType
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.errors import SpftError, SpftFileError
-from axolotl_spft.plugin.saved_adapter import check_lora_model_dir, install_checkpoint_mask
+from axolotl_spft.plugin.saved_adapter import (
+    check_lora_model_dir,
+    copy_to_reference,
+    has_reference,
+    install_checkpoint_mask,
+)
 from axolotl_spft.salience.prepare import adapted_layers
 from axolotl_spft.tuner.state import mask_checksum, slots_of
-from tests.models import tiny_llama
+from tests.models import logits, tiny_llama
 
 MADE_WITH = {"density": 0.05, "salience": "magnitude", "scope": "global", "samples": 7, "seed": 3}
 
@@ -84,3 +90,29 @@ def test_trainers_that_make_the_adapter_themselves_read_none(checkpoint, rl):
         check_lora_model_dir(DictDefault(lora_model_dir=folder, rl=rl))
     check_lora_model_dir(DictDefault(lora_model_dir=folder, rl=rl, merge_lora=True))
     check_lora_model_dir(DictDefault(lora_model_dir=folder, rl=RLType.ORPO))
+
+
+def test_the_adapter_to_compare_with_is_the_trained_one(checkpoint, tmp_path):
+    """As TRL's trainers make it for an adapter that was loaded; their own copying finds no parameter of ours."""
+    made, _ = checkpoint
+    with torch.no_grad():
+        for layer in adapted_layers(made).values():
+            layer.spft_values["default"].normal_()
+    made.save_pretrained(tmp_path / "trained")
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "trained", is_trainable=True)
+    base, trained = logits(tiny_llama()), logits(model)
+    assert not has_reference(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    assert has_reference(model)
+    copy_to_reference(model)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), trained)
+    assert not torch.equal(trained, base)
+    model.set_adapter("default")
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"default"}
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.spft_values["default"].zero_()
+    model.save_pretrained(tmp_path / "both")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "both" / "ref", adapter_name="ref")
+    assert torch.equal(logits(again), trained)

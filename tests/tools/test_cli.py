@@ -53,6 +53,10 @@ def test_bench_measures_and_writes(tmp_path):
         (["--model", "llama-9b", "--method", "limit"], "is neither a file nor one of"),
         (["1", "2"], "VALUES belong to --sweep"),
         (["--sweep", "tokens"], "needs values"),
+        (["--mask", "gradient", "--area", "0.5"], "masks of a given area are drawn"),
+        (["--width", "0"], "`width 0` must be at least 1"),
+        (["--threads", "0"], "`threads 0` must be at least 1"),
+        (["--device", "foo"], "`device foo` must be cpu, cuda"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, message):

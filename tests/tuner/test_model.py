@@ -354,3 +354,16 @@ def test_the_mask_cannot_change_while_merged():
 
 def test_layers_print_their_counts():
     assert "nnz={default: " in repr(with_adapter(tiny_llama()))
+
+
+def test_adapters_of_one_config_record_each_its_own(tmp_path):
+    config = SpftConfig(density=0.1, samples=2)
+    model = get_peft_model(tiny_llama(), config)
+    model.add_adapter("second", model.peft_config["default"])
+    select_mask(model, [token_batch()])
+    recorded = model.peft_config
+    assert recorded["default"].nnz == sum(layer.mask("default").nnz for layer in adapted_layers(model).values())
+    assert (recorded["second"].nnz, recorded["second"].base_shapes, recorded["second"].mask_source) == (None,) * 3
+    model.save_pretrained(tmp_path)
+    assert model.load_adapter(tmp_path / "second", "again").unexpected_keys == []
+    assert not any(layer.mask("again").nnz for layer in adapted_layers(model).values())
