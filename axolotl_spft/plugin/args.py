@@ -68,7 +68,7 @@ _UNSUPPORTED = {
 
 
 # they orthogonalize the update of a matrix
-_OF_MATRICES = ("muon", "dion", "flash_muon")
+_OF_MATRICES = ("muon", "dion")
 
 
 def check_run(cfg: Mapping[str, Any]) -> list[str]:

@@ -55,7 +55,6 @@ def copy_to_reference(model: nn.Module) -> None:
     trained = model.active_adapter
     for layer in adapted_layers(model).values():
         layer.set_mask(_REFERENCE, layer.mask(trained), layer.spft_values[trained].detach().clone())
-        layer.spft_values[_REFERENCE].requires_grad_(False)
     for recorded in RECORDED:
         setattr(model.peft_config[_REFERENCE], recorded, getattr(model.peft_config[trained], recorded))
 

@@ -118,7 +118,8 @@ def command(sweep, values, output, plot, **chosen) -> None:  # fmt: skip
 def _options(sweep, values, methods, mask, device, dtype, processes, serving, **others) -> Options:
     if values and not sweep:
         raise click.UsageError(f"unexpected {' '.join(values)}: VALUES belong to --sweep")
-    if mask == "gradient" and (others["area"] is not None or sweep == "area"):
+    of_area = others["area"] is not None or sweep == "area"
+    if mask == "gradient" and of_area:
         raise click.UsageError("masks of a given area are drawn: leave `--mask gradient` out, or the area")
     if device == "auto":
         import torch
@@ -132,7 +133,7 @@ def _options(sweep, values, methods, mask, device, dtype, processes, serving, **
         dtype = "fp32" if device == "cpu" and lacks_instructions(torch.bfloat16) else "bf16"
     return Options(
         methods=methods or (SWEEP_METHODS if sweep else METHODS),
-        mask=mask or ("drawn" if others["area"] is not None or sweep == "area" else default_mask(others["model"])),
+        mask=mask or ("drawn" if of_area else default_mask(others["model"])),
         device=device,
         dtype=dtype,
         processes=processes or "shared",

@@ -26,6 +26,8 @@ LOW = [torch.bfloat16, torch.float16]
 DTYPES = [*LOW, torch.float32]
 NORMS = [LlamaRMSNorm, Qwen3RMSNorm, Gemma2RMSNorm]
 FEATURES = 37
+# from a GPU save_on_cpu keeps copies, so that each of three readers finds nothing to share and asks
+AGAIN = [False] * (3 if DEVICE == "cuda" else 1)
 SOME = torch.tensor([0, 3, 4, 20, 36, 36], dtype=torch.int32, device=DEVICE)
 
 
@@ -216,7 +218,7 @@ def test_gradients_have_the_bits_of_kept_columns(answers, kind, dtype, nnz):
     assert answers == [True]
     with torch.autograd.graph.save_on_cpu():
         y = model(x)
-    assert answers[0] and answers[1:] and not any(answers[1:])
+    assert answers == [True, *AGAIN]
     assert_same_bits(got, gradients(model, lambda: y.float().square().sum()))
 
 
@@ -226,7 +228,7 @@ def test_autocast_makes_them_in_its_own_dtype(answers):
         got = gradients(model, lambda: model(x).float().square().sum())
         with torch.autograd.graph.save_on_cpu():
             y = model(x)
-    assert answers[0] and answers[1:] and not any(answers[1:])
+    assert answers == [True, *AGAIN]
     assert_same_bits(got, gradients(model, lambda: y.float().square().sum()))
 
 

@@ -80,10 +80,10 @@ def test_accumulated_over_two_backward_passes():
 @pytest.mark.filterwarnings("error:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_equal_under_torch_compile_without_a_graph_break(backend, architecture):
+@pytest.mark.parametrize("density", [0.02, 0.2], ids=["some columns", "all columns"])
+def test_equal_under_torch_compile_without_a_graph_break(backend, architecture, density):
     torch._dynamo.reset()
-    # few enough that backward keeps a copy of some columns
-    model = with_adapter(ARCHITECTURES[architecture](), density=0.02)
+    model = with_adapter(ARCHITECTURES[architecture](), density=density)
     layers = adapted_layers(model).values()
 
     def gradients(run) -> list[torch.Tensor]:
