@@ -29,10 +29,13 @@ def run_comparison(options: Options, output: Path | None, picture: Path | None) 
 def run_sweep(options: Options, over: str, texts: Sequence[str], output: Path | None, picture: Path | None) -> None:
     """One comparison at each value of the option ``over``."""
     _get_ready(output, picture)
-    points = sweep(options, over, parse_values(over, texts))
+    points = []
+    for point in sweep(options, over, parse_values(over, texts)):
+        points.append(point)
+        if output:
+            # at each value: what was measured outlives a sweep that is broken off
+            report.write_json(output, report.sweep_results(options, machine(), over, points))
     print(report.sweep_table(over, points))
-    if output:
-        report.write_json(output, report.sweep_results(options, machine(), over, points))
     if picture:
         plot.plot_sweep(over, points, picture, _title(options, over))
 

@@ -13,11 +13,16 @@ from torch import nn
 from axolotl_spft.bench.base import target_layers, target_modules
 from axolotl_spft.bench.masking import MaskCost, Masking, mask_model
 from axolotl_spft.budget import total_budget
+from axolotl_spft.errors import SpftError
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.prepare import adapted_layers, install_masks
 from axolotl_spft.tuner import SpftConfig
 
 FIRST, SECOND = "default", "second"
+
+
+class LeftOut(SpftError):
+    """A method that cannot run here, among others that can; the message says why."""
 
 
 class Budget(NamedTuple):
@@ -93,6 +98,9 @@ def _lora_of(**variant: bool) -> Callable[..., Method]:
 
 def shira(base: nn.Module, budget: Budget, masking: Masking) -> Method:
     """PEFT's SHiRA with its random mask."""
+    for name, layer in target_layers(base).items():
+        if budget.rank * (layer.in_features + layer.out_features) > layer.weight.numel():
+            raise LeftOut(f"SHiRA of rank {budget.rank} would train more than all of {name}")
     targets = target_modules(base)
     return _peft(base, lambda: ShiraConfig(r=budget.rank, target_modules=targets), base.dtype)
 

@@ -15,12 +15,10 @@ from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 
 from axolotl_spft.bench.contestant import Contestant, reason_to_leave_out, set_threads
+from axolotl_spft.bench.methods import LeftOut
 from axolotl_spft.bench.options import Options
+from axolotl_spft.bench.shapes import model_config
 from axolotl_spft.errors import SpftError
-
-
-class DoesNotFit(SpftError):
-    """A method needs more memory than the device has."""
 
 
 def compare(options: Options) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -31,6 +29,8 @@ def compare(options: Options) -> tuple[list[dict[str, Any]], dict[str, str]]:
         also printed as it is found out.
     """
     set_threads(options)
+    # before any process starts
+    model_config(options.model, options.tokens, options.width)
     left_out = {name: reason for name in options.methods if (reason := reason_to_leave_out(name, options))}
     for name, reason in left_out.items():
         print(f"{name} is left out: {reason}")
@@ -55,7 +55,7 @@ def _take_turns(names: list[str], options: Options, left_out: dict[str, str]) ->
                 else:
                     # one at a time: the time of the salience pass is measured
                     contestants[name].prepare()
-            except DoesNotFit as error:
+            except LeftOut as error:
                 contestants.pop(name, None)
                 left_out[name] = str(error)
                 print(f"{name} is left out: {error}")
@@ -74,7 +74,7 @@ def _in_this_process(name: str, options: Options) -> Contestant:
         reason = _does_not_fit(error)
     # outside the handler, whose traceback would keep the half-made model alive
     clear_device_cache(garbage_collection=True)
-    raise DoesNotFit(reason)
+    raise LeftOut(reason)
 
 
 def _does_not_fit(error: torch.OutOfMemoryError) -> str:
@@ -122,8 +122,8 @@ class _Worker:
             raise SpftError(
                 f"the process of {self.name} ended without a word: the system may be out of memory"
             ) from None
-        if kind == "does not fit":
-            raise DoesNotFit(content)
+        if kind == "left out":
+            raise LeftOut(content)
         if kind == "error":
             raise SpftError(f"the process of {self.name} failed:\n{content}")
         return content
@@ -158,6 +158,8 @@ def _serve(connection: Connection, name: str, options: Options) -> None:
     except EOFError:
         pass  # nothing more is asked
     except torch.OutOfMemoryError as error:
-        connection.send(("does not fit", _does_not_fit(error)))
+        connection.send(("left out", _does_not_fit(error)))
+    except LeftOut as error:
+        connection.send(("left out", str(error)))
     except Exception:
         connection.send(("error", traceback.format_exc()))

@@ -36,14 +36,17 @@ def model_config(model: str, tokens: int, width: int | None = None) -> Pretraine
         width: another hidden_size; the intermediate size and the number of heads follow in proportion.
 
     Raises:
-        SpftError: no such shape or file, or a width that the head size does not divide.
+        SpftError: no such shape or file, no causal language model's, or a width that the head size does not divide.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     if model in SHAPES:
         config = LlamaConfig(**SHAPES[model], max_position_embeddings=8192)
     elif Path(model).exists():
-        config = AutoConfig.from_pretrained(model)
+        # of a model that sees, the part that reads
+        config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise SpftError(f"`--model {model}` holds a {type(config).__name__}, and no causal language model has that")
     else:
         raise SpftError(f"`--model {model}` is neither a file nor one of {', '.join(SHAPES)}: name one of them")
     if width is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,10 +38,10 @@ def options_at(options: Options, over: str, value: float) -> Options:
 
 def sweep(
     options: Options, over: str, values: Sequence[float]
-) -> list[tuple[float, list[dict[str, Any]], dict[str, str]]]:
-    """(value, rows, what was left out) of each comparison."""
+) -> Iterator[tuple[float, list[dict[str, Any]], dict[str, str]]]:
+    """(value, rows, what was left out) of each comparison, as it is measured."""
     # all at once: a bad value must not cost the time of the good ones before it
     every = [options_at(options, over, value) for value in values]
     for each in every:
         model_config(each.model, each.tokens, each.width)
-    return [(value, *compare(each)) for value, each in zip(values, tqdm(every, desc=f"Sweep of {over}"))]
+    return ((value, *compare(each)) for value, each in zip(values, tqdm(every, desc=f"Sweep of {over}")))

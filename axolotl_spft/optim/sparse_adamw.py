@@ -32,8 +32,8 @@ class SparseAdamW(torch.optim.Optimizer):
             compared when a state is loaded.
 
     Raises:
-        SpftConfigError: a hyperparameter breaks its rule, all are reported together; or a parameter is none of
-            float32 and lower precision.
+        SpftConfigError: a group's hyperparameters break their rules, all are reported together; or a parameter is
+            none of float32 and lower precision.
     """
 
     def __init__(
@@ -46,19 +46,6 @@ class SparseAdamW(torch.optim.Optimizer):
         state_bits: int = 32,
         slots: Mapping[str, tuple[int, str]] | None = None,
     ):
-        problems = [
-            f"SparseAdamW `{name}: {value}` {rule}"
-            for name, value, holds, rule in (
-                ("lr", lr, lr >= 0, "must be at least 0"),
-                ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "must be two in [0, 1)"),
-                ("eps", eps, eps > 0, "must be greater than 0"),
-                ("weight_decay", weight_decay, weight_decay >= 0, "must be at least 0"),
-                ("state_bits", state_bits, state_bits in (8, 32), "must be 8 or 32"),
-            )
-            if not holds
-        ]
-        if problems:
-            raise SpftConfigError(problems)
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         defaults |= {"state_bits": state_bits, "slots": None if slots is None else dict(slots)}
         super().__init__(params, defaults)
@@ -66,16 +53,10 @@ class SparseAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; see the class for what it raises."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        other = {str(p.dtype) for p in group["params"] if p.dtype not in (torch.float32, torch.bfloat16, torch.float16)}
-        if other:
+        problems = _problems_of(self.param_groups[-1])
+        if problems:
             self.param_groups.pop()
-            raise SpftConfigError(
-                [
-                    f"SparseAdamW computes in float32, and parameters are {', '.join(sorted(other))}: cast them to "
-                    "float32 or lower precision, or use torch.optim.AdamW"
-                ]
-            )
+            raise SpftConfigError(problems)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -144,6 +125,26 @@ class SparseAdamW(torch.optim.Optimizer):
         for number, (parameter, _) in zip(numbers, parameters):
             for name, saved in state_dict["state"].get(number, {}).items():
                 self.state[parameter][name] = saved.to(parameter.device, copy=True)
+
+
+def _problems_of(group: Mapping[str, Any]) -> list[str]:
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "lr": (lambda lr: lr >= 0, "must be at least 0"),
+        "betas": (lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "must be two in [0, 1)"),
+        "eps": (lambda eps: eps > 0, "must be greater than 0"),
+        "weight_decay": (lambda decay: decay >= 0, "must be at least 0"),
+        "state_bits": (lambda bits: bits in (8, 32), "must be 8 or 32"),
+    }
+    problems = [
+        f"SparseAdamW `{name}: {group[name]}` {rule}" for name, (holds, rule) in rules.items() if not holds(group[name])
+    ]
+    other = {str(p.dtype) for p in group["params"] if p.dtype not in (torch.float32, torch.bfloat16, torch.float16)}
+    if other:
+        problems.append(
+            f"SparseAdamW computes in float32, and parameters are {', '.join(sorted(other))}: cast them to float32 or "
+            "lower precision, or use torch.optim.AdamW"
+        )
+    return problems
 
 
 def _hyperparameters(group: dict[str, Any]) -> tuple[float, tuple[float, float], float, float]:

@@ -4,6 +4,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3Config, T5Config
 
 from axolotl_spft.bench.base import make_base, target_layers, target_modules, text_batch
 from axolotl_spft.bench.shapes import SHAPES, model_config
@@ -57,6 +58,21 @@ def test_a_width_scales_the_rest():
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (16, 4, 128)
     with pytest.raises(SpftError, match="`width 1000` must be a multiple of 512"):
         model_config("llama-8b", 512, width=1000)
+
+
+def test_of_a_model_that_sees_the_part_that_reads_is_measured(tmp_path):
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    text |= {"vocab_size": 97, "num_key_value_heads": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Gemma3Config(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    base = make_base(model_config(str(tmp_path), 24), torch.float32, CPU)
+    assert base.config.vocab_size == 97 and base.config.hidden_size == 32
+
+
+def test_what_is_no_causal_language_model_is_refused(tmp_path):
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(SpftError, match="holds a T5Config, and no causal language model"):
+        model_config(str(tmp_path), 24)
 
 
 def test_an_unknown_shape_is_named():

@@ -76,6 +76,13 @@ def test_what_cannot_run_on_4_bits_is_left_out_with_the_reason(tiny_options, cap
     assert "full is left out: quantized weights take no gradient" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("processes", ["shared", "isolated"])
+def test_a_rank_that_shira_cannot_have_leaves_it_out(tiny_options, processes):
+    rows, left_out = compare(tiny_options(methods=("limit", "shira"), rank=18, serving=False, processes=processes))
+    assert [row["method"] for row in rows] == ["limit"]
+    assert left_out["shira"].startswith("SHiRA of rank 18 would train more than all of model.layers.0.self_attn.")
+
+
 def test_a_method_in_a_process_of_its_own(tiny_options):
     (row,), left_out = compare(tiny_options(methods=("spft-gradient",), processes="isolated"))
     assert row["method"] == "spft-gradient" and len(row["seconds"]) == 2 and not left_out
@@ -172,6 +179,19 @@ def test_a_sweep_repeats_the_comparison(tiny_options, tmp_path, capsys):
     assert high == pytest.approx(4 * low, rel=0.01)
     assert picture.stat().st_size > 1000
     assert capsys.readouterr().out.count("| 0.05 ") == 3
+
+
+def test_a_sweep_that_is_broken_off_leaves_what_it_has_measured(tiny_options, tmp_path, monkeypatch):
+    def once(options):
+        monkeypatch.setattr(sweep_module, "compare", lambda _: pytest.exit("as Ctrl-C does"))
+        return compare(options)
+
+    monkeypatch.setattr(sweep_module, "compare", once)
+    options = tiny_options(methods=("limit",), serving=False)
+    with pytest.raises(pytest.exit.Exception):
+        main.run_sweep(options, "tokens", ["16", "24"], tmp_path / "sweep.json", None)
+    (point,) = json.loads((tmp_path / "sweep.json").read_text())["points"]
+    assert point["value"] == 16 and point["rows"][0]["seconds"]
 
 
 @pytest.mark.parametrize("over, value, key", [("tokens", 32, None), ("width", 96, None), ("area", 0.5, "area")])

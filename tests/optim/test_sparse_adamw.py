@@ -115,6 +115,16 @@ def test_bad_hyperparameters_are_reported_together():
     assert len(caught.value.problems) == 5
 
 
+def test_every_groups_hyperparameters_are_checked():
+    optimizer = SparseAdamW([nn.Parameter(torch.ones(1))])
+    for bad, message in ({"state_bits": 16}, "`state_bits: 16` must be 8 or 32"), ({"betas": (0.9,)}, "must be two"):
+        with pytest.raises(SpftConfigError, match=message):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], **bad})
+        with pytest.raises(SpftConfigError, match=message):
+            SparseAdamW([{"params": [nn.Parameter(torch.ones(1))], **bad}])
+    assert len(optimizer.param_groups) == 1
+
+
 def optimizer_after_a_step(size: int = 10, dtype: torch.dtype = torch.float32, state_bits: int = 32) -> SparseAdamW:
     parameter = nn.Parameter(torch.ones(size, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
