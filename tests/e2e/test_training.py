@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -15,6 +16,15 @@ from integration.engines.workspace import write_config
 from tests.e2e.commands import run_axolotl
 
 pytestmark = pytest.mark.e2e
+
+REWARDS = """
+def to_prompt(cfg, **_):
+    return (lambda example: {"prompt": example["instruction"]}), {"remove_columns": ["instruction", "input", "output"]}
+
+
+def distinct_letters(prompts, completions, **_):
+    return [float(len(set(completion))) for completion in completions]
+"""
 
 
 def same_bits(one, two) -> bool:
@@ -71,6 +81,22 @@ def runs(workspace, trained):
     ]
     (workspace / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     pairs_set = [{"path": str(workspace / "pairs.jsonl"), "ds_type": "json", "type": "chatml.intel", "split": "train"}]
+    (workspace / "rewards.py").write_text(REWARDS)
+    grpo = {
+        "rl": "grpo",
+        "datasets": [pairs_set[0] | {"path": str(workspace / "train.jsonl"), "type": "rewards.to_prompt"}],
+        "trl": {
+            "reward_funcs": ["rewards.distinct_letters"],
+            "beta": 0.1,
+            "num_generations": 4,
+            "max_completion_length": 8,
+            "use_vllm": False,
+        },
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "val_set_size": 0,
+        "lora_model_dir": str(output_dir),
+    }
     mask = str(workspace / "mask.safetensors")
     configs = [
         write_config(
@@ -100,9 +126,13 @@ def runs(workspace, trained):
             special_tokens={"pad_token": "<pad>", "eos_token": "<|end|>"},
             spft={"density": 0.05, "samples": 8, "modules_to_save": ["embed_tokens", "lm_head"]},
         ),
+        write_config(workspace, "grpo", **grpo),
+        write_config(workspace, "grpo_resumed", resume_from_checkpoint=str(workspace / "grpo/checkpoint-3"), **grpo),
         write_config(workspace, "dense_only", adapter=None, spft=None, optimizer="adamw_torch", max_steps=1),
     ]
-    return train_all(configs, ranks=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(workspace), prepend=os.pathsep)
+        return train_all(configs, ranks=1)
 
 
 @pytest.mark.parametrize("name", ["auto", "explicit"])
@@ -164,6 +194,21 @@ def test_other_runs_train(runs, workspace, name):
 
 def test_preference_training_from_an_adapter_is_refused(runs):
     assert "is not read under `rl: dpo`" in runs["dpo_continued"]
+
+
+def test_reinforcement_learning_from_an_adapter_compares_with_that_adapter(runs, workspace):
+    assert runs["grpo"] is None
+    state = json.loads((workspace / "grpo/checkpoint-6/trainer_state.json").read_text())
+    divergence = [entry["kl"] for entry in state["log_history"] if "kl" in entry]
+    assert divergence[0] == 0
+    assert divergence[-1] > 0
+
+
+def test_reinforcement_learning_resumes_bit_for_bit(runs, workspace):
+    assert runs["grpo_resumed"] is None
+    whole, resumed = workspace / "grpo/checkpoint-6", workspace / "grpo_resumed/checkpoint-6"
+    assert_same_checkpoint(whole, resumed)
+    assert same_bits(*(load_file(path / "ref/adapter_model.safetensors") for path in (whole, resumed)))
 
 
 def test_new_tokens_are_trained_saved_and_merged(runs, workspace):
