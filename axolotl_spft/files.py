@@ -29,6 +29,20 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         Path(temporary).unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Check that a file can be written to ``path``, and make its folder: before the work whose result it will hold.
+
+    Raises:
+        SpftFileError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpftFileError(f"nothing can be written to {path}: {error}: name another file") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise SpftFileError(f"nothing can be written to {path}: name a file in a folder that you may write to")
+
+
 def check_safetensors(path: str | os.PathLike) -> None:
     """Check that a safetensors file is complete, by its header and length alone.
 

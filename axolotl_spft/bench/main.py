@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from axolotl_spft.bench.options import Options
 from axolotl_spft.bench.rounds import compare
 from axolotl_spft.bench.sweep import parse_values, sweep
 from axolotl_spft.errors import SpftError
+from axolotl_spft.files import check_writable
 
 
 def run_comparison(options: Options, output: Path | None, picture: Path | None) -> None:
@@ -47,12 +47,7 @@ def _get_ready(output: Path | None, picture: Path | None) -> None:
         if picture.suffix not in plot.FORMATS:
             raise SpftError(f"`--plot {picture}` must end in {', '.join(plot.FORMATS)}")
     for path in filter(None, (output, picture)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SpftError(f"nothing can be written to {path}: {error}: name another file") from error
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise SpftError(f"nothing can be written to {path}: name a file in a folder that you may write to")
+        check_writable(path)
     # random weights have no home on a hub, and SHiRA's delta is a sparse tensor
     for message in ("Could not find a config file", "Sparse invariant checks"):
         warnings.filterwarnings("ignore", message=message)

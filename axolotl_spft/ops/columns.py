@@ -18,13 +18,13 @@ def select_columns(x: Tensor, columns: Tensor | None, backend: str = "auto") -> 
     """
     if columns is None:
         return x.reshape(-1, x.shape[-1])
+    x = x.detach().reshape(-1, x.shape[-1])
     if use_triton(backend, x):
         from axolotl_spft.ops import triton_columns
 
-        return triton_columns.select_columns(x.reshape(-1, x.shape[-1]), columns)
+        return triton_columns.select_columns(x, columns)
     if use_c(backend, x):
         return cpu.select_columns(x, cast(columns, torch.int32))
-    x = x.detach().reshape(-1, x.shape[-1])
     if x.is_cuda:
         return x.index_select(1, columns)
     # on a CPU several times faster than index_select, which copies entry by entry; and as integers, where a 16-bit

@@ -37,7 +37,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     try:
         return _compile(_NAMES[dtype])
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(f"spft uses plain torch on the CPU: no kernels could be compiled: {reason}", stacklevel=2)
         return None
@@ -61,4 +61,4 @@ def _compile(name: str) -> ctypes.CDLL:
 
 
 def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")

@@ -99,7 +99,7 @@ def problems_of(mask: Mask, values: Tensor, out_features: int, in_features: int)
         found.append(f"{row_offsets.numel()} row offsets, must be out_features + 1 = {out_features + 1}")
     if found:
         return found
-    if row_offsets[0] != 0 or row_offsets[-1] != columns.numel() or (row_offsets.diff() < 0).any():
+    if row_offsets[0] != 0 or row_offsets[-1] != columns.numel() or (row_offsets.to(torch.int64).diff() < 0).any():
         return [f"row offsets must rise from 0 to the number of values, {columns.numel()}"]
     if mask.nnz:
         wide = columns.to(torch.int64)

@@ -49,7 +49,11 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b for x (..., n), W (m, n) and b (m) of one dtype."""
-    return _in_float32(x, weight.t(), bias) if _pays_in_float32(x) else F.linear(x, weight, bias)
+    if _pays_in_float32(x):
+        return _in_float32(x, weight.t(), bias)
+    y = F.linear(x, weight, bias)
+    # what a function of autograd's returns as a view cannot be changed in place afterwards
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def _pays_in_float32(x: Tensor) -> bool:
@@ -59,12 +63,13 @@ def _pays_in_float32(x: Tensor) -> bool:
 
 def _in_float32(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     x_rows = x.reshape(-1, x.shape[-1])
-    product = x.new_empty(len(x_rows), y.shape[1])
+    product = x.new_empty(*x.shape[:-1], y.shape[1])
+    rows = product.view(len(x_rows), y.shape[1])
     wide = x_rows.float()
     # autocast would round both to 16 bits again
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, y.shape[1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
             columns = y[:, part].float()
-            product[:, part] = wide.mm(columns) if bias is None else torch.addmm(bias[part].float(), wide, columns)
-    return product.view(*x.shape[:-1], y.shape[1])
+            rows[:, part] = wide.mm(columns) if bias is None else torch.addmm(bias[part].float(), wide, columns)
+    return product

@@ -50,7 +50,8 @@ def _write(
         return
     at = positions_in(weight, mask, transposed)
     base = weight.take(at) if originals is None else originals
-    weight.put_(at, base if values is None else rounded_sum(base, values))
+    # not put_, which torch refuses where algorithms are to be deterministic
+    weight.view(-1)[at] = base if values is None else rounded_sum(base, values)
 
 
 def positions_in(weight: Tensor, mask: Mask, transposed: bool = False) -> Tensor:

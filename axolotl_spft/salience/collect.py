@@ -29,6 +29,11 @@ class _Probe(torch.autograd.Function):
         return grad_y, None
 
 
+def _probed(y: Tensor) -> Tensor:
+    """``y``, or where it needs no gradient a copy that does and may be changed in place, as a leaf may not."""
+    return y if y.requires_grad else _Probe.apply(y, torch.zeros((), device=y.device, requires_grad=True))
+
+
 def fits(entries: int, device: torch.device) -> bool:
     """Whether half of a GPU's free memory holds ``entries`` float32 accumulators; of a host's there is no limit."""
     return device.type != "cuda" or 4 * entries <= torch.cuda.mem_get_info(device)[0] // 2
@@ -77,7 +82,7 @@ def gathered_gradients(
     placed = {device: device if fits(entries, device) else torch.device("cpu") for device in _devices_of(layers)}
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            sums[name] = torch.zeros(shapes[name], device=placed[_device_of(layer)])
+            sums[name] = torch.zeros(shapes[name], dtype=torch.float32, device=placed[_device_of(layer)])
             add = _adder_to_shard(sums[name], layer.out_features, ranks) if sharded else _adder(sums[name])
             hooks.callback(layer.register_forward_hook(_gathering_hook(add)).remove)
         embeddings = _input_embeddings(model)
@@ -130,16 +135,15 @@ def _gathering_hook(add: Callable[[Tensor, Tensor], None]):
             with torch.no_grad():
                 add(grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1]).to(grad_y.dtype))
 
-        probed = y if y.requires_grad else _Probe.apply(y, torch.zeros((), device=y.device, requires_grad=True))
+        probed = _probed(y)
         probed.register_hook(gather)
         return None if probed is y else probed
 
     return forward_hook
 
 
-def _require_grad(_, args: tuple, output: Tensor) -> None:
-    if torch.is_grad_enabled() and output.is_leaf:
-        output.requires_grad_(True)
+def _require_grad(_, args: tuple, output: Tensor) -> Tensor:
+    return _probed(output) if torch.is_grad_enabled() else output
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module | None:

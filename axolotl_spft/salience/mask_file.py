@@ -44,10 +44,11 @@ def load_masks(
     check_safetensors(path)
     with safe_open(path, framework="pt") as file:
         keys = {_bare(key): key for key in file.keys()}  # noqa: SIM118
-        source = json.loads((file.metadata() or {}).get("mask_source", "{}"))
+        source = _parsed((file.metadata() or {}).get("mask_source", "{}"))
         given = {key.removesuffix(_COLUMNS) for key in keys if key.endswith(_COLUMNS)}
         problems = [f"{name}: not in the file" for name in shapes.keys() - given]
         problems += [f"{name}: the model has no such targeted module" for name in given - shapes.keys()]
+        problems += [] if isinstance(source, dict) else ["mask_source in its header is no JSON object"]
         masks = {}
         for name in (name for name in shapes if name in given):
             if name + _ROW_OFFSETS not in keys:
@@ -61,6 +62,13 @@ def load_masks(
             f"the mask in {path} is damaged or belongs to another model: {'; '.join(sorted(problems)[:5])}. {remedy}"
         )
     return masks, source
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _bare(key: str) -> str:

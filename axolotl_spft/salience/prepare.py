@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -16,6 +18,7 @@ from axolotl_spft.config import SpftConfig
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import gathered_while_used, is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError, first_of
+from axolotl_spft.files import check_writable
 from axolotl_spft.ops.csr import Mask, mask_from_positions
 from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards, should_share_rows
 from axolotl_spft.salience.mask_file import load_masks, save_masks
@@ -34,8 +37,11 @@ from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import base_shapes_of, mask_checksum, shapes_of, slots_of, spft_layers
 
 Batch = Mapping[str, Any]
+# how the names of a batch's text end, those of pairs of texts too
+_TEXT = ("input_ids", "inputs_embeds", "labels")
 
 
+@torch.inference_mode(False)
 def select_mask(
     model: nn.Module,
     batches: Iterable[Batch] | None,
@@ -60,7 +66,7 @@ def select_mask(
 
     Raises:
         SpftError: the adapter has a mask already, there are no batches or no loss, a gradient is not finite.
-        SpftFileError: the file at ``mask_path`` does not fit.
+        SpftFileError: the file at ``mask_path`` does not fit, or none can be written there.
     """
     adapter_name = adapter_name or model.active_adapter
     config: SpftConfig = model.peft_config[adapter_name]
@@ -72,21 +78,24 @@ def select_mask(
     source = {"salience": config.salience, "scope": config.scope, "samples": 0, "seed": config.seed or 0}
     ranks = Ranks.current()
     # asked once for all: another rank may write the file while this one still looks for it
-    found = ranks.sum_numbers(int(bool(config.mask_path) and Path(config.mask_path).is_file()))[0]
+    path = Path(config.mask_path).expanduser() if config.mask_path else None
+    found = ranks.sum_numbers(int(path is not None and path.is_file()))[0]
     if 0 < found < ranks.world:
         raise SpftFileError(
             f"`mask_path: {config.mask_path}` exists for {found} of {ranks.world} ranks only: copy the file to every "
             "node, or delete it everywhere to compute the mask anew"
         )
     if found:
-        masks, source = on_every_rank(lambda: _masks_from_file(config, layers), ranks)
+        masks, source = on_every_rank(lambda: _masks_from_file(path, config, layers), ranks)
         origin = f"{config.mask_path} ({_describe(source)})"
     else:
+        if path is not None:
+            on_every_rank(lambda: check_writable(path) if ranks.rank == 0 else None, ranks)
         masks, source["samples"] = _computed_masks(model, config, layers, batches, loss_fn, ranks)
         give_back_memory()
         origin = _describe(source)
-        if config.mask_path:
-            on_every_rank(lambda: save_masks(config.mask_path, masks, source) if ranks.rank == 0 else None, ranks)
+        if path is not None and ranks.rank == 0:
+            _save(path, masks, source)
     install_masks(model, adapter_name, masks, source)
     check_same_mask(model, ranks, adapter_name)
     return report_masks(
@@ -151,18 +160,26 @@ def check_same_mask(model: nn.Module, ranks: Ranks, adapter_name: str | None = N
     return checksum
 
 
+def _save(path: Path, masks: Mapping[str, Mask], source: Mapping) -> None:
+    try:
+        save_masks(path, masks, source)
+    except (SafetensorError, OSError) as error:
+        # the pass may have taken long, and every checkpoint holds the mask
+        warnings.warn(f"the mask could not be saved to {path} ({error}): the run goes on without that", stacklevel=3)
+
+
 def _describe(source: Mapping) -> str:
     return ", ".join(f"{key} {value}" for key, value in source.items()) or "unknown source"
 
 
-def _masks_from_file(config: SpftConfig, layers: Mapping[str, SpftLinear]) -> tuple[dict[str, Mask], dict]:
+def _masks_from_file(path: Path, config: SpftConfig, layers: Mapping[str, SpftLinear]) -> tuple[dict[str, Mask], dict]:
     shapes = shapes_of(layers)
-    masks, source = load_masks(config.mask_path, shapes, "Name another `mask_path` to compute the mask anew")
+    masks, source = load_masks(path, shapes, "Name another `mask_path` to compute the mask anew")
     held = sum(mask.nnz for mask in masks.values())
     asked = total_budget(list(shapes.values()), config.density, config.num_values, config.match_lora_rank)
     if held != asked:
         raise SpftFileError(
-            f"mask file {config.mask_path} holds {held:,} positions, but the config asks for {asked:,}: "
+            f"mask file {path} holds {held:,} positions, but the config asks for {asked:,}: "
             f"set `num_values: {held}`, or name another `mask_path` to compute the mask anew"
         )
     return masks, source
@@ -204,6 +221,7 @@ def summed_gradients(
         gathered_while_used(model),
         gathered_gradients(model, layers, ranks, sharded) as sums,
         tqdm(total=samples, desc="Salience", unit="example", disable=ranks.rank != 0) as bar,
+        _uncompiled(model),
         torch.enable_grad(),
     ):
         for batch, count in _batches_of_all_ranks(batches or (), ranks):
@@ -221,6 +239,14 @@ def summed_gradients(
         raise SpftError("the salience pass found no batches: give at least one, or use `salience: magnitude`")
     _check_gradients(sums, ranks)
     return sums, read
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager:
+    """Runs a compiled model as it is written: a graph from before does not know the hooks of the pass."""
+    compiled = any(
+        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _check_gradients(sums: Mapping[str, Tensor], ranks: Ranks) -> None:
@@ -254,14 +280,18 @@ def _batches_of_all_ranks(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tu
 
 def count_examples(batch: Batch) -> int:
     """The examples in a batch: rows, or with sample packing the sequences (``position_ids`` from 0) with a label."""
+    tensors = {name: tensor for name, tensor in batch.items() if isinstance(tensor, Tensor) and tensor.ndim}
+    # of pictures and packed rows others have a row for each patch or each boundary
+    text = [tensor for name, tensor in tensors.items() if name.endswith(_TEXT)]
+    rows = max((len(tensor) for tensor in text or tensors.values()), default=1)
     position_ids, labels = batch.get("position_ids"), batch.get("labels")
     if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
         sequences = (position_ids.flatten() == 0).cumsum(0)
         if isinstance(labels, Tensor) and labels.shape == position_ids.shape:
             # Axolotl's padding has positions from 0 too, but no label
             sequences = sequences[labels.flatten() != -100]
-        return max(1, len(sequences.unique()))
-    return max((tensor.shape[0] for tensor in batch.values() if isinstance(tensor, Tensor) and tensor.ndim), default=1)
+        return max(rows, len(sequences.unique()))
+    return rows
 
 
 def _select(

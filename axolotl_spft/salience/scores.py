@@ -38,4 +38,4 @@ def random_score(shape: tuple[int, int], seed: int, layer_index: int) -> Tensor:
     """Uniform in [0, 1), drawn on the CPU so that every device gets the same."""
     # an odd multiplier keeps the streams of neighbouring seeds and layers apart
     generator = torch.Generator().manual_seed((seed * 1_000_003 + layer_index) % 2**63)
-    return torch.rand(shape, generator=generator)
+    return torch.rand(shape, generator=generator, dtype=torch.float32)

@@ -71,7 +71,7 @@ def _ties_of_this_rank(
 
 def _chunks(scores: Tensor) -> Iterator[Tensor]:
     # adding 0 turns -0.0 into 0.0, whose bits are those of the smallest score
-    yield from (scores.contiguous().view(-1) + 0.0).view(torch.int32).split(CHUNK_ENTRIES)
+    yield from (scores.to(torch.float32).contiguous().view(-1) + 0.0).view(torch.int32).split(CHUNK_ENTRIES)
 
 
 def _histogram_bin(

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+_PLAIN = (bool, int, float, str)
+
 
 @contextmanager
 def untouched_rng() -> Iterator[None]:
@@ -26,11 +28,23 @@ def untouched_rng() -> Iterator[None]:
 
 @contextmanager
 def untouched_model(model: nn.Module) -> Iterator[None]:
-    """Freeze every parameter within the block; put requires_grad, gradients, buffers and modes back at the end."""
+    """Freeze every parameter within the block.
+
+    At the end requires_grad, gradients and buffers are put back, and what modules hold in plain numbers and words:
+    their modes, and how far some have looked (the rotary embeddings that grow with the longest row).
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = [parameter.grad for parameter in trained]
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    plain = [
+        (module, {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)})
+        for module in model.modules()
+    ]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         for parameter in trained:
             parameter.grad = None
@@ -40,8 +54,9 @@ def untouched_model(model: nn.Module) -> Iterator[None]:
         for parameter, gradient in zip(trained, gradients):
             parameter.requires_grad_(True)
             parameter.grad = gradient
-        for module, mode in modes:
-            module.training = mode
+        for module, attributes in plain:
+            vars(module).update(attributes)
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for module, name, buffer, before in buffers:
+                # a forward pass may have put another in its place
+                module._buffers[name] = buffer.copy_(before)

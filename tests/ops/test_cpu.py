@@ -264,11 +264,19 @@ def test_what_does_not_fit_is_refused_before_its_memory_is_read():
             select_normed_columns(*bad, columns, torch.float32, False, backend="c")
 
 
-def test_without_a_compiler_a_warning_says_so_once_and_torch_goes_on(monkeypatch):
-    monkeypatch.setenv("CC", "no-such-compiler")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-compiler", "no-such-compiler"),
+        ("cc -O'", "No closing quotation"),
+        ("sh -c 'printf \"\\\\377\" >&2; exit 1' sh", "\N{REPLACEMENT CHARACTER}"),
+    ],
+)
+def test_without_a_compiler_a_warning_says_so_once_and_torch_goes_on(compiler, reason, monkeypatch):
+    monkeypatch.setenv("CC", compiler)
     cpu_library.library.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="no-such-compiler") as warnings:
+        with pytest.warns(UserWarning, match=reason) as warnings:
             for _ in range(2):
                 assert not use_c("auto", torch.zeros(2))
         assert len(warnings) == 1

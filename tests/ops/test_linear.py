@@ -10,7 +10,7 @@ import torch
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops import plan as plan_module
 from axolotl_spft.ops.csr import mask_from_positions, positions, used_columns
-from axolotl_spft.ops.linear import Delta, kept_columns, register_owner, sparse_linear
+from axolotl_spft.ops.linear import Delta, frozen_linear, kept_columns, register_owner, sparse_linear
 from axolotl_spft.ops.plan import make_plan
 from axolotl_spft.ops.reference import sparse_linear as reference_linear
 
@@ -20,6 +20,9 @@ class DenseOwner:
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight
+
+    def plain_weight(self):
+        return self.weight
 
     def effective_weight(self, values, delta):
         weight = self.weight.clone()
@@ -152,6 +155,41 @@ def test_frozen_values_and_inputs_get_no_gradient():
     (only,) = torch.autograd.grad(y.sum(), (x,))
     assert only.shape == x.shape
     assert not sparse_linear(x.detach(), None, None, values.detach(), delta, owner, number).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_output_may_be_changed_in_place(dtype, with_bias, frozen):
+    weight, mask, values, x, bias = random_case(13, 17, 20, dtype)
+    owner, delta = DenseOwner(weight), delta_of(mask, 17)
+    bias = bias if with_bias else None
+
+    def output():
+        return frozen_linear(x, bias, owner) if frozen else linear(x, bias, values, delta, owner)
+
+    wanted = (x,) if frozen else (x, values)
+    expected = torch.autograd.grad((2 * output()).relu().sum(), wanted)
+    y = output()
+    y *= 2
+    for got, right in zip(torch.autograd.grad(torch.relu_(y).sum(), wanted), expected, strict=True):
+        assert torch.equal(got, right)
+
+
+def test_compiled_with_an_input_that_is_not_contiguous():
+    weight, mask, values, _, bias = random_case(13, 40, 20, torch.float32)
+    owner, delta = DenseOwner(weight), delta_of(mask, 40)
+    x = torch.randn(2, 40, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    number = register_owner(owner)
+
+    def output(x):
+        x = x.transpose(1, 2)
+        return sparse_linear(x, kept_columns(x, delta.plan), bias, values, delta, owner, number)
+
+    compiled = torch.compile(output, backend="inductor", fullgraph=True)
+    gradients = (torch.autograd.grad(function(x).sin().sum(), (x, values, bias)) for function in (compiled, output))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_a_compiled_graph_that_outlives_its_layer_is_a_clear_error():

@@ -69,6 +69,23 @@ def test_damaged_files_are_one_clear_error(tmp_path, changes, part):
     assert str(caught.value).endswith(". Name another one")
 
 
+@pytest.mark.parametrize("source", ["not JSON", "[1]"])
+def test_a_header_that_is_none_is_one_clear_error(tmp_path, source):
+    path = tmp_path / "mask.safetensors"
+    save_masks(path, masks(), {})
+    save_file(load_file(path), path, metadata={"mask_source": source})
+    with pytest.raises(SpftFileError, match="mask_source in its header is no JSON object"):
+        load_masks(path, SHAPES, "Name another one")
+
+
+def test_row_offsets_whose_differences_overflow_are_one_clear_error(tmp_path):
+    path, top = tmp_path / "mask.safetensors", 2**31 - 1
+    save_masks(path, masks(), {})
+    edited(path, a__q_proj__spft_row_offsets=torch.tensor([0, top, -top - 1, -1, 3], dtype=torch.int32))
+    with pytest.raises(SpftFileError, match="row offsets must rise"):
+        load_masks(path, SHAPES, "Name another one")
+
+
 def test_a_truncated_file_is_one_clear_error(tmp_path):
     path = tmp_path / "mask.safetensors"
     save_masks(path, masks(), {})

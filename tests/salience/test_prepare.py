@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 import weakref
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.budget import layer_budgets, total_budget
 from axolotl_spft.errors import SpftConfigError, SpftError, SpftFileError
 from axolotl_spft.ops.csr import positions
-from axolotl_spft.salience import prepare
+from axolotl_spft.salience import mask_file, prepare
 from axolotl_spft.salience.prepare import adapted_layers, count_examples, summed_gradients
 from axolotl_spft.salience.scores import balanced_score
 from tests.models import ARCHITECTURES, same_weights, tiny_llama, token_batch, weights_of, with_adapter
@@ -284,6 +286,13 @@ def test_random_adapters_keep_their_mask():
         ({"input_ids": torch.zeros(3, 7)}, 3),
         ({"input_ids": torch.zeros(1, 9), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])}, 3),
         ({"input_ids": torch.zeros(1, 3), "position_ids": torch.tensor([[4, 5, 6]])}, 1),
+        # four rows without a second sequence in any
+        ({"input_ids": torch.zeros(4, 3), "position_ids": torch.tensor([[0, 1, 2]])}, 4),
+        ({"input_ids": torch.zeros(4, 3), "position_ids": torch.tensor([[2, 3, 4]] * 4)}, 4),
+        # pictures have a row for each patch
+        ({"input_ids": torch.zeros(2, 9), "labels": torch.zeros(2, 9), "pixel_values": torch.zeros(64, 5)}, 2),
+        ({"chosen_input_ids": torch.zeros(3, 7), "boundaries": torch.zeros(8)}, 3),
+        ({"values": torch.zeros(5, 7)}, 5),
         ({"label": "none"}, 1),
     ],
 )
@@ -331,3 +340,108 @@ def test_memory_is_given_back_once_the_accumulators_are_gone(monkeypatch):
     select_mask(model, BATCHES)
     assert len(accumulators) == len(adapted_layers(model))
     assert alive == [0]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"scope": "global"}, {"scope": "row"}, {"salience": "balanced"}, {"salience": "random"}], ids=str
+)
+def test_torchs_default_dtype_does_not_matter(options, dtype):
+    def masks():
+        # not the model's own calculation, which the default changes
+        model = get_peft_model(tiny_llama(), SpftConfig(density=0.05, samples=2, **options))
+        select_mask(model, [{"seed": 0}, {"seed": 1}], loss_of_weights)
+        return chosen(model)
+
+    expected = masks()
+    with default_dtype(dtype):
+        assert masks() == expected
+
+
+def loss_of_weights(model, batch: dict) -> torch.Tensor:
+    """A loss of the sparse layers alone, in float32."""
+    generator = torch.Generator().manual_seed(batch["seed"])
+    return sum(
+        layer(torch.randn(3, layer.in_features, generator=generator, dtype=torch.float32)).square().sum()
+        for layer in adapted_layers(model).values()
+    )
+
+
+def test_a_mask_that_cannot_be_written_is_found_before_the_pass(tmp_path):
+    (tmp_path / "file").touch()
+    model = get_peft_model(tiny_llama(), SpftConfig(mask_path=str(tmp_path / "file" / "mask.safetensors")))
+    with pytest.raises(SpftFileError, match="nothing can be written to"):
+        select_mask(model, BATCHES, lambda *_: pytest.fail("the pass ran"))
+
+
+def test_a_mask_that_could_not_be_written_costs_the_file_alone(tmp_path, monkeypatch):
+    model = get_peft_model(tiny_llama(), SpftConfig(samples=2, mask_path=str(tmp_path / "mask.safetensors")))
+    monkeypatch.setattr(mask_file, "save_file", disk_is_full)
+    with pytest.warns(UserWarning, match=r"could not be saved to .*mask\.safetensors"):
+        report = select_mask(model, BATCHES)
+    assert model.peft_config["default"].nnz == report.selected > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def disk_is_full(*_, **__):
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def test_a_mask_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = SpftConfig(salience="random", mask_path="~/masks/mask.safetensors")
+    report = select_mask(get_peft_model(tiny_llama(), config), None)
+    assert (tmp_path / "masks" / "mask.safetensors").is_file()
+    again = select_mask(get_peft_model(tiny_llama(), config), None)
+    assert again.selected == report.selected and "mask.safetensors" in again.source
+
+
+def test_embeddings_that_are_changed_in_place():
+    def loss(model, batch):
+        hidden = model.get_input_embeddings()(batch["input_ids"])
+        hidden += 1
+        return model(inputs_embeds=hidden, labels=batch["labels"]).loss
+
+    model = get_peft_model(tiny_llama(), SpftConfig(samples=2))
+    assert select_mask(model, BATCHES, loss).selected > 0
+
+
+def test_rotary_embeddings_that_grow_with_the_sample_do_not_stay_grown():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = get_peft_model(tiny_llama(max_position_embeddings=16, rope_parameters=rope), SpftConfig(samples=2))
+    with torch.no_grad():
+        select_mask(model, [token_batch(length=40)])
+        # what a text leaves behind decides about the longer ones that are shorter than it was
+        expected = tiny_llama(max_position_embeddings=16, rope_parameters=rope)
+        batch = token_batch(length=20)
+        assert torch.equal(model(**batch).logits, expected(**batch).logits)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_that_has_run(in_place):
+    expected, model = (get_peft_model(tiny_llama(), SpftConfig(samples=2)) for _ in range(2))
+    select_mask(expected, BATCHES)
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        model.base_model.model.model = torch.compile(model.base_model.model.model, backend="eager")
+    model(**BATCHES[0])
+    select_mask(model, BATCHES)
+    assert list(chosen(model).values()) == list(chosen(expected).values())
+
+
+def test_within_inference_mode():
+    model = get_peft_model(tiny_llama(), SpftConfig(samples=2))
+    with torch.inference_mode():
+        assert select_mask(model, BATCHES).selected > 0
+    model(**BATCHES[0]).loss.backward()

@@ -129,3 +129,21 @@ def test_in_place_merge_writes_only_the_mask():
         assert not changed.index_fill(0, at, False).any()
         assert changed[at].float().mean() > 0.9
     assert same_weights(model.unload(), weights_of(tiny_llama())) is False  # unload keeps a merge, as PEFT's tuners do
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_where_torch_itself_writes_it_can_be_deterministic(dtype):
+    torch.manual_seed(0)
+    layer, x = layer_with_mask(nn.Linear(13, 7).to(dtype)), torch.randn(3, 13, dtype=dtype)
+    expected = layer(x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        layer.revert()
+        y = layer(x)
+        y.sum().backward()
+        assert torch.equal(y, expected)
+        assert layer.spft_values["default"].grad.any()
+        layer.merge()
+        layer.unmerge()
+    finally:
+        torch.use_deterministic_algorithms(False)
