@@ -134,7 +134,7 @@ _RULES = {
     "samples": (lambda v: _is_int(v) and v >= 1, "must be a whole number of at least 1"),
     "seed": (lambda v: _is_int(v) and 0 <= v < 2**63, "must be a whole number of at least 0"),
     "mask_path": (
-        lambda v: isinstance(v, str) and bool(v) and not Path(v).is_dir(),
+        lambda v: isinstance(v, str) and bool(v) and not Path(v).expanduser().is_dir(),
         "must be the path of a file, not of a folder",
     ),
     "init_weights": (lambda v: isinstance(v, bool), "must be true or false"),
@@ -143,12 +143,17 @@ _OPTIONAL = ("density", "num_values", "match_lora_rank", "exclude_modules", "lay
              "modules_to_save", "seed", "mask_path")  # fmt: skip
 
 
-def _if_text(value: Any) -> str:
-    """What to do about a number that YAML has read as text, like 5e-3."""
+def _remedy(name: str, value: Any) -> str:
+    """What to write for a number in another form: as text, which YAML takes 5e-3 for, or a whole one with a point."""
     try:
-        return f" (YAML reads this as text: write {float(value)})" if isinstance(value, str) else ""
-    except ValueError:
+        number = float(value)
+    except (TypeError, ValueError):
         return ""
+    if number.is_integer() and name != "density":
+        number = int(number)
+    if isinstance(value, bool) or not _RULES[name][0](number):
+        return ""
+    return f" ({'YAML reads this as text: ' if isinstance(value, str) else ''}write {number})"
 
 
 def check_options(options: Mapping[str, Any]) -> list[str]:
@@ -168,7 +173,7 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
         except TypeError:
             kept = False
         if not kept:
-            problems.append(f"`{name}: {value}` {rule}{_if_text(value)}")
+            problems.append(f"`{name}: {value}` {rule}{_remedy(name, value)}")
     targets = options.get("target_modules")
     if isinstance(targets, str) and targets.lower() != "all-linear":
         problems += [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import yaml
 from peft import PeftConfig
 from safetensors.torch import save_file
 
@@ -53,6 +54,31 @@ def test_broken_rules_are_reported_together(options, parts):
     assert isinstance(caught.value, (SpftError, ValueError))
     assert len(caught.value.problems) == (1 if "keep exactly one" in parts else len(parts))
     assert all(part in str(caught.value) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"density": "5e-3"}, "(YAML reads this as text: write 0.005)"),
+        ({"density": "1"}, "(YAML reads this as text: write 1.0)"),
+        ({"num_values": "1e6"}, "(YAML reads this as text: write 1000000)"),
+        ({"num_values": 1e6}, "(write 1000000)"),
+        ({"samples": "128"}, "(YAML reads this as text: write 128)"),
+        ({"layers_to_transform": "3"}, "(YAML reads this as text: write 3)"),
+        ({"samples": "12.5"}, None),
+        ({"density": "inf"}, None),
+        ({"density": float("nan")}, None),
+        ({"samples": True}, None),
+        ({"density": "3"}, None),
+    ],
+    ids=str,
+)
+def test_a_number_in_another_form_is_written_out_where_that_would_do(options, remedy):
+    (problem,) = check_options(options)
+    assert problem.endswith(remedy) if remedy else "write" not in problem
+    if remedy:
+        ((name, _),) = options.items()
+        assert check_options(yaml.safe_load(f"{name}: {remedy.split()[-1].rstrip(')').removeprefix('(')}")) == []
 
 
 def test_unknown_keys_get_a_suggestion_and_the_list():

@@ -87,6 +87,11 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
         return [f"`spft: {options}` must be a block of keys"]
     options = options or {}
     problems = check_options(options)
+    if options.get("init_weights") is False:
+        problems.append(
+            "`init_weights: False` would train random values at random positions: leave it out (`salience: random` "
+            "trains random positions, from 0)"
+        )
     optimizer = str(cfg.get("optimizer") or "")
     if optimizer.startswith("sparse_") and optimizer not in OPTIMIZERS:
         problems.append(f"`optimizer: {optimizer}` must be {' or '.join(OPTIMIZERS)} or a Hugging Face optimizer name")

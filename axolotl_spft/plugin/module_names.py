@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,10 +13,13 @@ from axolotl_spft.errors import SpftConfigError
 _BEFORE = {"target_modules": ".", "modules_to_save": ""}
 
 
-def check_module_names(options: Mapping[str, Any], model: nn.Module) -> None:
+def check_module_names(options: Mapping[str, Any], model: nn.Module, allowed: Sequence[str] = ()) -> None:
     """Check that every name in a list is that of a module.
 
     PEFT passes over a name that matches nothing as long as another one matches.
+
+    Args:
+        allowed: names in ``modules_to_save`` that may be no module's.
 
     Raises:
         SpftConfigError: with all names that match nothing.
@@ -31,6 +34,7 @@ def check_module_names(options: Mapping[str, Any], model: nn.Module) -> None:
             f"`{key}: {name}` matches no module of the {type(model).__name__}: correct the name, or leave it out"
             for name in names
             if not any(module.endswith(before + name) for module in modules)
+            and not (key == "modules_to_save" and name in allowed)
         ]
     if problems:
         raise SpftConfigError(problems)

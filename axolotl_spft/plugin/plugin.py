@@ -25,7 +25,7 @@ class SpftPlugin(BasePlugin):
         from axolotl_spft.plugin.quantization import request_quantization
 
         # Axolotl's own default reads LoRA files only
-        cfg.setdefault("merge_method", "legacy")
+        cfg["merge_method"] = cfg.get("merge_method") or "legacy"
         options = cfg.get("spft")
         saved = options.get("modules_to_save") if isinstance(options, Mapping) else None
         if isinstance(saved, list) and not cfg.get("lora_modules_to_save"):
@@ -57,9 +57,12 @@ class SpftPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: Any) -> None:
         if cfg.adapter == ADAPTER:
-            from axolotl_spft.plugin.saved_adapter import check_lora_model_dir
+            from axolotl_spft.plugin.quantization import except_modules
+            from axolotl_spft.plugin.saved_adapter import check_lora_model_dir, check_mask_path
 
             check_lora_model_dir(cfg)
+            check_mask_path(cfg)
+            except_modules(cfg)
 
     def post_model_build(self, cfg: Any, model: nn.Module) -> None:
         if cfg.adapter == ADAPTER:
@@ -71,13 +74,15 @@ class SpftPlugin(BasePlugin):
         if cfg.adapter != ADAPTER:
             return None
         from peft import PeftModel, get_peft_model
+        from transformers import GenerationConfig
 
         from axolotl_spft.plugin.module_names import check_module_names
         from axolotl_spft.plugin.quantization import prepare_for_training
+        from axolotl_spft.plugin.saved_adapter import options_not_read
 
         config = _adapter_config(cfg, model)
         if not cfg.lora_model_dir:
-            check_module_names(cfg.spft or {}, model)
+            check_module_names(cfg.spft or {}, model, _asked_for(cfg))
         if config_only:
             return None, config
         if (cfg.load_in_4bit or cfg.load_in_8bit) and not inference:
@@ -88,8 +93,13 @@ class SpftPlugin(BasePlugin):
             autocast["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
             model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **autocast)
+            for warning in options_not_read(cfg.spft or {}, model.peft_config[model.active_adapter]):
+                LOG.warning("%s", warning)
         else:
             model = get_peft_model(model, config, **autocast)
+        if cfg.merge_lora and getattr(model.base_model.model, "generation_config", None) is None:
+            # Axolotl's merge writes to it, whatever the model does
+            model.base_model.model.generation_config = GenerationConfig()
         return model, config
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
@@ -130,6 +140,14 @@ class SpftPlugin(BasePlugin):
         if cfg.optimizer in OPTIMIZERS:
             slots = slots_of(adapted_layers(model), model.active_adapter)
             trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args, OPTIMIZERS[cfg.optimizer], slots)
+
+
+def _asked_for(cfg: Any) -> list[str]:
+    """The names that Axolotl asks for where tokens are added, whatever the model calls its embeddings."""
+    from axolotl.loaders.utils import get_linear_embedding_layers
+
+    adds_tokens = cfg.tokens or set(cfg.special_tokens or ()) - {"pad_token"}
+    return get_linear_embedding_layers(cfg.model_config_type) if adds_tokens else []
 
 
 def _adapter_config(cfg: Any, model: nn.Module):

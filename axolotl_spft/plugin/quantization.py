@@ -14,7 +14,8 @@ from axolotl_spft.errors import SpftError
 def request_quantization(cfg: MutableMapping[str, Any]) -> None:
     """Make ``load_in_4bit`` / ``load_in_8bit`` of a raw Axolotl configuration take effect.
 
-    The settings are those of Axolotl's QLoRA: nf4, double quantization; computed and stored in the run's dtype.
+    The settings are those of Axolotl's QLoRA: nf4, double quantization; computed and stored in the run's dtype. What
+    differs by the kind of model, which is not known yet, is left to `except_modules`.
     """
     wanted = "4bit" if cfg.get("load_in_4bit") else "8bit" if cfg.get("load_in_8bit") else None
     model_kwargs = dict(cfg.get("model_kwargs") or cfg.get("overrides_of_model_kwargs") or {})
@@ -31,6 +32,29 @@ def request_quantization(cfg: MutableMapping[str, Any]) -> None:
             **(cfg.get("bnb_config_kwargs") or {}),
         }
     cfg["model_kwargs"] = {**model_kwargs, "quantization_config": settings}
+
+
+def except_modules(cfg: Any) -> None:
+    """Quantize the kinds of model that Axolotl makes exceptions for as its LoRA and QLoRA do.
+
+    Args:
+        cfg: Axolotl's configuration, once it knows the model's kind, before the model loads.
+    """
+    settings = (cfg.overrides_of_model_kwargs or {}).get("quantization_config")
+    if not settings or settings.get("quant_method") != "bitsandbytes":
+        return
+    kind, own = cfg.model_config_type, cfg.bnb_config_kwargs or {}
+    # projections that fused kernels read by themselves
+    spared = {"falcon_h1": ["out_proj"], "jamba": ["mamba"] if settings.get("load_in_8bit") else None}.get(kind)
+    if spared:
+        settings.setdefault("llm_int8_skip_modules", spared)
+    if (
+        kind in ("jamba", "qwen2_moe", "nemotron_h")
+        and settings.get("load_in_4bit")
+        and not cfg.deepspeed
+        and "bnb_4bit_quant_storage" not in own
+    ):
+        settings["bnb_4bit_quant_storage"] = "float32"
 
 
 def run_dtype(cfg: MutableMapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import nn
 
 from axolotl_spft.budget import total_budget
 from axolotl_spft.config import BUDGETS, RECORDED, SpftConfig
+from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
+from axolotl_spft.files import check_safetensors, check_writable
 from axolotl_spft.peft_type import SPFT
 from axolotl_spft.plugin.checkpoints import ADAPTER_FILE
 from axolotl_spft.salience.mask_file import load_masks
@@ -46,6 +49,32 @@ def check_lora_model_dir(cfg: Any) -> None:
     )
 
 
+def check_mask_path(cfg: Any) -> None:
+    """Check that ``mask_path`` names a whole file, or one that can be written.
+
+    Raises:
+        SpftError: it does not.
+    """
+    path = (cfg.spft or {}).get("mask_path")
+    # a saved adapter has its mask
+    if not path or cfg.lora_model_dir or Ranks.current().rank:
+        return
+    path = Path(path).expanduser()
+    try:
+        check_safetensors(path) if path.is_file() else check_writable(path)
+    except SpftError as error:
+        raise SpftError(f"`mask_path: {path}`: {error}") from error
+
+
+def options_not_read(options: Mapping[str, Any], saved: SpftConfig) -> list[str]:
+    """Options of the block ``spft`` that ask for something else than a saved adapter holds, a sentence each."""
+    return [
+        f"`spft.{name}: {options[name]}` is not read beside `lora_model_dir`, whose adapter has {getattr(saved, name)}"
+        for name in (*BUDGETS, *_MASK_OPTIONS)
+        if options.get(name) is not None and options[name] != getattr(saved, name)
+    ]
+
+
 def copy_to_reference(model: nn.Module) -> None:
     """Make TRL's frozen adapter, which a trained one is compared with, the copy of the trained one that TRL means.
 
@@ -68,7 +97,8 @@ def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
     """Give the adapter the mask of a checkpoint, and what its config records about it; the trainer loads the values.
 
     Raises:
-        SpftError: it is of another kind, or has another number of values than the adapter's config asks for.
+        SpftError: it is of another kind, or has another number of values or other whole modules than the adapter's
+            config asks for.
         SpftFileError: the mask does not fit the targeted modules.
     """
     _check_kind(checkpoint, _ANEW)
@@ -84,6 +114,12 @@ def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
         raise SpftError(
             f"{checkpoint} holds {held:,} values, but `{key}: {getattr(config, key)}` asks for {asked:,}: restore the "
             f"option (`num_values: {held}`), or {_ANEW}"
+        )
+    saved, asked_to_save = (set(each.modules_to_save or ()) for each in (recorded, config))
+    if saved != asked_to_save:
+        raise SpftError(
+            f"{checkpoint} holds `modules_to_save: {sorted(saved)}`, but the run has {sorted(asked_to_save)}: restore "
+            f"the option, or {_ANEW}"
         )
     for name in _MASK_OPTIONS:
         setattr(config, name, getattr(recorded, name))

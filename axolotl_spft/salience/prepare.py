@@ -88,6 +88,13 @@ def select_mask(
     if found:
         masks, source = on_every_rank(lambda: _masks_from_file(path, config, layers), ranks)
         origin = f"{config.mask_path} ({_describe(source)})"
+        for name in ("salience", "scope"):
+            if ranks.rank == 0 and source.get(name, getattr(config, name)) != getattr(config, name):
+                warnings.warn(
+                    f"`{name}: {getattr(config, name)}` is not read: the mask in {path} was made with {source[name]}; "
+                    "name another `mask_path` to compute the mask anew",
+                    stacklevel=3,
+                )
     else:
         if path is not None:
             on_every_rank(lambda: check_writable(path) if ranks.rank == 0 else None, ranks)

@@ -51,6 +51,8 @@ def test_good_configurations_pass(options):
         ({"optim_args": {"eps": 0.5}}, ["`optim_args: {'eps': 0.5}` is not read by", "`adam_epsilon`"]),
         ({"optim_args": "eps=0.5", "optimizer": "sparse_adamw_8bit"}, ["`optimizer: sparse_adamw_8bit`"]),
         ({"spft": {"target_modules": "(q"}}, ["`target_modules: (q` is not a regular expression"]),
+        ({"spft": {"init_weights": False}}, ["`init_weights: False` would train random values", "`salience: random`"]),
+        ({"spft": {"mask_path": "~"}}, ["`mask_path: ~` must be the path of a file"]),
         ({"spft": {"mask_path": "."}}, ["`mask_path: .` must be the path of a file"]),
         ({"deepspeed": 3}, ["`deepspeed: 3` must be the path of a JSON file"]),
         ({"deepspeed": {"zero_optimization": True}}, ['"zero_optimization": True must be a block']),

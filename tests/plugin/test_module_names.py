@@ -6,7 +6,7 @@ import pytest
 
 from axolotl_spft.errors import SpftConfigError
 from axolotl_spft.plugin.module_names import check_module_names
-from tests.models import tiny_llama
+from tests.models import tiny_gpt2, tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,15 @@ from tests.models import tiny_llama
 )
 def test_names_of_modules_pass(options):
     check_module_names(options, tiny_llama())
+
+
+def test_names_that_axolotl_asks_for_may_match_nothing():
+    options = {"modules_to_save": ["wte", "lm_head", "embed_tokens"]}
+    check_module_names(options, tiny_gpt2(), ["embed_tokens", "lm_head"])
+    with pytest.raises(SpftConfigError, match="`modules_to_save: embed_tokens` matches no module"):
+        check_module_names(options, tiny_gpt2())
+    with pytest.raises(SpftConfigError, match="`target_modules: embed_tokens` matches no module"):
+        check_module_names({"target_modules": ["c_attn", "embed_tokens"]}, tiny_gpt2(), ["embed_tokens"])
 
 
 def test_names_that_match_nothing_are_refused_together():

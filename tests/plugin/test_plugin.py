@@ -7,11 +7,11 @@ from axolotl.utils.dict import DictDefault
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
 
-from axolotl_spft import SpftPlugin
+from axolotl_spft import SpftConfig, SpftPlugin, select_mask
 from axolotl_spft.errors import SpftConfigError, SpftError
 from axolotl_spft.plugin.args import check_run
 from axolotl_spft.salience.prepare import adapted_layers
-from tests.models import VOCABULARY, tiny_llama
+from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
 
 
 def config(**changes) -> DictDefault:
@@ -46,6 +46,57 @@ def test_an_adapter_of_another_kind_is_refused_before_the_model_loads(tmp_path):
     with pytest.raises(SpftError, match="an adapter of the kind LORA"):
         SpftPlugin().pre_model_load(config(lora_model_dir=str(tmp_path)))
     SpftPlugin().pre_model_load(config(adapter="lora", lora_model_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("given", [{}, {"merge_method": None}, {"merge_method": "legacy"}])
+def test_the_merge_is_the_one_that_is_not_for_lora_alone(given):
+    cfg = config(**given)
+    SpftPlugin().register(cfg)
+    assert cfg["merge_method"] == "legacy"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "passes"),
+    [
+        ({"tokens": ["<new>"]}, True),
+        ({"special_tokens": {"eos_token": "<end>"}}, True),
+        ({"special_tokens": {"pad_token": "<pad>"}}, False),
+        ({}, False),
+    ],
+)
+def test_embeddings_of_another_name_where_tokens_are_added(tokens, passes):
+    cfg = config(spft={"modules_to_save": ["wte", "lm_head", "embed_tokens"]}, model_config_type="gpt2", **tokens)
+    if not passes:
+        with pytest.raises(SpftConfigError, match="`modules_to_save: embed_tokens` matches no module"):
+            SpftPlugin().load_adapter(tiny_gpt2(), cfg)
+        return
+    model, _ = SpftPlugin().load_adapter(tiny_gpt2(), cfg)
+    assert any("wte.modules_to_save" in name for name, each in model.named_parameters() if each.requires_grad)
+
+
+def test_a_mask_path_is_checked_before_the_model_loads(tmp_path):
+    (tmp_path / "text").write_text("no mask")
+    for path, reason in (("text", "not a complete safetensors file"), ("text/mask", "nothing can be written to")):
+        with pytest.raises(SpftError, match=rf"`mask_path: .*{path}`: .*{reason}"):
+            SpftPlugin().pre_model_load(config(spft={"mask_path": str(tmp_path / path)}))
+    SpftPlugin().pre_model_load(config(spft={"mask_path": str(tmp_path / "new" / "mask")}))
+
+
+def test_options_that_a_saved_adapter_does_not_have_are_named(tmp_path, caplog):
+    made = {"density": 0.05, "salience": "magnitude"}
+    model = get_peft_model(tiny_llama(), SpftConfig(**made))
+    select_mask(model, None)
+    model.save_pretrained(tmp_path)
+
+    def warnings_of(**options):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            SpftPlugin().load_adapter(tiny_llama(), config(spft=options, lora_model_dir=str(tmp_path)))
+        return [record.getMessage() for record in caplog.records if "axolotl_spft" in record.name]
+
+    assert warnings_of(**made) == warnings_of() == []
+    (text,) = warnings_of(**(made | {"density": 0.2}))
+    assert text == "`spft.density: 0.2` is not read beside `lora_model_dir`, whose adapter has 0.05"
 
 
 @pytest.mark.parametrize("kind", [LlamaForTokenClassification, LlamaForSequenceClassification])

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.plugin.quantization import check_quantized, prepare_for_training, request_quantization, run_dtype
+from axolotl_spft.plugin.quantization import (
+    check_quantized,
+    except_modules,
+    prepare_for_training,
+    request_quantization,
+    run_dtype,
+)
 from tests.models import tiny_llama
 from tests.tuner.test_quantized import quantize
 
@@ -50,6 +59,38 @@ def test_eight_bit_and_neither():
     cfg = {}
     request_quantization(cfg)
     assert cfg == {}
+
+
+@pytest.mark.parametrize("load", ["load_in_4bit", "load_in_8bit"])
+@pytest.mark.parametrize("kind", ["llama", "falcon_h1", "jamba", "qwen2_moe", "nemotron_h"])
+@pytest.mark.parametrize("deepspeed", [None, "zero2.json"])
+def test_kinds_of_model_that_axolotl_makes_exceptions_for(kind, load, deepspeed):
+    """The settings that Axolotl's own loader makes for LoRA and QLoRA."""
+    from axolotl.loaders.model import ModelLoader
+    from transformers import BitsAndBytesConfig
+
+    keys = {load: True, "bf16": True, "model_config_type": kind, "deepspeed": deepspeed}
+    raw = dict(keys)
+    request_quantization(raw)
+    cfg = DictDefault({**keys, "overrides_of_model_kwargs": raw["model_kwargs"]})
+    except_modules(cfg)
+    ours = BitsAndBytesConfig(
+        **{
+            key: value
+            for key, value in cfg.overrides_of_model_kwargs["quantization_config"].items()
+            if key != "quant_method"
+        }
+    )
+
+    adapter = "qlora" if load == "load_in_4bit" else "lora"
+    loader = SimpleNamespace(
+        cfg=DictDefault({**keys, "adapter": adapter, "torch_dtype": torch.bfloat16}),
+        model_config=SimpleNamespace(),
+        model_kwargs={},
+        is_fsdp_enabled=False,
+    )
+    ModelLoader._set_quantization_config(loader)
+    assert ours.to_dict() == loader.model_kwargs["quantization_config"].to_dict()
 
 
 def test_the_users_own_settings_win():

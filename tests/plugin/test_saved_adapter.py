@@ -70,6 +70,18 @@ def test_other_targets_than_the_checkpoints_are_refused_without_harm_to_it(check
     assert "elete" not in str(got.value)
 
 
+def test_other_whole_modules_than_the_checkpoints_are_refused(checkpoint, tmp_path):
+    _, folder = checkpoint
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.05, modules_to_save=["lm_head"]))
+    with pytest.raises(SpftError, match=r"holds `modules_to_save: \[\]`, but the run has \['lm_head'\]: restore"):
+        install_checkpoint_mask(model, folder)
+    select_mask(with_head := get_peft_model(tiny_llama(), SpftConfig(modules_to_save=["lm_head"], **MADE_WITH)), None)
+    with_head.save_pretrained(tmp_path / "with_head")
+    with pytest.raises(SpftError, match=r"holds `modules_to_save: \['lm_head'\]`, but the run has \[\]"):
+        install_checkpoint_mask(get_peft_model(tiny_llama(), SpftConfig(density=0.05)), str(tmp_path / "with_head"))
+    install_checkpoint_mask(model, str(tmp_path / "with_head"))
+
+
 def test_a_checkpoint_of_another_kind_is_refused(lora):
     model = get_peft_model(tiny_llama(), SpftConfig())
     with pytest.raises(SpftError, match=r"lora holds an adapter of the kind LORA.*another `output_dir`"):
