@@ -77,7 +77,9 @@ def runs(workspace, trained):
     (workspace / "half" / "checkpoint-3").mkdir(parents=True)
     (workspace / "torn" / "checkpoint-3").mkdir(parents=True)
     pairs = [
-        {"system": "", "question": f"Add {a} and 2.", "chosen": f"It is {a + 2}.", "rejected": "No."} for a in range(24)
+        # the question for DPO, the input for reward models
+        {"system": "", "question": question, "input": question, "chosen": f"It is {a + 2}.", "rejected": "No."}
+        for a, question in ((a, f"Add {a} and 2.") for a in range(24))
     ]
     (workspace / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     pairs_set = [{"path": str(workspace / "pairs.jsonl"), "ds_type": "json", "type": "chatml.intel", "split": "train"}]
@@ -125,6 +127,17 @@ def runs(workspace, trained):
             tokens=["<|new|>"],
             special_tokens={"pad_token": "<pad>", "eos_token": "<|end|>"},
             spft={"density": 0.05, "samples": 8, "modules_to_save": ["embed_tokens", "lm_head"]},
+        ),
+        write_config(
+            workspace,
+            "reward",
+            reward_model=True,
+            model_type="AutoModelForSequenceClassification",
+            num_labels=1,
+            chat_template="chatml",
+            datasets=[pairs_set[0] | {"type": "bradley_terry.chat_template"}],
+            remove_unused_columns=False,
+            val_set_size=0,
         ),
         write_config(workspace, "grpo", **grpo),
         write_config(workspace, "grpo_resumed", resume_from_checkpoint=str(workspace / "grpo/checkpoint-3"), **grpo),
@@ -209,6 +222,17 @@ def test_reinforcement_learning_resumes_bit_for_bit(runs, workspace):
     whole, resumed = workspace / "grpo/checkpoint-6", workspace / "grpo_resumed/checkpoint-6"
     assert_same_checkpoint(whole, resumed)
     assert same_bits(*(load_file(path / "ref/adapter_model.safetensors") for path in (whole, resumed)))
+
+
+def test_a_reward_model_is_trained_and_merged(runs, workspace):
+    assert runs["reward"] is None
+    run_axolotl("merge-lora", workspace / "reward.yml")
+    base, merged = (load_file(workspace / name / "model.safetensors") for name in ("base", "reward/merged"))
+    adapter = load_file(workspace / "reward/adapter_model.safetensors")
+    assert torch.equal(merged["score.weight"], adapter["base_model.model.score.weight"])
+    name = "model.layers.0.mlp.up_proj"
+    nnz = adapter[f"base_model.model.{name}.spft_values"].numel()
+    assert 0.9 * nnz < (merged[f"{name}.weight"] != base[f"{name}.weight"]).sum() <= nnz
 
 
 def test_new_tokens_are_trained_saved_and_merged(runs, workspace):
