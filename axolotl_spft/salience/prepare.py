@@ -172,7 +172,7 @@ def _save(path: Path, masks: Mapping[str, Mask], source: Mapping) -> None:
         save_masks(path, masks, source)
     except (SafetensorError, OSError) as error:
         # the pass may have taken long, and every checkpoint holds the mask
-        warnings.warn(f"the mask could not be saved to {path} ({error}): the run goes on without that", stacklevel=3)
+        warnings.warn(f"the mask could not be saved to {path} ({error}): the run goes on without that", stacklevel=4)
 
 
 def _describe(source: Mapping) -> str:
