@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,12 +58,17 @@ class SpftPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: Any) -> None:
         if cfg.adapter == ADAPTER:
-            from axolotl_spft.plugin.quantization import except_modules
-            from axolotl_spft.plugin.saved_adapter import check_lora_model_dir, check_mask_path
+            from axolotl_spft.engine.ranks import Ranks
+            from axolotl_spft.plugin.quantization import make_exceptions
+            from axolotl_spft.plugin.saved_adapter import check_lora_model_dir
+            from axolotl_spft.salience.mask_file import check_mask_path
 
             check_lora_model_dir(cfg)
-            check_mask_path(cfg)
-            except_modules(cfg)
+            mask_path = (cfg.spft or {}).get("mask_path")
+            # a saved adapter has its mask
+            if mask_path and not cfg.lora_model_dir and Ranks.current().rank == 0:
+                check_mask_path(Path(mask_path).expanduser())
+            make_exceptions(cfg)
 
     def post_model_build(self, cfg: Any, model: nn.Module) -> None:
         if cfg.adapter == ADAPTER:

@@ -15,7 +15,7 @@ def request_quantization(cfg: MutableMapping[str, Any]) -> None:
     """Make ``load_in_4bit`` / ``load_in_8bit`` of a raw Axolotl configuration take effect.
 
     The settings are those of Axolotl's QLoRA: nf4, double quantization; computed and stored in the run's dtype. What
-    differs by the kind of model, which is not known yet, is left to `except_modules`.
+    differs by the kind of model, which is not known yet, is left to `make_exceptions`.
     """
     wanted = "4bit" if cfg.get("load_in_4bit") else "8bit" if cfg.get("load_in_8bit") else None
     model_kwargs = dict(cfg.get("model_kwargs") or cfg.get("overrides_of_model_kwargs") or {})
@@ -34,7 +34,7 @@ def request_quantization(cfg: MutableMapping[str, Any]) -> None:
     cfg["model_kwargs"] = {**model_kwargs, "quantization_config": settings}
 
 
-def except_modules(cfg: Any) -> None:
+def make_exceptions(cfg: Any) -> None:
     """Quantize the kinds of model that Axolotl makes exceptions for as its LoRA and QLoRA do.
 
     Args:

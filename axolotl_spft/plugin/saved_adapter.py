@@ -12,9 +12,7 @@ from torch import nn
 
 from axolotl_spft.budget import total_budget
 from axolotl_spft.config import BUDGETS, RECORDED, SpftConfig
-from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
-from axolotl_spft.files import check_safetensors, check_writable
 from axolotl_spft.peft_type import SPFT
 from axolotl_spft.plugin.checkpoints import ADAPTER_FILE
 from axolotl_spft.salience.mask_file import load_masks
@@ -47,23 +45,6 @@ def check_lora_model_dir(cfg: Any) -> None:
         "name a sparse adapter's folder in `lora_model_dir`, or merge this adapter first and name the result as "
         "`base_model`",
     )
-
-
-def check_mask_path(cfg: Any) -> None:
-    """Check that ``mask_path`` names a whole file, or one that can be written.
-
-    Raises:
-        SpftError: it does not.
-    """
-    path = (cfg.spft or {}).get("mask_path")
-    # a saved adapter has its mask
-    if not path or cfg.lora_model_dir or Ranks.current().rank:
-        return
-    path = Path(path).expanduser()
-    try:
-        check_safetensors(path) if path.is_file() else check_writable(path)
-    except SpftError as error:
-        raise SpftError(f"`mask_path: {path}`: {error}") from error
 
 
 def options_not_read(options: Mapping[str, Any], saved: SpftConfig) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from axolotl_spft.errors import SpftFileError
-from axolotl_spft.files import atomic_path, check_safetensors
+from axolotl_spft.files import atomic_path, check_safetensors, check_writable
 from axolotl_spft.ops.csr import Mask, problems_of
 
 _COLUMNS, _ROW_OFFSETS = ".spft_columns", ".spft_row_offsets"
@@ -25,6 +26,18 @@ def save_masks(path: str | os.PathLike, masks: Mapping[str, Mask], source: Mappi
         tensors[name + _ROW_OFFSETS] = mask.row_offsets.cpu()
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "mask_source": json.dumps(dict(source))})
+
+
+def check_mask_path(path: Path) -> None:
+    """Check that ``path`` names a whole mask file, or where there is none, that one can be written.
+
+    Raises:
+        SpftFileError: it does not; the message names the option ``mask_path``.
+    """
+    try:
+        check_safetensors(path) if path.is_file() else check_writable(path)
+    except SpftFileError as error:
+        raise SpftFileError(f"`mask_path: {path}`: {error}") from error
 
 
 def load_masks(

@@ -18,10 +18,9 @@ from axolotl_spft.config import SpftConfig
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import gathered_while_used, is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError, first_of
-from axolotl_spft.files import check_writable
 from axolotl_spft.ops.csr import Mask, mask_from_positions
 from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards, should_share_rows
-from axolotl_spft.salience.mask_file import load_masks, save_masks
+from axolotl_spft.salience.mask_file import check_mask_path, load_masks, save_masks
 from axolotl_spft.salience.release import give_back_memory
 from axolotl_spft.salience.report import MaskReport, report_masks
 from axolotl_spft.salience.scores import (
@@ -97,7 +96,7 @@ def select_mask(
                 )
     else:
         if path is not None:
-            on_every_rank(lambda: check_writable(path) if ranks.rank == 0 else None, ranks)
+            on_every_rank(lambda: check_mask_path(path) if ranks.rank == 0 else None, ranks)
         masks, source["samples"] = _computed_masks(model, config, layers, batches, loss_fn, ranks)
         give_back_memory()
         origin = _describe(source)

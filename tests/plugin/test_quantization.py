@@ -11,7 +11,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl_spft.errors import SpftError
 from axolotl_spft.plugin.quantization import (
     check_quantized,
-    except_modules,
+    make_exceptions,
     prepare_for_training,
     request_quantization,
     run_dtype,
@@ -73,7 +73,7 @@ def test_kinds_of_model_that_axolotl_makes_exceptions_for(kind, load, deepspeed)
     raw = dict(keys)
     request_quantization(raw)
     cfg = DictDefault({**keys, "overrides_of_model_kwargs": raw["model_kwargs"]})
-    except_modules(cfg)
+    make_exceptions(cfg)
     ours = BitsAndBytesConfig(
         **{
             key: value
