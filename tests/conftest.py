@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from axolotl_spft.ops.dispatch import interpreting
+from axolotl_spft.ops.backends.dispatch import interpreting
 from tests.interpreter import DEVICE, pytest_pyfunc_call, repair_bfloat16  # noqa: F401
 
 torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from axolotl_spft.ops.dispatch import interpreting
+from axolotl_spft.ops.backends.dispatch import interpreting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _outcomes: dict[Path, dict[str, tuple[str, str]]] = {}

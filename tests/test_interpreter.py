@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from axolotl_spft.ops.dispatch import interpreting
+from axolotl_spft.ops.backends.dispatch import interpreting
 from tests.interpreter import DEVICE
 
 _PROGRAM = """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.csr import Mask, mask_from_positions
+from axolotl_spft.ops.mask.csr import Mask, mask_from_positions
 
 # the chance of a row or column to hold an entry falls with its rank like rank^-0.5: a head that holds most entries, and
 # a long tail of rows and columns with a few each

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from axolotl_spft.ops.csr import Mask
-from axolotl_spft.ops.plan import Plan, block_slots
+from axolotl_spft.ops.mask.csr import Mask
+from axolotl_spft.ops.mask.plan import Plan, block_slots
 
 
 def add_sparse_branch(y: Tensor, x: Tensor, values: Tensor, mask: Mask, plan: Plan) -> Tensor:

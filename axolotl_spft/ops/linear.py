@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.beside import Beside
-from axolotl_spft.ops.columns import select_columns
-from axolotl_spft.ops.csr import Mask
-from axolotl_spft.ops.dispatch import use_c
-from axolotl_spft.ops.norm_output import NormOutput
-from axolotl_spft.ops.plan import Plan
-from axolotl_spft.ops.products import cast, linear, matmul
-from axolotl_spft.ops.values_grad import values_grad
+from axolotl_spft.ops.backends.dispatch import use_c
+from axolotl_spft.ops.backends.products import cast, linear, matmul
+from axolotl_spft.ops.gradient.beside import Beside
+from axolotl_spft.ops.gradient.columns import select_columns
+from axolotl_spft.ops.gradient.norm_output import NormOutput
+from axolotl_spft.ops.gradient.values_grad import values_grad
+from axolotl_spft.ops.mask.csr import Mask
+from axolotl_spft.ops.mask.plan import Plan
 
 
 class Delta(NamedTuple):

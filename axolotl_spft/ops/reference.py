@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from axolotl_spft.ops.csr import Mask, positions
+from axolotl_spft.ops.mask.csr import Mask, positions
 
 
 def dense_delta(values: Tensor, mask: Mask, in_features: int) -> Tensor:

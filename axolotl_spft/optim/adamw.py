@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from axolotl_spft.ops.dispatch import use_triton
-from axolotl_spft.ops.scatter import rounded_sum
+from axolotl_spft.ops.backends.dispatch import use_triton
+from axolotl_spft.ops.weight.scatter import rounded_sum
 
 
 def adamw_(
@@ -61,7 +61,7 @@ def adamw_low_precision_(
         step: 0-dimensional float32 on the values' device; changed in place.
         into: (weight, positions, originals): also assign originals + the new values to the flattened weight there,
             rounded once.
-        backend: see `axolotl_spft.ops.dispatch`.
+        backend: see `axolotl_spft.ops.backends.dispatch`.
     """
     written = () if into is None else (into[0], into[2])
     if use_triton(backend, values, grad, master, exp_avg, exp_avg_sq, *written):

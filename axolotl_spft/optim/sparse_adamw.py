@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftConfigError, SpftFileError
-from axolotl_spft.ops.dispatch import use_triton
+from axolotl_spft.ops.backends.dispatch import use_triton
 from axolotl_spft.optim.adamw import adamw_, adamw_low_precision_
 from axolotl_spft.optim.adamw_8bit import adamw_8bit_
 from axolotl_spft.optim.moments import BLOCK, MOMENTS, absmax_name, zero_moments

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from axolotl_spft.ops.dispatch import blocks, launching_on
+from axolotl_spft.ops.backends.dispatch import blocks
+from axolotl_spft.ops.backends.launch import launching_on
 
 _BLOCK = 1024
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.ops.products import matmul
+from axolotl_spft.ops.backends.products import matmul
 
 _ONE_PROCESS = Ranks()
 # an expert that is a module of its own

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.files import atomic_path, check_safetensors, check_writable
-from axolotl_spft.ops.csr import Mask, problems_of
+from axolotl_spft.ops.mask.csr import Mask, problems_of
 
 _COLUMNS, _ROW_OFFSETS = ".spft_columns", ".spft_row_offsets"
 

@@ -18,7 +18,7 @@ from axolotl_spft.config import SpftConfig
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import gathered_while_used, is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError, first_of
-from axolotl_spft.ops.csr import Mask, mask_from_positions
+from axolotl_spft.ops.mask.csr import Mask, mask_from_positions
 from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards, should_share_rows
 from axolotl_spft.salience.mask_file import check_mask_path, load_masks, save_masks
 from axolotl_spft.salience.release import give_back_memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from axolotl_spft.ops.csr import Mask, used_columns, used_rows
+from axolotl_spft.ops.mask.csr import Mask, used_columns, used_rows
 
 
 @dataclass(frozen=True)

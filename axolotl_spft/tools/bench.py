@@ -128,7 +128,7 @@ def _options(sweep, values, methods, mask, device, dtype, processes, serving, **
     if dtype is None:
         import torch
 
-        from axolotl_spft.ops.products import lacks_instructions
+        from axolotl_spft.ops.backends.products import lacks_instructions
 
         dtype = "fp32" if device == "cpu" and lacks_instructions(torch.bfloat16) else "bf16"
     return Options(

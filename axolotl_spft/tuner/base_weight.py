@@ -19,10 +19,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from axolotl_spft.engine.zero3 import gathered, is_partitioned
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.csr import Mask, positions
-from axolotl_spft.ops.dequantize import dequantize_4bit
 from axolotl_spft.ops.linear import Delta
-from axolotl_spft.ops.scatter import add_at_, assign_, assign_sum_
+from axolotl_spft.ops.mask.csr import Mask, positions
+from axolotl_spft.ops.weight.dequantize import dequantize_4bit
+from axolotl_spft.ops.weight.scatter import add_at_, assign_, assign_sum_
 
 
 class Written(NamedTuple):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.backends.products import cast
 from axolotl_spft.ops.branch import add_sparse_branch
-from axolotl_spft.ops.csr import Mask, empty_mask, mask_from_positions, positions
 from axolotl_spft.ops.linear import Delta, frozen_linear, owner_of, register_owner, sparse_linear
-from axolotl_spft.ops.plan import make_plan
-from axolotl_spft.ops.products import cast
+from axolotl_spft.ops.mask.csr import Mask, empty_mask, mask_from_positions, positions
+from axolotl_spft.ops.mask.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.base_weight import BaseWeight, Written, keep_dequantizable
 from axolotl_spft.tuner.shared_input import SharedInput

@@ -19,7 +19,7 @@ from axolotl_spft.budget import layer_budgets
 from axolotl_spft.config import RECORDED, SpftConfig
 from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError
-from axolotl_spft.ops.csr import mask_from_positions
+from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.state import base_shapes_of, check_state, shapes_of, spft_layers

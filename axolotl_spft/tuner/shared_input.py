@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from axolotl_spft.ops.csr import Mask, used_columns
+from axolotl_spft.ops.gradient.norm_output import NormOutput, alias_of, norm_output
+from axolotl_spft.ops.gradient.saved_hooks import keeps_shapes_only, must_keep_alike, shape_only
 from axolotl_spft.ops.linear import kept_columns
-from axolotl_spft.ops.norm_output import NormOutput, alias_of, norm_output
-from axolotl_spft.ops.plan import MULTIPLE, Plan, padded
-from axolotl_spft.ops.saved_hooks import keeps_shapes_only, must_keep_alike, shape_only
+from axolotl_spft.ops.mask.csr import Mask, used_columns
+from axolotl_spft.ops.mask.plan import MULTIPLE, Plan, padded
 
 # names, under one parent, of the layers that transformers' models call with one tensor. Where such layers get
 # different ones all the same, as in cross-attention, each keeps a copy of its own, of a few columns more

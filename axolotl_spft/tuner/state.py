@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftFileError, first_of
-from axolotl_spft.ops.csr import Mask, problems_of
+from axolotl_spft.ops.mask.csr import Mask, problems_of
 from axolotl_spft.tuner.layer import SpftLinear
 
 TENSORS = ("spft_values", "spft_columns", "spft_row_offsets")

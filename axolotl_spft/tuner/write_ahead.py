@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_spft.ops.linear import owners_made
-from axolotl_spft.ops.sums import Sum, assign_sums_, can_collect, collect_sums, restore_
+from axolotl_spft.ops.weight.sums import Sum, assign_sums_, can_collect, collect_sums, restore_
 from axolotl_spft.tuner.base_weight import Written
 from axolotl_spft.tuner.layer import SpftLinear
 

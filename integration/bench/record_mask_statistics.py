@@ -27,7 +27,7 @@ from axolotl_spft.bench.base import target_layers
 from axolotl_spft.bench.machine import machine
 from axolotl_spft.bench.report import write_json
 from axolotl_spft.budget import layer_budgets, total_budget
-from axolotl_spft.ops.csr import Mask, mask_from_positions, used_columns
+from axolotl_spft.ops.mask.csr import Mask, mask_from_positions, used_columns
 from axolotl_spft.salience.collect import gathered_gradients
 from axolotl_spft.salience.report import MatrixReport, report_masks
 from axolotl_spft.salience.scores import balanced_score, gradient_score

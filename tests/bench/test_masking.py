@@ -10,7 +10,7 @@ from axolotl_spft import SpftConfig
 from axolotl_spft.bench.mask_statistics import MaskStatistics
 from axolotl_spft.bench.masking import Masking, mask_model
 from axolotl_spft.bench.memory import PeakMemory
-from axolotl_spft.ops.csr import used_columns
+from axolotl_spft.ops.mask.csr import used_columns
 from tests.models import tiny_llama
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 
 from axolotl_spft.bench.masks import draw_mask, pool_share
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.csr import positions, problems_of, used_columns, used_rows
+from axolotl_spft.ops.mask.csr import positions, problems_of, used_columns, used_rows
 
 
 def draw(*args, seed: int = 0):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.csr import positions
+from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.salience import collect
 from axolotl_spft.salience.collect import gathered_gradients
 from axolotl_spft.salience.prepare import adapted_layers, check_same_mask, summed_gradients

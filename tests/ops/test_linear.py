@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops import plan as plan_module
-from axolotl_spft.ops.csr import mask_from_positions, positions, used_columns
 from axolotl_spft.ops.linear import Delta, frozen_linear, kept_columns, register_owner, sparse_linear
-from axolotl_spft.ops.plan import make_plan
+from axolotl_spft.ops.mask import plan as plan_module
+from axolotl_spft.ops.mask.csr import mask_from_positions, positions, used_columns
+from axolotl_spft.ops.mask.plan import make_plan
 from axolotl_spft.ops.reference import sparse_linear as reference_linear
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from axolotl_spft.errors import SpftFileError
-from axolotl_spft.ops.csr import empty_mask, mask_from_positions
+from axolotl_spft.ops.mask.csr import empty_mask, mask_from_positions
 from axolotl_spft.salience.mask_file import load_masks, save_masks
 
 SHAPES = {"a.q_proj": (4, 10), "b.v_proj": (3, 7)}

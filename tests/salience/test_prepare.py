@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.budget import layer_budgets, total_budget
 from axolotl_spft.errors import SpftConfigError, SpftError, SpftFileError
-from axolotl_spft.ops.csr import positions
+from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.salience import mask_file, prepare
 from axolotl_spft.salience.prepare import adapted_layers, count_examples, summed_gradients
 from axolotl_spft.salience.scores import balanced_score

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from axolotl_spft.ops.csr import empty_mask, mask_from_positions
+from axolotl_spft.ops.mask.csr import empty_mask, mask_from_positions
 from axolotl_spft.salience.report import report_masks
 
 

@@ -99,7 +99,7 @@ def test_axolotl_finds_the_group():
 
 def test_bench_takes_the_precision_that_the_processor_has(monkeypatch):
     from axolotl_spft.bench import main
-    from axolotl_spft.ops import products
+    from axolotl_spft.ops.backends import products
 
     chosen = []
     monkeypatch.setattr(main, "run_comparison", lambda options, *_: chosen.append(options.dtype))

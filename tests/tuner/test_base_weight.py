@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.csr import mask_from_positions
+from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.ops.reference import sparse_linear as reference_linear
 from axolotl_spft.salience.prepare import adapted_layers
 from axolotl_spft.tuner import SpftLinear

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft import SparseAdamW, SpftConfig, select_mask
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.csr import mask_from_positions
+from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.ops.reference import sparse_linear as reference_linear
 from axolotl_spft.salience.prepare import adapted_layers
 from axolotl_spft.tuner import SpftLinear

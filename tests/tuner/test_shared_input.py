@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from axolotl_spft import SpftConfig
-from axolotl_spft.ops.csr import Mask, mask_from_positions
 from axolotl_spft.ops.linear import kept_columns
-from axolotl_spft.ops.plan import MULTIPLE
+from axolotl_spft.ops.mask.csr import Mask, mask_from_positions
+from axolotl_spft.ops.mask.plan import MULTIPLE
 from axolotl_spft.tuner import shared_input
 from axolotl_spft.tuner.shared_input import group_by_input
 from tests.interpreter import DEVICE

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft import SpftConfig
-from axolotl_spft.ops.cpu_library import library
-from axolotl_spft.ops.csr import mask_from_positions
+from axolotl_spft.ops.backends.cpu_library import library
+from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.tuner import base_weight
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import spft_layers

@@ -1,0 +1,1 @@
+"""The values' gradient, and what a forward pass keeps for it."""

@@ -1,0 +1,1 @@
+"""The CSR mask, the plan of its rows and columns, and its tiles."""

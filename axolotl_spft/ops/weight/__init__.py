@@ -1,0 +1,1 @@
+"""The frozen weight: W + S written into it, taken out of it, and dequantized."""

@@ -1,0 +1,64 @@
+"""The sum of a weight and a sparse delta, written into the weight at the delta's positions, and taken back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from axolotl_spft.ops.backends import cpu
+from axolotl_spft.ops.backends.dispatch import use_c, use_triton
+from axolotl_spft.ops.mask.csr import Mask, positions
+
+
+def assign_sum_(
+    weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool = False, backend: str = "auto"
+) -> None:
+    """weight[mask] = originals + values, rounded once; repeating it changes nothing.
+
+    Args:
+        weight: (out_features, in_features), or (in_features, out_features) if ``transposed``; contiguous; changed in
+            place.
+        originals: (nnz) in the dtype of ``weight``.
+        values: (nnz).
+        backend: see `axolotl_spft.ops.backends.dispatch`.
+    """
+    _write(weight, mask, originals, values, transposed, backend)
+
+
+def assign_(weight: Tensor, mask: Mask, originals: Tensor, transposed: bool = False, backend: str = "auto") -> None:
+    """weight[mask] = originals, bit for bit; arguments as in `assign_sum_`."""
+    _write(weight, mask, originals, None, transposed, backend)
+
+
+def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool = False, backend: str = "auto") -> None:
+    """weight[mask] += values, rounded once; arguments as in `assign_sum_`."""
+    _write(weight, mask, None, values, transposed, backend)
+
+
+def _write(
+    weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor | None, transposed: bool, backend: str
+) -> None:
+    """weight[mask] = originals + values; += values without ``originals``, = originals without ``values``."""
+    given = [tensor for tensor in (originals, values) if tensor is not None]
+    if use_triton(backend, weight, *given):
+        from axolotl_spft.ops.weight import triton_scatter
+
+        triton_scatter.assign_sum_(weight, mask, originals, values, transposed)
+        return
+    if use_c(backend, weight, *given):
+        cpu.assign_sum_(weight, mask, originals, values, transposed)
+        return
+    at = positions_in(weight, mask, transposed)
+    base = weight.take(at) if originals is None else originals
+    # not put_, which torch refuses where algorithms are to be deterministic
+    weight.view(-1)[at] = base if values is None else rounded_sum(base, values)
+
+
+def positions_in(weight: Tensor, mask: Mask, transposed: bool = False) -> Tensor:
+    """Where the entries stand in the flattened ``weight`` as it is stored: (nnz) int64."""
+    return positions(mask, weight.shape[0 if transposed else 1], transposed)
+
+
+def rounded_sum(weight: Tensor, values: Tensor) -> Tensor:
+    """weight + values with one rounding, in the dtype of ``weight``."""
+    return torch.add(weight, values, out=torch.empty_like(weight))

@@ -1,0 +1,75 @@
+"""The kernel that writes many weights equals writing each of them, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from axolotl_spft.ops.mask.csr import empty_mask, positions
+from axolotl_spft.ops.weight.scatter import assign_sum_
+from tests.interpreter import DEVICE
+from tests.ops.weight.test_triton_scatter import CASES, case
+
+pytestmark = pytest.mark.kernel
+# of the weights, of the values; the last one in the same launch as the first
+DTYPES = [
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+]
+
+
+@pytest.fixture
+def sums():
+    from axolotl_spft.ops.weight.sums import Sum
+
+    made = []
+    for dtypes in DTYPES:
+        for shape, nnz in [*CASES, ((130, 3), 200)]:
+            for transposed in (False, True):
+                weight, mask, values = case(shape, nnz, dtypes)
+                originals = weight.take(positions(mask, shape[1]))
+                made.append(Sum(weight.t().contiguous() if transposed else weight, mask, originals, values, transposed))
+    return made
+
+
+def test_many_are_bit_for_bit_each(sums):
+    from axolotl_spft.ops.weight.sums import assign_sums_, collect_sums, restore_
+
+    expected, before = ([each.weight.clone() for each in sums] for _ in range(2))
+    for weight, each in zip(expected, sums):
+        assign_sum_(weight, *each[1:], backend="torch")
+        assert not torch.equal(weight, each.weight)
+    collected = collect_sums(sums)
+    assert len(collected) == 3
+    for _ in range(2):
+        for alike in collected:
+            assign_sums_(alike, backend="triton")
+        assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, expected))
+        for alike in collected:
+            restore_(alike, backend="triton")
+        assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, before))
+
+
+def test_values_are_read_anew(sums):
+    from axolotl_spft.ops.weight.sums import assign_sums_, collect_sums
+
+    collected = collect_sums(sums[:2])
+    for each in sums[:2]:
+        each.values.add_(1)
+        expected = each.weight.clone()
+        assign_sum_(expected, *each[1:], backend="torch")
+        for alike in collected:
+            assign_sums_(alike, backend="triton")
+        assert torch.equal(each.weight, expected)
+
+
+def test_a_weight_without_entries_among_others(sums):
+    from axolotl_spft.ops.weight.sums import Sum, assign_sums_, collect_sums
+
+    weight, none = torch.ones(3, 4, device=DEVICE, dtype=torch.bfloat16), torch.zeros(0, device=DEVICE)
+    empty = Sum(weight, empty_mask(3, 4, torch.device(DEVICE)), none.bfloat16(), none, False)
+    (collected,) = collect_sums([empty, sums[0], empty])
+    assign_sums_(collected, backend="triton")
+    assert (weight == 1).all()
