@@ -17,9 +17,9 @@ from peft import PeftConfig
 
 from axolotl_spft.errors import SpftConfigError
 from axolotl_spft.files import check_safetensors
+from axolotl_spft.metrics import METRICS, is_salience, nearest_metric
 from axolotl_spft.peft_type import SPFT
 
-SALIENCES = ("gradient", "balanced", "magnitude", "random")
 SCOPES = ("layer", "global", "row")
 BUDGETS = ("density", "num_values", "match_lora_rank")
 DEFAULT_DENSITY = 0.005
@@ -51,7 +51,9 @@ class SpftConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt; all by default.")
     layers_pattern: list[str] | str | None = _option(None, "Name of the module list that holds the layers.")
     modules_to_save: list[str] | None = _option(None, "Further modules that are trained and saved whole.")
-    salience: str = _option("gradient", f"Score of a weight's importance: one of {', '.join(SALIENCES)}.")
+    salience: str = _option(
+        "gradient", f"Score of a weight's importance: one of {', '.join(METRICS)}, or package.module:function."
+    )
     scope: str = _option(
         "layer", "Where scores compete: inside each matrix (layer), over all (global), in each output row (row)."
     )
@@ -129,7 +131,7 @@ _RULES = {
         lambda v: _is_names(v) and not isinstance(v, str),
         "must be a list of module names",
     ),
-    "salience": (lambda v: v in SALIENCES, f"must be one of {', '.join(SALIENCES)}"),
+    "salience": (is_salience, f"must be one of {', '.join(METRICS)}, or your own package.module:function"),
     "scope": (lambda v: v in SCOPES, f"must be one of {', '.join(SCOPES)}"),
     "samples": (lambda v: _is_int(v) and v >= 1, "must be a whole number of at least 1"),
     "seed": (lambda v: _is_int(v) and 0 <= v < 2**63, "must be a whole number of at least 0"),
@@ -145,6 +147,8 @@ _OPTIONAL = ("density", "num_values", "match_lora_rank", "exclude_modules", "lay
 
 def _remedy(name: str, value: Any) -> str:
     """What to write for a number in another form: as text, which YAML takes 5e-3 for, or a whole one with a point."""
+    if name == "salience":
+        return nearest_metric(value)
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from axolotl_spft import SparseAdamW, SpftConfig, select_mask
 from axolotl_spft.ops.mask.csr import positions
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from tests.interpreter import DEVICE
 from tests.models import ARCHITECTURES, token_batch
 

@@ -18,7 +18,7 @@ from axolotl_spft.bench.masks import draw_mask, pool_share
 from axolotl_spft.bench.memory import PeakMemory, synchronize
 from axolotl_spft.budget import layer_budgets
 from axolotl_spft.salience import MaskReport, select_mask
-from axolotl_spft.salience.prepare import adapted_layers, install_masks
+from axolotl_spft.salience.install import adapted_layers, install_masks
 from axolotl_spft.salience.report import report_masks
 from axolotl_spft.tuner import SpftConfig
 from axolotl_spft.tuner.layer import SpftLinear

@@ -15,7 +15,7 @@ from axolotl_spft.bench.masking import MaskCost, Masking, mask_model
 from axolotl_spft.budget import total_budget
 from axolotl_spft.errors import SpftError
 from axolotl_spft.optim import SparseAdamW
-from axolotl_spft.salience.prepare import adapted_layers, install_masks
+from axolotl_spft.salience.install import adapted_layers, install_masks
 from axolotl_spft.tuner import SpftConfig
 
 FIRST, SECOND = "default", "second"

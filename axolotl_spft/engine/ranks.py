@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from axolotl_spft.errors import SpftError
+
 
 class Ranks(NamedTuple):
     """This process among ``world``; every operation does nothing where there is one process.
@@ -79,6 +81,21 @@ class Ranks(NamedTuple):
         if self.world > 1:
             dist.broadcast_object_list(found, src=0, device=_device())
         return found[0]
+
+
+def on_every_rank(work: Callable[[], Any], ranks: Ranks) -> Any:
+    """``work()``; an error on one rank is raised on all, where the others would wait for it at their next exchange."""
+    result, failure = None, None
+    try:
+        result = work()
+    except (SpftError, OSError) as error:
+        failure = error
+    failed = ranks.sum_numbers(int(failure is not None))[0]
+    if failure is not None:
+        raise failure
+    if failed:
+        raise SpftError(f"{failed} of {ranks.world} ranks failed: their messages say why")
+    return result
 
 
 def _device() -> torch.device:

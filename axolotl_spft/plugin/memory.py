@@ -10,8 +10,8 @@ from axolotl_spft.budget import total_budget
 from axolotl_spft.engine.memory import MemoryPerRank, memory_per_rank
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.salience.collect import should_share_rows
-from axolotl_spft.salience.prepare import adapted_layers
-from axolotl_spft.salience.scores import NEEDS_GRADIENT
+from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.salience.metrics.metric import FROM_SAMPLE, load_metric
 from axolotl_spft.tuner.state import shapes_of
 
 
@@ -47,7 +47,7 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
         state_bits=state_bits,
         buckets=_bucket_elements(args),
         others=(sum(map(_numel, others)), 2 if low_precision or not others else others[0].element_size()),
-        reads_gradients=not held and config.salience in NEEDS_GRADIENT,
+        reads_gradients=not held and bool(load_metric(config.salience).needs & FROM_SAMPLE),
         shares_rows=should_share_rows(named, ranks),
     )
 

@@ -118,7 +118,7 @@ class SpftPlugin(BasePlugin):
         from axolotl_spft.plugin.memory import memory_of_run
         from axolotl_spft.plugin.saved_adapter import copy_to_reference, has_reference, install_checkpoint_mask
         from axolotl_spft.plugin.trainer_pass import has_mask, peft_model_of, select_mask_with_trainer
-        from axolotl_spft.salience.prepare import adapted_layers, check_same_mask, retire_empty_values
+        from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
         from axolotl_spft.tuner.layer import SpftLinear
         from axolotl_spft.tuner.state import slots_of
 

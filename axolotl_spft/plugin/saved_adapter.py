@@ -15,8 +15,8 @@ from axolotl_spft.config import BUDGETS, RECORDED, SpftConfig
 from axolotl_spft.errors import SpftError
 from axolotl_spft.peft_type import SPFT
 from axolotl_spft.plugin.checkpoints import ADAPTER_FILE
+from axolotl_spft.salience.install import adapted_layers, install_masks
 from axolotl_spft.salience.mask_file import load_masks
-from axolotl_spft.salience.prepare import adapted_layers, install_masks
 from axolotl_spft.tuner.state import shapes_of
 
 # what a mask depends on beside the budget and the targeted modules

@@ -110,7 +110,7 @@ def peft_model_of(trainer: Any) -> nn.Module:
 
 def has_mask(model: nn.Module) -> bool:
     """Whether the active adapter holds any value already."""
-    from axolotl_spft.salience.prepare import adapted_layers
+    from axolotl_spft.salience.install import adapted_layers
 
     return any(
         layer.spft_values[name].numel()

@@ -29,8 +29,9 @@ from axolotl_spft.bench.report import write_json
 from axolotl_spft.budget import layer_budgets, total_budget
 from axolotl_spft.ops.mask.csr import Mask, mask_from_positions, used_columns
 from axolotl_spft.salience.collect import gathered_gradients
+from axolotl_spft.salience.metrics.metric import load_metric
+from axolotl_spft.salience.metrics.statistics import Statistics
 from axolotl_spft.salience.report import MatrixReport, report_masks
-from axolotl_spft.salience.scores import balanced_score, gradient_score
 from axolotl_spft.salience.select import top_k, top_k_per_row
 from axolotl_spft.tuner.shared_input import group_by_input
 
@@ -109,10 +110,8 @@ def record(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path, sam
             model(**batch).loss.backward()
     recorded: dict[str, Any] = {}
     for (salience, scope), density in tqdm([(kind, density) for kind in KINDS for density in DENSITIES], desc="Masks"):
-        if salience == "balanced":
-            scores = [balanced_score(g, g.shape[0]) for g in gradients.values()]
-        else:
-            scores = [gradient_score(g) for g in gradients.values()]
+        score = load_metric(salience).score
+        scores = [score(Statistics(tuple(g.shape), collected={"gradient": g})) for g in gradients.values()]
         chosen = select(scores, shapes, scope, density)
         masks = {name: (mask_from_positions(at, *shape), shape[1]) for name, at, shape in zip(layers, chosen, shapes)}
         points = recorded.setdefault(f"{salience}/{scope}", {})

@@ -13,7 +13,7 @@ from axolotl_spft.bench.contestant import Contestant, spread
 from axolotl_spft.bench.kept import kept_for_backward
 from axolotl_spft.bench.methods import METHODS, Budget
 from axolotl_spft.bench.shapes import model_config
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tools.bench import METHODS as COMMAND_METHODS
 
 CPU = torch.device("cpu")

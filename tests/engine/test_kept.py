@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from tests.engine.processes import on_ranks
 from tests.models import tiny_llama, token_batch, with_adapter
 

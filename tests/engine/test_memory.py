@@ -13,7 +13,7 @@ from axolotl_spft.engine.memory import memory_per_rank
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.plugin.memory import memory_of_run
 from axolotl_spft.salience.collect import gathered_gradients
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from tests.models import tiny_llama, token_batch
 from tests.tuner.test_quantized import quantize
 

@@ -19,8 +19,10 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.salience import collect
 from axolotl_spft.salience.collect import gathered_gradients
-from axolotl_spft.salience.prepare import adapted_layers, check_same_mask, summed_gradients
-from axolotl_spft.salience.scores import balanced_score
+from axolotl_spft.salience.install import adapted_layers, check_same_mask
+from axolotl_spft.salience.metrics.balanced import score as balanced_score
+from axolotl_spft.salience.metrics.statistics import Statistics
+from axolotl_spft.salience.sample_pass import summed_gradients
 from axolotl_spft.salience.select import top_k, top_k_per_row
 from tests.engine.processes import on_ranks
 from tests.models import tiny_llama, token_batch
@@ -40,7 +42,10 @@ def select_everything() -> list[torch.Tensor]:
             selected += top_k(lambda index, mine=mine: mine[index], shapes, count, ranks)
         for part, shape in zip(mine, shapes):
             selected.append(top_k_per_row(part, shape, max(1, shape[0] * shape[1] // 3), ranks))
-        balanced = [balanced_score(part, shape[0], ranks) for part, shape in zip(mine, shapes)]
+        balanced = [
+            balanced_score(Statistics(shape, ranks=ranks, collected={"gradient": part}))
+            for part, shape in zip(mine, shapes)
+        ]
         selected += [ranks.concatenate(part.flatten()) for part in balanced]
     return selected
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTo
 from axolotl_spft import SpftConfig, SpftPlugin, select_mask
 from axolotl_spft.errors import SpftConfigError, SpftError
 from axolotl_spft.plugin.args import check_run
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
 
 

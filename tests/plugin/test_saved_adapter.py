@@ -16,7 +16,7 @@ from axolotl_spft.plugin.saved_adapter import (
     has_reference,
     install_checkpoint_mask,
 )
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner.state import mask_checksum, slots_of
 from tests.models import logits, tiny_llama
 

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from tests.interpreter import DEVICE
 from tests.models import ARCHITECTURES, tiny_llama, token_batch, with_adapter
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from axolotl_spft import SpftConfig, SpftModel, select_mask
 from axolotl_spft.errors import SpftError
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner import SpftLinear
 from tests.models import (
     ARCHITECTURES,

@@ -12,7 +12,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from axolotl_spft import SparseAdamW, SpftConfig, select_mask
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner import SpftLinear
 from tests.interpreter import DEVICE
 from tests.models import ARCHITECTURES, logits, same_weights, tiny_llama, token_batch, weights_of, with_adapter

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.errors import SpftFileError
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner.state import base_shapes_of, shapes_fingerprint
 from tests.models import ARCHITECTURES, logits, same_weights, tiny_llama, token_batch, weights_of, with_adapter
 

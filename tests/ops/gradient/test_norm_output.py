@@ -17,7 +17,7 @@ from axolotl_spft import SpftConfig
 from axolotl_spft.bench.kept import kept_for_backward
 from axolotl_spft.ops.gradient.norm_output import norm_output
 from axolotl_spft.ops.mask.csr import mask_from_positions
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner import shared_input
 from tests.interpreter import DEVICE
 from tests.models import tiny_llama, tiny_qwen2, token_batch, with_adapter

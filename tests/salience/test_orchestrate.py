@@ -16,9 +16,11 @@ from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.budget import layer_budgets, total_budget
 from axolotl_spft.errors import SpftConfigError, SpftError, SpftFileError
 from axolotl_spft.ops.mask.csr import positions
-from axolotl_spft.salience import mask_file, prepare
-from axolotl_spft.salience.prepare import adapted_layers, count_examples, summed_gradients
-from axolotl_spft.salience.scores import balanced_score
+from axolotl_spft.salience import mask_file, orchestrate
+from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.salience.metrics.balanced import score as balanced_score
+from axolotl_spft.salience.metrics.statistics import Statistics
+from axolotl_spft.salience.sample_pass import summed_gradients
 from tests.models import ARCHITECTURES, same_weights, tiny_llama, token_batch, weights_of, with_adapter
 from tests.salience.test_select import sorted_top_k, sorted_top_k_per_row
 
@@ -66,7 +68,9 @@ def test_the_mask_is_that_of_a_full_sort(architecture, scope, salience):
         scores = [layer.get_base_weight().abs() for layer in adapted_layers(model).values()]
     else:
         scores = [
-            gradient.abs() if salience == "gradient" else balanced_score(gradient, gradient.shape[0])
+            gradient.abs()
+            if salience == "gradient"
+            else balanced_score(Statistics(gradient.shape, collected={"gradient": gradient}))
             for gradient in gradients
         ]
     got = chosen(model)
@@ -280,50 +284,6 @@ def test_random_adapters_keep_their_mask():
         select_mask(with_adapter(tiny_llama()), BATCHES)
 
 
-@pytest.mark.parametrize(
-    ("batch", "expected"),
-    [
-        ({"input_ids": torch.zeros(3, 7)}, 3),
-        ({"input_ids": torch.zeros(1, 9), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])}, 3),
-        ({"input_ids": torch.zeros(1, 3), "position_ids": torch.tensor([[4, 5, 6]])}, 1),
-        # four rows without a second sequence in any
-        ({"input_ids": torch.zeros(4, 3), "position_ids": torch.tensor([[0, 1, 2]])}, 4),
-        ({"input_ids": torch.zeros(4, 3), "position_ids": torch.tensor([[2, 3, 4]] * 4)}, 4),
-        # pictures have a row for each patch
-        ({"input_ids": torch.zeros(2, 9), "labels": torch.zeros(2, 9), "pixel_values": torch.zeros(64, 5)}, 2),
-        ({"chosen_input_ids": torch.zeros(3, 7), "boundaries": torch.zeros(8)}, 3),
-        ({"values": torch.zeros(5, 7)}, 5),
-        ({"label": "none"}, 1),
-    ],
-)
-def test_counted_examples(batch, expected):
-    assert count_examples(batch) == expected
-
-
-@pytest.mark.parametrize("with_attention_mask", [True, False])
-@pytest.mark.parametrize(
-    ("lengths", "expected"),
-    [([[50]], 1), ([[15, 15, 15]], 3), ([[64]], 1), ([[20, 44], [10]], 3)],
-)
-def test_padding_is_no_example_in_axolotls_packs(lengths, expected, with_attention_mask):
-    from axolotl.utils.collators.batching import V2BatchSamplerDataCollatorForSeq2Seq
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
-
-    def example(length: int) -> dict:
-        # the prompt has no labels
-        columns = {"input_ids": [5] * length, "labels": [-100] * 4 + [5] * (length - 4)}
-        columns["position_ids"] = list(range(length))
-        return columns | ({"attention_mask": [1] * length} if with_attention_mask else {})
-
-    collate = V2BatchSamplerDataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=64)
-    batch = collate([[example(length) for length in row] for row in lengths])
-    assert batch["input_ids"].shape == (len(lengths), 64)
-    assert count_examples(batch) == expected
-
-
 def test_memory_is_given_back_once_the_accumulators_are_gone(monkeypatch):
     accumulators, alive = [], []
 
@@ -332,9 +292,9 @@ def test_memory_is_given_back_once_the_accumulators_are_gone(monkeypatch):
         accumulators.extend(weakref.ref(total) for total in sums.values())
         return sums, read
 
-    monkeypatch.setattr(prepare, "summed_gradients", summed)
+    monkeypatch.setattr(orchestrate, "summed_gradients", summed)
     monkeypatch.setattr(
-        prepare, "give_back_memory", lambda: alive.append(sum(total() is not None for total in accumulators))
+        orchestrate, "give_back_memory", lambda: alive.append(sum(total() is not None for total in accumulators))
     )
     model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, samples=2))
     select_mask(model, BATCHES)

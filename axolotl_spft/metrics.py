@@ -1,0 +1,26 @@
+"""The salience metrics by name: where the score function of each one is, a line each."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+METRICS = {
+    "gradient": "axolotl_spft.salience.metrics.gradient:score",
+    "balanced": "axolotl_spft.salience.metrics.balanced:score",
+    "magnitude": "axolotl_spft.salience.metrics.magnitude:score",
+    "random": "axolotl_spft.salience.metrics.random:score",
+}
+
+_OF_THE_USER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_salience(value: object) -> bool:
+    """Whether ``value`` is a metric's name or has the form ``package.module:function``."""
+    return isinstance(value, str) and (value in METRICS or bool(_OF_THE_USER.fullmatch(value)))
+
+
+def nearest_metric(value: object) -> str:
+    """`` (did you mean ...?)`` for a name that is nearly one, else nothing."""
+    near = difflib.get_close_matches(str(value), METRICS, n=1)
+    return f" (did you mean `{near[0]}`?)" if near else ""

@@ -1,0 +1,56 @@
+"""Gives the sparse layers of a model their masks, and checks that all ranks hold the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.mask.csr import Mask
+from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.state import base_shapes_of, mask_checksum, slots_of, spft_layers
+
+
+def adapted_layers(model: nn.Module) -> dict[str, SpftLinear]:
+    """The sparse layers of a `PeftModel`, by their names in the base model."""
+    return spft_layers(model.base_model.model)
+
+
+def install_masks(model: nn.Module, adapter_name: str, masks: Mapping[str, Mask], source: Mapping) -> None:
+    """Give the adapter these masks with values of 0, and record them in its config."""
+    layers = adapted_layers(model)
+    for name, mask in masks.items():
+        layers[name].set_mask(adapter_name, mask)
+    config = model.peft_config[adapter_name]
+    config.nnz = sum(mask.nnz for mask in masks.values())
+    config.base_shapes = base_shapes_of({name: layers[name] for name in masks})
+    config.mask_source = dict(source)
+    retire_empty_values(model)
+
+
+def retire_empty_values(model: nn.Module) -> None:
+    """Let no parameter be without entries: DDP would wait for it, DeepSpeed can neither flatten nor gather it."""
+    for layer in adapted_layers(model).values():
+        layer.retire_empty_values()
+
+
+def check_same_mask(model: nn.Module, ranks: Ranks, adapter_name: str | None = None) -> str:
+    """Check that all ranks hold the same mask.
+
+    Returns:
+        Its checksum, of `mask_checksum`.
+
+    Raises:
+        SpftError: on every rank, when one differs.
+    """
+    checksum = mask_checksum(slots_of(adapted_layers(model), adapter_name or model.active_adapter))
+    mine = torch.tensor([int(checksum[start : start + 8], 16) for start in range(0, 64, 8)])
+    if (ranks.gather_numbers(mine) != mine).any():
+        raise SpftError(
+            f"the ranks hold different masks (rank {ranks.rank}: {checksum[:16]}): read the same files on every node, "
+            "and the same model and seed"
+        )
+    return checksum

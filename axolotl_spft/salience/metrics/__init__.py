@@ -1,0 +1,1 @@
+"""The salience metrics: a file each, with what it needs and its score."""

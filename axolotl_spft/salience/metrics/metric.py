@@ -1,0 +1,74 @@
+"""What a salience metric is: what it needs to know of a matrix, and the score that it makes of it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from axolotl_spft.errors import SpftError
+from axolotl_spft.metrics import METRICS
+from axolotl_spft.salience.metrics.statistics import (
+    GRADIENT,
+    WEIGHT,
+    Statistics,
+)
+
+Score = Callable[[Statistics], Tensor]
+
+NEEDS = (GRADIENT, WEIGHT)
+# what the sample must be run through the model for
+FROM_SAMPLE = frozenset({GRADIENT})
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A way to score the entries of a weight.
+
+    Attributes:
+        name: as in the option ``salience``.
+        needs: which of `NEEDS` the pass has to provide.
+        score: gives float32 scores of the shape of this rank's rows (rows, in_features); higher is more salient.
+    """
+
+    name: str
+    needs: frozenset[str]
+    score: Score
+
+
+def needs(*names: str) -> Callable[[Score], Score]:
+    """Declare what a score function reads of its `Statistics`, among `NEEDS`; without it that is the gradient."""
+
+    def declare(score: Score) -> Score:
+        score.needs = names
+        return score
+
+    return declare
+
+
+def load_metric(salience: str) -> Metric:
+    """The metric of the option ``salience``: a name of `METRICS`, or ``module:function`` of the user's own.
+
+    Raises:
+        SpftError: the module or the function does not exist, or declares a need that there is not.
+    """
+    module_name, _, function_name = METRICS.get(salience, salience).partition(":")
+    remedy = f"write `package.module:function`, or one of {', '.join(METRICS)}"
+    try:
+        score = getattr(importlib.import_module(module_name), function_name or "score")
+    except Exception as error:  # whatever a module of the user's own raises
+        raise SpftError(
+            f"`salience: {salience}` cannot be imported ({type(error).__name__}: {error}): {remedy}"
+        ) from error
+    if not callable(score):
+        raise SpftError(f"`salience: {salience}` is no function: {remedy}")
+    declared = getattr(score, "needs", (GRADIENT,))
+    declared = frozenset((declared,) if isinstance(declared, str) else declared)
+    if not declared <= frozenset(NEEDS):
+        raise SpftError(
+            f"`salience: {salience}` needs {', '.join(sorted(declared - frozenset(NEEDS)))}, which the pass does not "
+            f"know: declare some of {', '.join(NEEDS)}"
+        )
+    return Metric(salience, declared, score)

@@ -1,0 +1,156 @@
+"""`select_mask`: from an empty adapter to one with the most salient positions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from axolotl_spft.budget import total_budget
+from axolotl_spft.config import SpftConfig
+from axolotl_spft.engine.ranks import Ranks, on_every_rank
+from axolotl_spft.errors import SpftError, SpftFileError
+from axolotl_spft.ops.mask.csr import Mask, mask_from_positions
+from axolotl_spft.salience.choose import choose_positions
+from axolotl_spft.salience.examples import Batch
+from axolotl_spft.salience.install import adapted_layers, check_same_mask, install_masks
+from axolotl_spft.salience.mask_file import check_mask_path, load_masks, save_masks
+from axolotl_spft.salience.metrics.metric import FROM_SAMPLE, GRADIENT, load_metric
+from axolotl_spft.salience.metrics.statistics import Statistics
+from axolotl_spft.salience.release import give_back_memory
+from axolotl_spft.salience.report import MaskReport, report_masks
+from axolotl_spft.salience.sample_pass import summed_gradients
+from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.state import shapes_of
+
+
+@torch.inference_mode(False)
+def select_mask(
+    model: nn.Module,
+    batches: Iterable[Batch] | None,
+    loss_fn: Callable[[nn.Module, Batch], Tensor] | None = None,
+    adapter_name: str | None = None,
+) -> MaskReport:
+    """Choose the positions that an empty adapter trains, and put values of 0 there.
+
+    The adapter's `SpftConfig` says how: salience, scope, budget, samples, seed, mask_path. The salience ``gradient``
+    sums the gradient of the loss over batches until ``samples`` examples are read. Nothing else is changed: random
+    generators, gradients, modes, hooks and ``requires_grad`` are afterwards as before. Make the optimizer afterwards.
+
+    Args:
+        model: a `PeftModel` with an SPFT adapter.
+        batches: dicts for ``model(**batch)`` on the model's device; not read (and may be None) where the salience
+            needs no gradient or ``mask_path`` names a file.
+        loss_fn: the loss of (model, batch), a scalar; ``model(**batch).loss`` by default.
+        adapter_name: the active adapter by default.
+
+    Returns:
+        What was selected; ``str(report)`` is a table.
+
+    Raises:
+        SpftError: the adapter has a mask already, there are no batches or no loss, a gradient is not finite.
+        SpftFileError: the file at ``mask_path`` does not fit, or none can be written there.
+    """
+    adapter_name = adapter_name or model.active_adapter
+    config: SpftConfig = model.peft_config[adapter_name]
+    layers = {name: layer for name, layer in adapted_layers(model).items() if adapter_name in layer.spft_values}
+    if any(layer.mask(adapter_name).nnz for layer in layers.values()):
+        raise SpftError(
+            f"adapter `{adapter_name}` has a mask already: add a new adapter, or delete this one, to select another"
+        )
+    source = {"salience": config.salience, "scope": config.scope, "samples": 0, "seed": config.seed or 0}
+    ranks = Ranks.current()
+    # asked once for all: another rank may write the file while this one still looks for it
+    path = Path(config.mask_path).expanduser() if config.mask_path else None
+    found = ranks.sum_numbers(int(path is not None and path.is_file()))[0]
+    if 0 < found < ranks.world:
+        raise SpftFileError(
+            f"`mask_path: {config.mask_path}` exists for {found} of {ranks.world} ranks only: copy the file to every "
+            "node, or delete it everywhere to compute the mask anew"
+        )
+    if found:
+        masks, source = on_every_rank(lambda: _masks_from_file(path, config, layers), ranks)
+        origin = f"{config.mask_path} ({_describe(source)})"
+        for name in ("salience", "scope"):
+            if ranks.rank == 0 and source.get(name, getattr(config, name)) != getattr(config, name):
+                warnings.warn(
+                    f"`{name}: {getattr(config, name)}` is not read: the mask in {path} was made with {source[name]}; "
+                    "name another `mask_path` to compute the mask anew",
+                    stacklevel=3,
+                )
+    else:
+        if path is not None:
+            on_every_rank(lambda: check_mask_path(path) if ranks.rank == 0 else None, ranks)
+        masks, source["samples"] = _computed_masks(model, config, layers, batches, loss_fn, ranks)
+        give_back_memory()
+        origin = _describe(source)
+        if path is not None and ranks.rank == 0:
+            _save(path, masks, source)
+    install_masks(model, adapter_name, masks, source)
+    check_same_mask(model, ranks, adapter_name)
+    return report_masks(
+        {name: (masks[name], layer.in_features) for name, layer in layers.items()}, origin, source.get("samples", 0)
+    )
+
+
+def _save(path: Path, masks: Mapping[str, Mask], source: Mapping) -> None:
+    try:
+        save_masks(path, masks, source)
+    except (SafetensorError, OSError) as error:
+        # the pass may have taken long, and every checkpoint holds the mask
+        warnings.warn(f"the mask could not be saved to {path} ({error}): the run goes on without that", stacklevel=4)
+
+
+def _describe(source: Mapping) -> str:
+    return ", ".join(f"{key} {value}" for key, value in source.items()) or "unknown source"
+
+
+def _masks_from_file(path: Path, config: SpftConfig, layers: Mapping[str, SpftLinear]) -> tuple[dict[str, Mask], dict]:
+    shapes = shapes_of(layers)
+    masks, source = load_masks(path, shapes, "Name another `mask_path` to compute the mask anew")
+    held = sum(mask.nnz for mask in masks.values())
+    asked = total_budget(list(shapes.values()), config.density, config.num_values, config.match_lora_rank)
+    if held != asked:
+        raise SpftFileError(
+            f"mask file {path} holds {held:,} positions, but the config asks for {asked:,}: "
+            f"set `num_values: {held}`, or name another `mask_path` to compute the mask anew"
+        )
+    return masks, source
+
+
+def _computed_masks(
+    model: nn.Module,
+    config: SpftConfig,
+    layers: Mapping[str, SpftLinear],
+    batches: Iterable[Batch] | None,
+    loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
+    ranks: Ranks,
+) -> tuple[dict[str, Mask], int]:
+    """The masks, and the examples read for them."""
+    metric = load_metric(config.salience)
+    collected, read = {}, 0
+    if metric.needs & FROM_SAMPLE:
+        collected[GRADIENT], read = summed_gradients(model, layers, batches, loss_fn, config.samples, ranks)
+    names, shapes = list(layers), list(shapes_of(layers).values())
+
+    def score(index: int) -> Tensor:
+        """This rank's rows of a matrix' scores."""
+        name = names[index]
+        return metric.score(
+            Statistics(
+                name=name,
+                shape=shapes[index],
+                index=index,
+                seed=config.seed or 0,
+                ranks=ranks,
+                collected={need: sums[name] for need, sums in collected.items()},
+                read_weight=layers[name].read_weight,
+            )
+        )
+
+    chosen = choose_positions(config, shapes, score, ranks)
+    return {name: mask_from_positions(positions, *shape) for name, positions, shape in zip(names, chosen, shapes)}, read
