@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from axolotl_spft.bench.methods import Method
-from axolotl_spft.tuner import SpftLinear
+from axolotl_spft.tuner import SpftLinear, SpftModel
 
 
 def footprint_bytes(method: Method) -> dict[str, int]:
@@ -26,7 +26,7 @@ def footprint_bytes(method: Method) -> dict[str, int]:
         "gradients": (parameter.grad for parameter in trained if parameter.grad is not None),
         "optimizer_state": (value for state in states for value in state.values() if isinstance(value, Tensor)),
         "masks": _masks(modules, sparse),
-        "originals": (buffer for layer in sparse for name, buffer in layer._buffers.items() if "_originals_" in name),
+        "originals": (tensor for each in modules if isinstance(each, SpftModel) for tensor in each._ahead.originals()),
         "derived": _derived(sparse),
     }
     seen: set[int] = set()
@@ -45,7 +45,7 @@ def _masks(modules: list[nn.Module], sparse: list[SpftLinear]) -> Iterator[Tenso
 def _derived(sparse: list[SpftLinear]) -> Iterator[Tensor]:
     for layer in sparse:
         for delta, places in layer._deltas.values():
-            yield from (*delta.mask, delta.originals, *places)
+            yield from (*delta.mask, *places)
             yield from (part for part in delta.plan if isinstance(part, Tensor))
 
 

@@ -38,26 +38,21 @@ class Delta(NamedTuple):
 
     Attributes:
         mask: the CSR mask.
-        originals: (nnz) what W holds there without S, or empty when the owner makes W + S afresh.
         plan: the `Plan` of the mask.
     """
 
     mask: Mask
-    originals: Tensor
     plan: Plan
 
 
 class WeightOwner(Protocol):
     """What the op needs of a layer."""
 
-    def effective_weight(self, values: Tensor, delta: Delta) -> Tensor:
-        """W + S as (out_features, in_features), to be read at once."""
+    def effective_weight(self, values: Tensor, delta: Delta) -> AbstractContextManager[Tensor]:
+        """W + S as (out_features, in_features), to be read within the block."""
 
     def plain_weight(self) -> Tensor:
         """W as (out_features, in_features), to be read at once."""
-
-    def effective_weight_again(self, values: Tensor, delta: Delta) -> AbstractContextManager[Tensor]:
-        """The same for the backward pass: afterwards the layer is as it was before."""
 
 
 _OWNERS: WeakValueDictionary[int, WeightOwner] = WeakValueDictionary()
@@ -89,7 +84,8 @@ def owner_of(number: int) -> WeightOwner:
 
 
 def _forward(x: Tensor, bias: Tensor | None, values: Tensor, delta: Delta, owner: WeightOwner) -> Tensor:
-    return linear(x, cast(owner.effective_weight(values, delta), x.dtype), bias)
+    with owner.effective_weight(values, delta) as weight:
+        return linear(x, cast(weight, x.dtype), bias)
 
 
 def _backward(
@@ -114,7 +110,7 @@ def _backward(
                 kept = kept.reshape(-1, kept.shape[-1])
             grad_values = values_grad(grad_y, kept, delta.mask, delta.plan, values.dtype)
     if need_x:
-        with owner.effective_weight_again(values, delta) as weight:
+        with owner.effective_weight(values, delta) as weight:
             grad_x = matmul(grad_y, cast(weight, grad_y.dtype))
     if beside is not None:
         beside.join()
@@ -182,10 +178,10 @@ def frozen_linear(x: Tensor, bias: Tensor | None, owner: WeightOwner) -> Tensor:
 # --- the same as custom ops, for torch.compile
 
 _DELTA = (
-    "Tensor values, Tensor mask_columns, Tensor row_offsets, Tensor originals, Tensor? rows, Tensor? columns, "
-    "Tensor offsets, Tensor? column_ranks, int[] row_stops, int[] value_stops, int in_features"
+    "Tensor values, Tensor mask_columns, Tensor row_offsets, Tensor? rows, Tensor? columns, Tensor offsets, "
+    "Tensor? column_ranks, int[] row_stops, int[] value_stops, int in_features"
 )
-_TENSORS = 8
+_TENSORS = 7
 _library = torch.library.Library("spft", "DEF")
 _library.define("select_columns(Tensor x, Tensor columns) -> Tensor")
 _library.define(f"linear(Tensor x, Tensor? kept, Tensor? bias, {_DELTA}, int owner) -> Tensor")
@@ -196,8 +192,8 @@ _library.define(
 
 
 def _delta_of(arguments: Sequence) -> Delta:
-    mask_columns, row_offsets, originals, *plan = arguments
-    return Delta(Mask(mask_columns, row_offsets), originals, Plan(*plan))
+    mask_columns, row_offsets, *plan = arguments
+    return Delta(Mask(mask_columns, row_offsets), Plan(*plan))
 
 
 _library.impl("select_columns", select_columns, "CompositeExplicitAutograd")
@@ -300,4 +296,4 @@ def sparse_linear(
     """
     if not torch.compiler.is_compiling():
         return _EagerLinear.apply(x, kept, bias, values, delta, owner)
-    return torch.ops.spft.linear(x, kept, bias, values, *delta.mask, delta.originals, *delta.plan, number)
+    return torch.ops.spft.linear(x, kept, bias, values, *delta.mask, *delta.plan, number)

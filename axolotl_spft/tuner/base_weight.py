@@ -1,16 +1,20 @@
 """Access to the base layer's weight: plain, quantized, shared or stored transposed.
 
-A plain weight that belongs to one layer alone holds W + S itself: the entries of the mask are assigned, which needs no
-copy and can be repeated, and reverting assigns the original entries back, bit for bit. Any other weight (quantized,
-shared, partitioned by ZeRO-3) is made afresh for each use: dequantized or cloned, S added, dropped.
+At rest a weight holds W: that is what everybody sees who copies, averages, saves or overwrites the parameters. A plain
+weight that belongs to one layer alone holds W + S while it is multiplied: S is added at the entries of the mask, which
+needs no copy of the rest, and what stood there is put back afterwards, bit for bit. The layer does so by itself, or a
+`Writer` for all layers of a model at once. Any other weight (quantized, shared, partitioned by ZeRO-3) is made afresh
+for each use: dequantized or cloned, S added, dropped.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+from weakref import ref
 
 import torch
 from peft.utils.quantization_utils import QuantizationBackend
@@ -22,15 +26,28 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.linear import Delta
 from axolotl_spft.ops.mask.csr import Mask, positions
 from axolotl_spft.ops.weight.dequantize import dequantize_4bit
-from axolotl_spft.ops.weight.scatter import add_at_, assign_, assign_sum_
+from axolotl_spft.ops.weight.scatter import add_at_, restore_, write_sum_
+
+# held while weights are written or put back: a second thread must not take W + S for W
+WRITING = threading.RLock()
 
 
 class Written(NamedTuple):
-    """A sparse delta that a plain weight holds; values and originals are (nnz)."""
+    """A sparse delta that a plain weight holds, and what stood at its entries before: each (nnz)."""
 
     values: Tensor
     mask: Mask
     originals: Tensor
+
+
+class Writer(Protocol):
+    """Writes W + S of many layers at once."""
+
+    def write_for_backward(self) -> None:
+        """Write for the rest of the backward pass that runs in this thread, if one does and it has not been tried."""
+
+    def tell_missing(self) -> None:
+        """Take note of a layer that had to write by itself."""
 
 
 class Replaced(NamedTuple):
@@ -54,8 +71,7 @@ class BaseWeight:
     transposed: bool
     shared_weight: bool = False
     _written: Written | None = None
-    # what was written for the forward pass that runs
-    _ahead: Written | None = None
+    _writer: ref[Writer] | None = None
     _in_place: bool | None = None
     _undo_merge: list[Replaced | list[tuple[Tensor, Tensor]]]
 
@@ -113,80 +129,65 @@ class BaseWeight:
                 return self._oriented(weight.detach().clone())
         return self._oriented(weight.detach())
 
-    def read_originals(self, mask: Mask) -> Tensor:
-        """The entries of W at the mask (nnz), which `revert` puts back; empty where nothing is written in place."""
-        if self.forward_only or not self.in_place:
-            return torch.empty(0, device=mask.columns.device)
-        self.revert()
-        return self.get_base_layer().weight.detach().take(self.storage_positions(mask))
-
-    def effective_weight(self, values: Tensor, delta: Delta) -> Tensor:
-        """W + S as (out_features, in_features), to be read at once: the next call may overwrite it.
+    def effective_weight(self, values: Tensor, delta: Delta) -> AbstractContextManager[Tensor]:
+        """W + S as (out_features, in_features), to be read within the block; afterwards the weight is as before.
 
         Args:
             values: (nnz), nnz >= 1.
-            delta: its originals come from `read_originals`.
+            delta: where they stand. Between a forward pass and its backward pass another adapter may have been chosen,
+                or all disabled or merged.
         """
-        held = self._written
-        if held is not None and held is self._ahead and held.mask is delta.mask:
-            return self._oriented(self.get_base_layer().weight)
-        if self.in_place:
-            return self._oriented(self._write(Written(values.detach(), delta.mask, delta.originals)))
-        return self._oriented(self._fresh_sum([(values, delta.mask)]))
+        if not self._holds(values, delta):
+            if self._undo_merge:
+                return nullcontext(self._oriented(self._sum_before_merges(values, delta.mask)))
+            if not self.in_place:
+                return nullcontext(self._oriented(self._fresh_sum([(values, delta.mask)])))
+            writer = None if self._writer is None else self._writer()
+            if writer is not None:
+                writer.write_for_backward()
+            if not self._holds(values, delta):
+                if writer is not None:
+                    writer.tell_missing()
+                return self._written_for_now(values, delta)
+        return nullcontext(self._oriented(self.get_base_layer().weight))
 
     def plain_weight(self) -> Tensor:
         """W as (out_features, in_features), to be read at once, of a weight that is made afresh for each use."""
         return self._oriented(self._fresh_sum([]))
 
-    def effective_weight_again(self, values: Tensor, delta: Delta) -> AbstractContextManager[Tensor]:
-        """`effective_weight` for the backward pass: afterwards the weight holds what it held before.
-
-        Between forward and backward another adapter may have been chosen, or all disabled.
-        """
+    def _holds(self, values: Tensor, delta: Delta) -> bool:
         held = self._written
-        if held is not None and _same(held.mask, delta.mask) and _same_values(held.values, values):
-            return nullcontext(self._oriented(self.get_base_layer().weight))
-        if self.in_place:
-            return self._written_for_now(values, delta)
-        return nullcontext(self._oriented(self._fresh_sum([(values, delta.mask)])))
+        return held is not None and _same(held.mask.columns, delta.mask.columns) and _same(held.values, values)
 
     @contextmanager
     def _written_for_now(self, values: Tensor, delta: Delta) -> Iterator[Tensor]:
-        held = self._written
-        self.revert()
-        weight = self.get_base_layer().weight.data
-        # not the originals: the adapter may have been merged since
-        before = weight.take(self.storage_positions(delta.mask))
-        try:
-            assign_sum_(weight, delta.mask, delta.originals.to(weight.dtype), values.detach(), self.transposed)
-            yield self._oriented(weight)
-        finally:
-            assign_(weight, delta.mask, before, self.transposed)
-            if held is not None:
-                self._write(held)
-
-    def _write(self, new: Written) -> Tensor:
-        held = self._written
-        if held is not None:
-            if not _same(held.mask, new.mask):
+        with WRITING:
+            held = self._written
+            self.revert()
+            try:
+                yield self._oriented(self._write(values.detach(), delta.mask))
+            finally:
                 self.revert()
-            elif held is self._ahead and _same_values(held.values, new.values):
-                return self.get_base_layer().weight.data
-        # .data: a layer may run several times before its backward pass, and assigning the same entries again is no
-        # change that autograd should refuse; it sees a change of the values by the version of `values`
+                if held is not None:
+                    self._write(held.values, held.mask, held)
+
+    def _write(self, values: Tensor, mask: Mask, again: Written | None = None) -> Tensor:
+        # .data: autograd need not see a change that is gone before it looks; it sees one of the values by their version
         weight = self.get_base_layer().weight.data
-        # the base layer may have been cast by itself
-        assign_sum_(weight, new.mask, new.originals.to(weight.dtype), new.values, self.transposed)
+        written = again or Written(values, mask, weight.new_empty(values.numel()))
+        write_sum_(weight, mask, written.originals, values, self.transposed)
         # past torch.nn.Module's own assignment, which takes as long as launching a kernel
-        self.__dict__["_written"] = new
+        self.__dict__["_written"] = written
         return weight
 
     def revert(self) -> None:
         """Put W back, bit for bit, where it holds W + S."""
-        if self._written is not None:
-            written, self._written = self._written, None
+        written = self._written
+        if written is not None:
             weight = self.get_base_layer().weight.data
-            assign_(weight, written.mask, written.originals.to(weight.dtype), self.transposed)
+            # the weight may have been cast by itself
+            restore_(weight, written.mask, written.originals.to(weight.dtype), self.transposed)
+            self.__dict__["_written"] = None
 
     def _fresh_sum(self, deltas: list[tuple[Tensor, Mask]]) -> Tensor:
         """A new tensor with W plus all deltas (values, mask), in the layout of storage."""
@@ -201,8 +202,24 @@ class BaseWeight:
             add_at_(weight, mask, values.detach(), self.transposed)
         return weight
 
-    def merge_deltas(self, deltas: list[Written], check_finite: bool) -> None:
-        """Make the base layer's own weight W plus all deltas.
+    def _sum_before_merges(self, values: Tensor, mask: Mask) -> Tensor:
+        """W plus one delta for the backward pass of a forward pass from before a merge, in the layout of storage."""
+        weight = self._fresh_sum([])
+        for undo in reversed(self._undo_merge):
+            if not isinstance(undo, Replaced):
+                _assign_reversed(weight.view(-1), undo)
+            elif self.quantization_backend is None:
+                weight = undo.parameters["weight"].detach().clone(memory_format=torch.contiguous_format)
+            else:
+                raise SpftError(
+                    "an adapter of a quantized layer was merged between a forward pass and its backward pass: merge "
+                    "after backward()"
+                )
+        add_at_(weight, mask, values.detach(), self.transposed)
+        return weight
+
+    def merge_deltas(self, deltas: Mapping[str, tuple[Tensor, Mask]], check_finite: bool) -> None:
+        """Make the base layer's own weight W plus all deltas, which are values and mask by adapter.
 
         Raises:
             SpftError: the base layer's weight cannot be rewritten.
@@ -228,28 +245,27 @@ class BaseWeight:
                 if undo.state is not None:
                     base_layer.state = undo.state
             else:
-                self._put_back(undo)
+                _assign_reversed(self.get_base_layer().weight.data.view(-1), undo)
 
-    def _put_back(self, entries: list[tuple[Tensor, Tensor]]) -> None:
-        flat = self.get_base_layer().weight.data.view(-1)
-        for at, before in reversed(entries):
-            flat[at.to(flat.device)] = before.to(flat)
-
-    def _merge_in_place(self, deltas: list[Written], check_finite: bool) -> list[tuple[Tensor, Tensor]]:
+    def _merge_in_place(
+        self, deltas: Mapping[str, tuple[Tensor, Mask]], check_finite: bool
+    ) -> list[tuple[Tensor, Tensor]]:
         weight = self.get_base_layer().weight.data
         flat = weight.view(-1)
-        entries = [(at, flat[at]) for at in (self.storage_positions(delta.mask) for delta in deltas)]
-        for (at, _), delta in zip(entries, deltas):
-            add_at_(weight, delta.mask, delta.values.detach(), self.transposed)
+        entries = [(at, flat[at]) for at in (self.storage_positions(mask) for _, mask in deltas.values())]
+        for (at, _), (name, (values, mask)) in zip(entries, deltas.items()):
+            add_at_(weight, mask, values.detach(), self.transposed)
             if check_finite and not torch.isfinite(flat[at]).all():
-                self._put_back(entries)
-                raise _broken_adapter()
+                _assign_reversed(flat, entries)
+                raise _broken_adapter(name)
         return entries
 
-    def _merge_by_replacing(self, deltas: list[Written], check_finite: bool) -> Replaced:
-        weight = self._fresh_sum([(delta.values, delta.mask) for delta in deltas])
-        if check_finite and not torch.isfinite(weight).all():
-            raise _broken_adapter()
+    def _merge_by_replacing(self, deltas: Mapping[str, tuple[Tensor, Mask]], check_finite: bool) -> Replaced:
+        weight = self._fresh_sum([])
+        for name, (values, mask) in deltas.items():
+            add_at_(weight, mask, values.detach(), self.transposed)
+            if check_finite and not torch.isfinite(weight).all():
+                raise _broken_adapter(name)
         base_layer = self.get_base_layer()
         undo = Replaced(self.base_layer, dict(base_layer._parameters), copy.copy(getattr(base_layer, "state", None)))
         if self.quantization_backend is not None:
@@ -276,13 +292,14 @@ def keep_dequantizable(base_layer: nn.Module) -> None:
         base_layer.support_avx512bf16_for_cpu = False
 
 
-def _same(mask: Mask, other: Mask) -> bool:
-    return mask is other or mask.columns.data_ptr() == other.columns.data_ptr()
+def _assign_reversed(flat: Tensor, entries: list[tuple[Tensor, Tensor]]) -> None:
+    for at, before in reversed(entries):
+        flat[at.to(flat.device)] = before.to(flat)
 
 
-def _same_values(values: Tensor, other: Tensor) -> bool:
-    return values.data_ptr() == other.data_ptr()
+def _same(tensor: Tensor, other: Tensor) -> bool:
+    return tensor is other or tensor.data_ptr() == other.data_ptr()
 
 
-def _broken_adapter() -> ValueError:
-    return ValueError("NaNs detected in the merged weights. The adapter seems to be broken")
+def _broken_adapter(adapter_name: str) -> ValueError:
+    return ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")

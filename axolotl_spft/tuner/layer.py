@@ -20,7 +20,7 @@ from axolotl_spft.ops.linear import Delta, frozen_linear, owner_of, register_own
 from axolotl_spft.ops.mask.csr import Mask, empty_mask, mask_from_positions, positions
 from axolotl_spft.ops.mask.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
-from axolotl_spft.tuner.base_weight import BaseWeight, Written, keep_dequantizable
+from axolotl_spft.tuner.base_weight import BaseWeight, keep_dequantizable
 from axolotl_spft.tuner.shared_input import SharedInput
 
 
@@ -51,11 +51,15 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         self._deltas = {}
         self.share_input(SharedInput([self]))
         self._owner = register_owner(self)
-        self.register_load_state_dict_post_hook(_base_weight_loaded)
         self.add_empty_adapter(adapter_name)
 
+    def __getstate__(self) -> dict:
+        # reached by copy.deepcopy and pickling: a copy holds W, and is written by nothing that writes for this layer
+        self.revert()
+        return {**self.__dict__, "_writer": None}
+
     def __setstate__(self, state: dict) -> None:
-        # reached by copy.deepcopy and unpickling: a copy owns its weight under a number of its own
+        # a copy owns its weight under a number of its own
         super().__setstate__(state)
         self._owner = register_owner(self)
 
@@ -85,7 +89,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = (
                 tensor.to(device) for tensor in self.mask(adapter_name)
             )
-            self._keep_originals(adapter_name)
+            self._forget_derived()
 
     def _replicate_for_data_parallel(self):
         raise SpftError(
@@ -137,7 +141,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         self.spft_values[adapter_name] = nn.Parameter(values.to(device), requires_grad=trained)
         mask = Mask(*(tensor.to(device) for tensor in mask))
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
-        self._keep_originals(adapter_name)
+        self._forget_derived()
 
     def add_up(self, adapter_name: str, weights: Mapping[str, float]) -> None:
         """Make an adapter's S the sum of other adapters' S times their weights, on the positions of all of them."""
@@ -161,12 +165,6 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             if isinstance(values, nn.Parameter) and not self.mask(adapter_name).nnz:
                 delattr(self.spft_values, adapter_name)
                 self.spft_values.register_buffer(adapter_name, values.detach())
-
-    def _keep_originals(self, adapter_name: str) -> None:
-        originals = self.read_originals(self.mask(adapter_name))
-        # a plain buffer: PEFT would cast the entries of a BufferDict to float32
-        self.register_buffer(f"_originals_{adapter_name}", originals, persistent=False)
-        self._forget_derived()
 
     def take_mask(self, adapter_name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Install the mask of a checked ``state_dict`` where it differs from the adapter's own."""
@@ -198,8 +196,6 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
     def delete_adapter(self, adapter_name: str) -> None:
         self.revert()
         self._forget_derived()
-        self._buffers.pop(f"_originals_{adapter_name}", None)
-        self._non_persistent_buffers_set.discard(f"_originals_{adapter_name}")
         super().delete_adapter(adapter_name)
 
     def get_base_weight(self) -> Tensor:
@@ -221,11 +217,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             ValueError: ``safe_merge`` and the sum holds a NaN or an infinity; nothing is changed then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.spft_values]
-        deltas = [
-            Written(self.spft_values[name], self.mask(name), self._originals(name))
-            for name in names
-            if self.mask(name).nnz
-        ]
+        deltas = {name: (self.spft_values[name], self.mask(name)) for name in names if self.mask(name).nnz}
         if deltas:
             self.merge_deltas(deltas, check_finite=safe_merge)
         self.merged_adapters.extend(names)
@@ -288,9 +280,6 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         names = (active,) if isinstance(active, str) else active
         return tuple([name for name in names if name in columns and columns[name].numel()])
 
-    def _originals(self, adapter_name: str) -> Tensor:
-        return self._buffers[f"_originals_{adapter_name}"]
-
     def _values(self, names: tuple[str, ...], delta: Delta, places: tuple[Tensor, ...]) -> Tensor:
         parameters = self._modules["spft_values"]._parameters
         if len(names) == 1:
@@ -307,9 +296,8 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         with torch.inference_mode(False), torch.no_grad():
             if len(names) > 1:
                 mask, places = self._union(names)
-            originals = self._originals(names[0]) if len(names) == 1 else self.read_originals(mask)
             plan = make_plan(mask, self.in_features, columns=self._shared_input.columns(names))
-        return Delta(mask, originals, plan), places
+        return Delta(mask, plan), places
 
     def extra_repr(self) -> str:
         counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())
@@ -326,9 +314,3 @@ def _have_delta(owner: int, names: tuple[str, ...]) -> None:
     layer = owner_of(owner)
     if names not in layer._deltas:
         layer._deltas[names] = layer._make_delta(names)
-
-
-def _base_weight_loaded(layer: SpftLinear, _: Any) -> None:
-    if not layer.merged:
-        for adapter_name in layer.spft_values:
-            layer._keep_originals(adapter_name)

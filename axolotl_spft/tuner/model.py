@@ -26,7 +26,7 @@ from axolotl_spft.tuner.state import base_shapes_of, check_state, shapes_of, spf
 from axolotl_spft.tuner.targets import check_target
 from axolotl_spft.tuner.write_ahead import WriteAhead
 
-_SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.", "._originals_")
+_SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.")
 
 
 class SpftModel(BaseTuner):
@@ -154,11 +154,24 @@ class SpftModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self._has_dtype.discard(adapter_name)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or self._ahead is None:
+            return super().forward(*args, **kwargs)
+        with self._ahead.running(self):
+            return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, in which the weights are written once for all tokens."""
+        if self._ahead is None:
+            return self.model.generate(*args, **kwargs)
+        with self._ahead.running(self):
+            return self.model.generate(*args, **kwargs)
+
     def _write_ahead(self, model: nn.Module) -> None:
         self._stop_writing_ahead()
         self._ahead = WriteAhead(model)
-        # PEFT calls, depending on the task, one or the other
-        self._handles = [handle for module in (self, model) for handle in self._ahead.attach(module)]
+        # PEFT calls, depending on the task, this module or that one
+        self._handles = self._ahead.attach(model)
 
     def _stop_writing_ahead(self) -> None:
         for handle in self._handles:

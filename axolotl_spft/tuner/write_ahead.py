@@ -1,22 +1,25 @@
-"""Writes W + S of all layers at the start of a model's forward pass, at once instead of layer by layer, and W back."""
+"""Writes W + S of all layers at once for as long as a model's forward or backward pass runs, and then W back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_spft.ops.linear import owners_made
-from axolotl_spft.ops.weight.sums import Sum, assign_sums_, can_collect, collect_sums, restore_
-from axolotl_spft.tuner.base_weight import Written
+from axolotl_spft.ops.weight.sums import Sum, can_collect, collect_sums, restore_sums_, write_sums_
+from axolotl_spft.tuner.base_weight import WRITING, Written
 from axolotl_spft.tuner.layer import SpftLinear
 
 
 class _Known(NamedTuple):
-    """What a layer's weight holds for an adapter, or would hold, and where."""
+    """What a layer's weight is to hold for an adapter, and where."""
 
     layer: SpftLinear
     held: Written
@@ -37,16 +40,7 @@ class _Known(NamedTuple):
 
     def is_due(self) -> bool:
         """Whether the layer, as part of the model, would write this in its next forward pass."""
-        layer = self.layer
-        written = layer._written
-        return (
-            (written is None or written.mask is self.held.mask)
-            and layer._filled_active_adapters() == self.names
-            and not layer._disable_adapters
-            and not layer.merged_adapters
-            and layer.in_place
-            and self.is_where_it_was()
-        )
+        return _may_be_written(self.layer, self.names) and self.is_where_it_was()
 
     def is_where_it_was(self) -> bool:
         return (
@@ -57,10 +51,10 @@ class _Known(NamedTuple):
 
 
 class _Adapter:
-    """Layers that are written together; ``writing`` is how many held an S when these were looked for."""
+    """Layers that are written together; ``deltas`` is how many had been made in all when these were looked for."""
 
-    def __init__(self, known: Sequence[_Known], writing: int):
-        self.known, self.writing = known, writing
+    def __init__(self, known: Sequence[_Known], deltas: int):
+        self.known, self.deltas = known, deltas
         self._sums = collect_sums(
             Sum(layer.get_base_layer().weight.data, held.mask, held.originals, held.values, layer.transposed)
             for layer, held, *_ in known
@@ -70,29 +64,42 @@ class _Adapter:
         return all(map(condition, self.known))
 
     def write(self) -> None:
+        # first: whoever is interrupted here finds what stands in `originals`, which is W from the beginning on
+        self._hold(True)
         for sums in self._sums:
-            assign_sums_(sums)
-        for known in self.known:
-            # past torch.nn.Module's own assignment, which takes as long as launching a kernel
-            attributes = known.layer.__dict__
-            attributes["_written"] = attributes["_ahead"] = known.held
-
-    def end(self) -> None:
-        for known in self.known:
-            known.layer.__dict__["_ahead"] = None
+            write_sums_(sums)
 
     def restore(self) -> None:
         for sums in self._sums:
-            restore_(sums)
+            restore_sums_(sums)
+        self._hold(False)
+
+    def _hold(self, held: bool) -> None:
         for known in self.known:
-            known.layer.__dict__["_written"] = None
+            # past torch.nn.Module's own assignment, which takes as long as launching a kernel
+            known.layer.__dict__["_written"] = known.held if held else None
+
+
+class _EndOfBackward:
+    """Ends a backward pass: called by autograd after its last node, or dropped by it after an error."""
+
+    def __init__(self, end: Callable[[], None]):
+        self._end: Callable[[], None] | None = end
+
+    def __call__(self) -> None:
+        end, self._end = self._end, None
+        if end is not None:
+            end()
+
+    __del__ = __call__
 
 
 class WriteAhead:
-    """Repeats what layers have written by themselves before, with the values of now.
+    """Writes for all layers what each would write by itself, and puts W back after the last of the passes that run.
 
-    Only for weights that hold W + S in place, with one active adapter, where a kernel can write many; all others go on
-    by themselves.
+    Only for weights that hold W + S in place, with one active adapter, where a kernel can write many, and from a
+    layer's second pass on; all others go on by themselves. The backward pass writes again: between the two, everybody
+    sees W, whether or not a backward pass ever comes.
 
     Args:
         model: with sparse layers.
@@ -100,8 +107,7 @@ class WriteAhead:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._adapters: dict[tuple[tuple[str, ...], ...], _Adapter] = {}
-        self._current: _Adapter | None = None
+        self._forget()
         self._find_layers()
 
     def __getstate__(self) -> dict:
@@ -110,9 +116,17 @@ class WriteAhead:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._adapters, self._current = {}, None
+        self._forget()
         # the model is still being put together
         self._places, self._made = [], -1
+
+    def _forget(self) -> None:
+        self._adapters: dict[tuple[tuple[str, ...], ...], _Adapter] = {}
+        self._current: _Adapter | None = None
+        # forward passes by thread and module, backward passes by autograd's number
+        self._running: set[Hashable] = set()
+        self._last_backward = -1
+        self._missing = False
 
     @property
     def layers(self) -> list[SpftLinear]:
@@ -129,38 +143,96 @@ class WriteAhead:
             for name, child in module._modules.items()
             if isinstance(child, SpftLinear)
         ]
+        for _, _, layer in self._places:
+            layer.__dict__["_writer"] = ref(self)
+
+    def originals(self) -> Iterator[Tensor]:
+        """What is kept to put W back."""
+        for adapter in self._adapters.values():
+            for known in adapter.known:
+                yield known.held.originals
 
     def attach(self, module: nn.Module) -> list[RemovableHandle]:
-        """Write before each forward pass of ``module``, inside which the layers then need not write."""
+        """Write around each forward pass of ``module``, inside which the layers then need not write."""
         return [
-            module.register_forward_pre_hook(self._begin),
-            module.register_forward_hook(self._end, always_call=True),
+            module.register_forward_pre_hook(self._begin_forward),
+            module.register_forward_hook(self._end_forward, always_call=True),
         ]
 
-    def restore(self) -> None:
-        """Put W back, bit for bit, if all layers hold what was written here; otherwise each still has to `revert`."""
-        if self._is_held():
-            self._current.restore()
-
-    def _begin(self, *_: Any) -> None:
+    def _begin_forward(self, module: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if not self._is_held():
-            self._current = self._find()
-        if self._current is not None:
-            self._current.write()
+        thread, key = threading.get_ident(), _key(module)
+        if key in self._running:
+            # an interrupt (Ctrl-C) has ended that pass without a call of the hook
+            self._running = {other for other in self._running if other[0] != thread}
+        self._begin(key)
 
-    def _end(self, *_: Any) -> None:
-        if self._current is None or torch.compiler.is_compiling():
+    def _end_forward(self, module: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._end(_key(module))
+
+    @contextmanager
+    def running(self, owner: object) -> Iterator[None]:
+        """Within the block, which may hold many forward passes, the weights are written once."""
+        # the model within is not running yet: if it is listed, an interrupt has ended it
+        self._running.discard(_key(self._model))
+        key = _key(owner)
+        self._begin(key)
+        try:
+            yield
+        finally:
+            self._end(key)
+
+    def write_for_backward(self) -> None:
+        """See `axolotl_spft.tuner.base_weight.Writer`."""
+        number = torch._C._current_graph_task_id()
+        if number == -1:
             return
-        self._current.end()
-        if self._writing() > self._current.writing:
-            # experts that no token had come to before, and layers whose plan was forgotten
-            self._keep(lambda adapter: adapter is not self._current)
-            self._current = None
+        with WRITING:
+            if number == self._last_backward or _is_captured():
+                return
+            self._last_backward, key = number, ("backward", number)
+            torch.autograd.Variable._execution_engine.queue_callback(_EndOfBackward(lambda: self._end(key)))
+            self._begin(key)
 
-    def _writing(self) -> int:
-        return sum([layer._written is not None for _, _, layer in self._places])
+    def tell_missing(self) -> None:
+        """See `axolotl_spft.tuner.base_weight.Writer`."""
+        self._missing = True
+
+    def restore(self) -> None:
+        """Put W back, bit for bit, in all layers that hold what was written here."""
+        if self._is_held():
+            self._current.restore()
+        elif self._current is not None:
+            for known in self._current.known:
+                if known.layer._written is known.held:
+                    known.layer.revert()
+
+    def _begin(self, key: Hashable) -> None:
+        with WRITING:
+            outermost = not self._running
+            self._running.add(key)
+            if outermost or not self._is_held():
+                self.restore()
+                self._current = self._find()
+                if self._current is not None:
+                    self._current.write()
+
+    def _end(self, key: Hashable) -> None:
+        with WRITING:
+            self._running.discard(key)
+            if self._running:
+                return
+            self.restore()
+            if self._missing and self._current is not None and self._deltas() > self._current.deltas:
+                # experts that no token had come to before, and layers whose plan was forgotten
+                self._keep(lambda adapter: adapter is not self._current)
+                self._current = None
+            self._missing = False
+
+    def _deltas(self) -> int:
+        return sum([len(layer._deltas) for _, _, layer in self._places])
 
     def _is_held(self) -> bool:
         return self._current is not None and self._current.all(_Known.is_held)
@@ -179,24 +251,42 @@ class WriteAhead:
         found = [known for known in map(_known, self.layers) if known is not None]
         if not found:
             return None
-        adapter = self._adapters[tuple(known.names for known in found)] = _Adapter(found, self._writing())
+        adapter = self._adapters[tuple(known.names for known in found)] = _Adapter(found, self._deltas())
         return adapter
 
     def _keep(self, condition: Callable[[_Adapter], bool]) -> None:
         self._adapters = {names: adapter for names, adapter in self._adapters.items() if condition(adapter)}
 
 
+def _key(owner: object) -> tuple[int, int]:
+    return threading.get_ident(), id(owner)
+
+
+def _is_captured() -> bool:
+    """Whether a CUDA graph is being captured, which would replay the writing but not the end of the pass."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _may_be_written(layer: SpftLinear, names: tuple[str, ...]) -> bool:
+    return (
+        layer._written is None
+        and layer._filled_active_adapters() == names
+        and not layer._disable_adapters
+        and not layer.merged_adapters
+        and layer.in_place
+    )
+
+
 def _known(layer: SpftLinear) -> _Known | None:
-    held = layer._written
-    if held is None:
+    names = layer._filled_active_adapters()
+    delta = layer._deltas.get(names)
+    if len(names) != 1 or delta is None or not _may_be_written(layer, names):
         return None
-    weights = layer.get_base_layer()._parameters
-    if "weight" not in weights or not can_collect(weights["weight"], held.originals, held.values):
+    base_layer, weights = layer._modules["base_layer"], layer.get_base_layer()._parameters
+    parameters, mask = layer.spft_values._parameters, delta[0].mask
+    values = parameters[names[0]].detach()
+    if "weight" not in weights or not can_collect(weights["weight"], values):
         return None
-    names, values = layer._filled_active_adapters(), layer.spft_values._parameters
-    delta, address = layer._deltas.get(names), held.values.data_ptr()
-    if delta is None or len(names) != 1 or values[names[0]].data_ptr() != address:
-        # W + S was written from other values, such as the sum of several adapters'
-        return None
-    base_layer = layer._modules["base_layer"]
-    return _Known(layer, held, names, delta, base_layer, weights, weights["weight"].data_ptr(), values, address)
+    weight = weights["weight"].detach()
+    held = Written(values, mask, weight.take(layer.storage_positions(mask)))
+    return _Known(layer, held, names, delta, base_layer, weights, weight.data_ptr(), parameters, values.data_ptr())

@@ -44,9 +44,7 @@ def test_announced_bytes_are_those_of_the_tensors(base, state_bits, modules_to_s
     optimizer.step()
     layers = adapted_layers(model).values()
     indices = [tensor for layer in layers for tensor in layer.mask("default")]
-    for layer in layers:
-        ((delta, _),) = layer._deltas.values()
-        indices.append(delta.originals)
+    indices.extend(model.base_model._ahead.originals())
     state = [tensor for entry in optimizer.state.values() for name, tensor in entry.items() if name != "step"]
 
     assert announced.base == bytes_of(p for p in model.parameters() if not p.requires_grad)

@@ -24,14 +24,11 @@ class DenseOwner:
     def plain_weight(self):
         return self.weight
 
+    @contextmanager
     def effective_weight(self, values, delta):
         weight = self.weight.clone()
         weight.view(-1)[positions(delta.mask, weight.shape[1])] += values.to(weight.dtype)
-        return weight
-
-    @contextmanager
-    def effective_weight_again(self, values, delta):
-        yield self.effective_weight(values, delta)
+        yield weight
 
 
 def random_case(out_features, in_features, nnz, dtype=torch.float64, seed=0):
@@ -46,7 +43,7 @@ def random_case(out_features, in_features, nnz, dtype=torch.float64, seed=0):
 
 
 def delta_of(mask, in_features, *args, **kwargs):
-    return Delta(mask, torch.empty(0), make_plan(mask, in_features, *args, multiple=1, **kwargs))
+    return Delta(mask, make_plan(mask, in_features, *args, multiple=1, **kwargs))
 
 
 def linear(x, bias, values, delta, owner):
@@ -110,7 +107,7 @@ def test_opcheck(kept):
     weight, mask, values, x, bias = random_case(13, 17, 20)
     plan = make_plan(mask, 17, 40, multiple=1, columns=shared_columns(mask, 17, kept))
     owner = DenseOwner(weight)
-    arguments = (x, kept_columns(x, plan), bias, values, *mask, torch.empty(0), *plan, register_owner(owner))
+    arguments = (x, kept_columns(x, plan), bias, values, *mask, *plan, register_owner(owner))
     torch.library.opcheck(torch.ops.spft.linear, arguments)
     torch.library.opcheck(torch.ops.spft.select_columns, (x.detach(), torch.tensor([3, 0], dtype=torch.int32)))
 
@@ -197,7 +194,7 @@ def test_a_compiled_graph_that_outlives_its_layer_is_a_clear_error():
     owner = DenseOwner(weight)
     plan = make_plan(mask, 17, multiple=1)
     kept = kept_columns(x, plan)
-    y = torch.ops.spft.linear(x, kept, None, values, *mask, torch.empty(0), *plan, register_owner(owner))
+    y = torch.ops.spft.linear(x, kept, None, values, *mask, *plan, register_owner(owner))
     del owner
     with pytest.raises(SpftError, match="no longer exists: keep the model while its graphs run"):
         y.sum().backward()

@@ -57,7 +57,7 @@ def x():
 
 
 @contextmanager
-def writes(monkeypatch, *counts, kind="assign_sum_"):
+def writes(monkeypatch, *counts, kind="write_sum_"):
     """How often layers write by themselves inside the block is one of ``counts``."""
     calls = []
     with monkeypatch.context() as patch:
@@ -69,7 +69,7 @@ def writes(monkeypatch, *counts, kind="assign_sum_"):
 
 def reverts(monkeypatch, *counts):
     """How often layers put their own weight back inside the block is one of ``counts``."""
-    return writes(monkeypatch, *counts, kind="assign_")
+    return writes(monkeypatch, *counts, kind="restore_")
 
 
 def by_itself(model, x):
@@ -472,7 +472,7 @@ def test_tensors_of_a_deleted_adapter_are_not_kept(model, x):
         model.set_adapter(name)
         model(x)
         model(x)
-    values = [weakref.ref(layer._written.values) for layer in own(model)]
+    values = [weakref.ref(layer.spft_values["other"]) for layer in own(model)]
     model.delete_adapter("other")
     model.set_adapter("default")
     model(x)
@@ -541,6 +541,6 @@ def test_copies_do_not_write_into_the_original(model, x):
     before = model(x)
     for _ in range(3):
         assert not torch.equal(twin(x), before)
-    held = [layer.get_base_layer().weight.clone() for layer in spft_layers(model).values()]
+    weights = [weight.clone() for weight in held(model)]
     twin(x)
-    assert all(map(torch.equal, held, [layer.get_base_layer().weight for layer in spft_layers(model).values()]))
+    assert all(map(torch.equal, weights, held(model)))

@@ -80,8 +80,8 @@ def sampled_values_grad(grad_y: Tensor, kept: Tensor, mask: Mask, plan: Plan) ->
     return grads
 
 
-def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor | None, transposed: bool) -> None:
-    """weight[mask] = originals + values; += values without ``originals``, = originals without ``values``.
+def write_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor | None, transposed: bool) -> None:
+    """weight[mask] += values, keeping what stood there in ``originals`` if given; = originals without ``values``.
 
     Raises:
         ValueError: shapes or dtypes do not fit each other.

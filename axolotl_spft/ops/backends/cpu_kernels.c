@@ -206,23 +206,29 @@ void sampled_product(const number *grad_y, int64_t tokens, int64_t stride, const
     }
 }
 
-/* weight[mask] = before + values in the rows from `row` to `stop`, rounded once; `before` is the weight itself where
-   NULL, and all that is written where `values` is. */
+/* weight[mask] += values in the rows from `row` to `stop`, rounded once, keeping what stood there in `originals` unless
+   that is NULL; where `values` is NULL the originals are put back. */
 static inline void write_rows(number *weight, int64_t row_stride, int64_t column_stride, int64_t row, int64_t stop,
-                              const int32_t *offsets, const void *columns, int column_bytes, const number *before,
+                              const int32_t *offsets, const void *columns, int column_bytes, number *originals,
                               const float *values) {
     for (; row < stop; row++)
         for (int64_t k = offsets[row]; k < offsets[row + 1]; k++) {
             number *entry = weight + row * row_stride + column_at(columns, column_bytes, k) * column_stride;
-            *entry = values ? narrow(widen(before ? before[k] : *entry) + values[k]) : before[k];
+            if (!values) {
+                *entry = originals[k];
+                continue;
+            }
+            number before = *entry;
+            if (originals) originals[k] = before;
+            *entry = narrow(widen(before) + values[k]);
         }
 }
 
 void write_sum(number *weight, int64_t row_stride, int64_t column_stride, int64_t n_rows, const int32_t *offsets,
-               const void *columns, int column_bytes, const number *before, const float *values, int threads) {
+               const void *columns, int column_bytes, number *originals, const float *values, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < n_rows; row++)
-        write_rows(weight, row_stride, column_stride, row, row + 1, offsets, columns, column_bytes, before, values);
+        write_rows(weight, row_stride, column_stride, row, row + 1, offsets, columns, column_bytes, originals, values);
 }
 
 /* The same for many weights: `fields` (of `n_fields` each) and `groups` as ops/sums.py describes them; without their
@@ -234,7 +240,7 @@ void write_sums(const int64_t *fields, int64_t n_fields, const int32_t *groups, 
         const int64_t *field = fields + groups[group] * n_fields;
         int64_t row = (group - field[7]) * group_rows;
         write_rows((number *)field[0], field[5], field[6], row, least(row + group_rows, field[8]),
-                   (const int32_t *)field[2], (const void *)field[1], column_bytes, (const number *)field[3],
+                   (const int32_t *)field[2], (const void *)field[1], column_bytes, (number *)field[3],
                    restoring ? NULL : (const float *)field[4]);
     }
 }

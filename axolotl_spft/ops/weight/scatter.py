@@ -10,48 +10,54 @@ from axolotl_spft.ops.backends.dispatch import use_c, use_triton
 from axolotl_spft.ops.mask.csr import Mask, positions
 
 
-def assign_sum_(
+def write_sum_(
     weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool = False, backend: str = "auto"
 ) -> None:
-    """weight[mask] = originals + values, rounded once; repeating it changes nothing.
+    """originals = weight[mask], then weight[mask] += values, rounded once.
 
     Args:
         weight: (out_features, in_features), or (in_features, out_features) if ``transposed``; contiguous; changed in
             place.
-        originals: (nnz) in the dtype of ``weight``.
+        originals: (nnz) in the dtype of ``weight``; changed in place.
         values: (nnz).
         backend: see `axolotl_spft.ops.backends.dispatch`.
     """
     _write(weight, mask, originals, values, transposed, backend)
 
 
-def assign_(weight: Tensor, mask: Mask, originals: Tensor, transposed: bool = False, backend: str = "auto") -> None:
-    """weight[mask] = originals, bit for bit; arguments as in `assign_sum_`."""
+def restore_(weight: Tensor, mask: Mask, originals: Tensor, transposed: bool = False, backend: str = "auto") -> None:
+    """weight[mask] = originals: as before `write_sum_`, bit for bit; arguments as there."""
     _write(weight, mask, originals, None, transposed, backend)
 
 
 def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool = False, backend: str = "auto") -> None:
-    """weight[mask] += values, rounded once; arguments as in `assign_sum_`."""
+    """weight[mask] += values, rounded once; arguments as in `write_sum_`."""
     _write(weight, mask, None, values, transposed, backend)
 
 
 def _write(
     weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor | None, transposed: bool, backend: str
 ) -> None:
-    """weight[mask] = originals + values; += values without ``originals``, = originals without ``values``."""
+    """weight[mask] += values, keeping what stood there in ``originals`` if given; = originals without ``values``."""
     given = [tensor for tensor in (originals, values) if tensor is not None]
     if use_triton(backend, weight, *given):
         from axolotl_spft.ops.weight import triton_scatter
 
-        triton_scatter.assign_sum_(weight, mask, originals, values, transposed)
+        triton_scatter.write_(weight, mask, originals, values, transposed)
         return
     if use_c(backend, weight, *given):
-        cpu.assign_sum_(weight, mask, originals, values, transposed)
+        cpu.write_(weight, mask, originals, values, transposed)
         return
     at = positions_in(weight, mask, transposed)
-    base = weight.take(at) if originals is None else originals
     # not put_, which torch refuses where algorithms are to be deterministic
-    weight.view(-1)[at] = base if values is None else rounded_sum(base, values)
+    flat = weight.view(-1)
+    if values is None:
+        flat[at] = originals
+        return
+    before = weight.take(at)
+    if originals is not None:
+        originals.copy_(before)
+    flat[at] = rounded_sum(before, values)
 
 
 def positions_in(weight: Tensor, mask: Mask, transposed: bool = False) -> Tensor:

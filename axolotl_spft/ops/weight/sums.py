@@ -23,7 +23,7 @@ GROUP = 64
 
 
 class Sum(NamedTuple):
-    """What `axolotl_spft.ops.weight.scatter.assign_sum_` is given."""
+    """What `axolotl_spft.ops.weight.scatter.write_sum_` is given."""
 
     weight: Tensor
     mask: Mask
@@ -47,13 +47,10 @@ class Sums(NamedTuple):
     example: Sum
 
 
-def can_collect(weight: Tensor, originals: Tensor, values: Tensor) -> bool:
-    """Whether `assign_sums_` can write the sum of these tensors."""
-    tensors = (weight, originals, values)
-    if originals.dtype != weight.dtype:
-        return False
+def can_collect(weight: Tensor, values: Tensor) -> bool:
+    """Whether `write_sums_` can write the sum of these tensors."""
     # the C kernel reads the values where they are
-    return use_triton("auto", *tensors) or (values.dtype == torch.float32 and use_c("auto", *tensors))
+    return use_triton("auto", weight, values) or (values.dtype == torch.float32 and use_c("auto", weight, values))
 
 
 def collect_sums(sums: Iterable[Sum]) -> list[Sums]:
@@ -77,8 +74,8 @@ def _collect(sums: Sequence[Sum]) -> Sums:
     return Sums(torch.tensor(fields, dtype=torch.int64, device=device), which.to(device), sums[0])
 
 
-def assign_sums_(sums: Sums, backend: str = "auto") -> None:
-    """`axolotl_spft.ops.weight.scatter.assign_sum_` of all of them; their tensors must still be where they were.
+def write_sums_(sums: Sums, backend: str = "auto") -> None:
+    """`axolotl_spft.ops.weight.scatter.write_sum_` of all of them; their tensors must still be where they were.
 
     Args:
         backend: see `axolotl_spft.ops.backends.dispatch`; ``torch`` has no such operation.
@@ -86,8 +83,8 @@ def assign_sums_(sums: Sums, backend: str = "auto") -> None:
     _write(sums, backend, restoring=False)
 
 
-def restore_(sums: Sums, backend: str = "auto") -> None:
-    """`weight.scatter.assign_` of all of them: the weights are as before `assign_sums_`, bit for bit."""
+def restore_sums_(sums: Sums, backend: str = "auto") -> None:
+    """`axolotl_spft.ops.weight.scatter.restore_` of all of them."""
     _write(sums, backend, restoring=True)
 
 

@@ -26,24 +26,23 @@ def write_row(
     originals,
     values,
     column_stride,
-    FROM_WEIGHT: tl.constexpr,
-    WITH_VALUES: tl.constexpr,
+    KEEPING: tl.constexpr,
+    ADDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """weight[mask] = base + values in one row, or base; base is weight[mask] where FROM_WEIGHT, else ``originals``."""
+    """One row: weight[mask] += values where ADDING, after a copy to ``originals`` where KEEPING; else = originals."""
     for first in range(first_entry, stop, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         exists = entry < stop
         target = row_start + tl.load(columns + entry, mask=exists, other=0).to(tl.int64) * column_stride
-        if FROM_WEIGHT:
-            base = tl.load(target, mask=exists, other=0.0)
-        else:
-            base = tl.load(originals + entry, mask=exists, other=0.0)
-        if WITH_VALUES:
-            total = base.to(tl.float32) + tl.load(values + entry, mask=exists, other=0.0).to(tl.float32)
+        if ADDING:
+            before = tl.load(target, mask=exists, other=0.0)
+            if KEEPING:
+                tl.store(originals + entry, before, mask=exists)
+            total = before.to(tl.float32) + tl.load(values + entry, mask=exists, other=0.0).to(tl.float32)
             tl.store(target, total.to(row_start.dtype.element_ty), mask=exists)
         else:
-            tl.store(target, base, mask=exists)
+            tl.store(target, tl.load(originals + entry, mask=exists, other=0.0), mask=exists)
 
 
 @triton.jit
@@ -55,27 +54,27 @@ def scatter_kernel(
     values,
     row_stride,
     column_stride,
-    FROM_WEIGHT: tl.constexpr,
-    WITH_VALUES: tl.constexpr,
+    KEEPING: tl.constexpr,
+    ADDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row of one weight."""
     row = tl.program_id(0)
     first, stop = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     row_start = weight + row.to(tl.int64) * row_stride
-    write_row(row_start, columns, first, stop, originals, values, column_stride, FROM_WEIGHT, WITH_VALUES, BLOCK)
+    write_row(row_start, columns, first, stop, originals, values, column_stride, KEEPING, ADDING, BLOCK)
 
 
-def assign_sum_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor | None, transposed: bool) -> None:
-    """weight[mask] = originals + values; += values without ``originals``, = originals without ``values``."""
-    from_weight, with_values = originals is None, values is not None
-    # what is not read has to be a tensor all the same
-    tensors = (weight, *mask, weight if from_weight else originals, values if with_values else originals)
+def write_(weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor | None, transposed: bool) -> None:
+    """weight[mask] += values, keeping what stood there in ``originals`` if given; = originals without ``values``."""
+    keeping, adding = originals is not None, values is not None
+    # what is not used has to be a tensor all the same
+    tensors = (weight, *mask, originals if keeping else weight, values if adding else originals)
     launch(
         scatter_kernel,
         (mask.out_features,),
         tensors,
         strides(weight, transposed),
-        (from_weight, with_values, BLOCK),
+        (keeping, adding, BLOCK),
         num_warps=WARPS,
     )

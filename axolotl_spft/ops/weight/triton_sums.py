@@ -40,7 +40,7 @@ def sums_kernel(
             tl.load(field + 3).to(originals.dtype),
             tl.load(field + 4).to(values.dtype),
             tl.load(field + 6),
-            False,
+            True,
             not RESTORING,
             BLOCK,
         )

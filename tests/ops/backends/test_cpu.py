@@ -17,8 +17,8 @@ from axolotl_spft.ops.gradient.columns import select_columns, select_normed_colu
 from axolotl_spft.ops.gradient.sampled import sampled_values_grad
 from axolotl_spft.ops.mask.csr import Mask, mask_from_positions
 from axolotl_spft.ops.mask.plan import make_plan
-from axolotl_spft.ops.weight.scatter import add_at_, assign_, assign_sum_
-from axolotl_spft.ops.weight.sums import Sum, assign_sums_, can_collect, collect_sums, restore_
+from axolotl_spft.ops.weight.scatter import add_at_, restore_, write_sum_
+from axolotl_spft.ops.weight.sums import Sum, can_collect, collect_sums, restore_sums_, write_sums_
 from axolotl_spft.tuner.layer import SpftLinear
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -134,12 +134,14 @@ def test_sums_are_written_with_the_bits_of_torch(processor, dtype, shape, transp
     mask = random_mask(*shape, wide=transposed)
     weight = torch.randn(shape[1::-1] if transposed else shape[:2]).to(dtype)
     originals, values = torch.randn(shape[2]).to(dtype), (torch.randn(shape[2]) * 0.1).to(values_dtype)
-    for write, given in ((assign_sum_, (originals, values)), (add_at_, (values,)), (assign_, (originals,))):
-        got, expected = weight.clone(), weight.clone()
-        write(got, mask, *given, transposed, backend="c")
-        write(expected, mask, *given, transposed, backend="torch")
-        assert torch.equal(got, expected)
-        assert not torch.equal(got, weight)
+    for write, kept, given in ((write_sum_, True, [values]), (add_at_, False, [values]), (restore_, True, [])):
+        found = []
+        for backend in ("c", "torch"):
+            changed, before = weight.clone(), [originals.clone()] if kept else []
+            write(changed, mask, *before, *given, transposed, backend=backend)
+            found.append((changed, *before))
+        assert all(map(torch.equal, *found))
+        assert not torch.equal(found[0][0], weight)
 
 
 def test_many_sums_are_written_with_the_bits_of_each(processor):
@@ -152,21 +154,24 @@ def test_many_sums_are_written_with_the_bits_of_each(processor):
                 sums.append(Sum(weight, mask, torch.randn(shape[2]).to(dtype), torch.randn(shape[2]) * 0.1, transposed))
     nothing = torch.zeros(0, dtype=torch.bfloat16)
     sums.append(Sum(torch.ones(3, 4, dtype=torch.bfloat16), random_mask(3, 4, 0), nothing, nothing.float(), False))
-    expected, restored = ([each.weight.clone() for each in sums] for _ in range(2))
-    for written, back, each in zip(expected, restored, sums):
-        assign_sum_(written, *each[1:], backend="torch")
-        assign_(back, each.mask, each.originals, each.transposed, backend="torch")
-    assert all(can_collect(each.weight, each.originals, each.values) for each in sums)
+    expected, before = ([each.weight.clone() for each in sums] for _ in range(2))
+    for written, each in zip(expected, sums):
+        write_sum_(written, *each[1:], backend="torch")
+    originals = [each.originals.clone() for each in sums]
+    assert all(can_collect(each.weight, each.values) for each in sums)
     collected = collect_sums(sums)
     assert len(collected) == 4
     for _ in range(2):
         for alike in collected:
-            assign_sums_(alike)
+            write_sums_(alike)
         assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, expected))
+        assert all(torch.equal(each.originals, kept) for each, kept in zip(sums, originals))
         for alike in collected:
-            restore_(alike)
-        assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, restored))
-    for write in (assign_sums_, restore_):
+            restore_sums_(alike)
+        assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, before))
+        for each in sums:
+            each.originals.zero_()
+    for write in (write_sums_, restore_sums_):
         with pytest.raises(SpftError, match="'torch' cannot write many sums at once"):
             write(collected[0], backend="torch")
 
@@ -177,8 +182,8 @@ def test_rounding_of_ties_infinities_and_nan(processor):
     values = torch.tensor([step / 2, step / 2, 3e38, -torch.inf, torch.nan, 1.0, -0.0])
     mask, found = mask_from_positions(torch.arange(7), 1, 7), []
     for backend in ("c", "torch"):
-        weight = torch.zeros(1, 7, dtype=torch.bfloat16)
-        assign_sum_(weight, mask, originals, values, backend=backend)
+        weight = originals.view(1, 7).clone()
+        write_sum_(weight, mask, torch.zeros_like(originals), values, backend=backend)
         found.append(weight.view(torch.int16))
     finite = [0, 1, 2, 6]
     assert torch.equal(found[0][0, finite], found[1][0, finite])
@@ -193,7 +198,7 @@ def test_what_is_put_back_keeps_every_bit(processor, dtype, bits):
     signaling = torch.tensor([torch.inf], dtype=dtype).view(bits) + 1
     originals = torch.cat([originals, signaling]).view(dtype)
     mask, weight = mask_from_positions(torch.arange(8), 2, 4), torch.ones(2, 4, dtype=dtype)
-    assign_(weight, mask, originals, backend="c")
+    restore_(weight, mask, originals, backend="c")
     assert torch.equal(weight.view(bits).flatten(), originals.view(bits))
 
 
@@ -214,11 +219,11 @@ def test_a_layer_on_a_cpu_runs_them_and_computes_what_it_does_without(dtype, mon
         return y, *torch.autograd.grad(y, (x, layer.spft_values["default"]), grad_y)
 
     calls = set()
-    for name in ("select_columns", "sampled_values_grad", "assign_sum_"):
+    for name in ("select_columns", "sampled_values_grad", "write_"):
         kernel = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *args, name=name, kernel=kernel: calls.add(name) or kernel(*args))
     got = run()
-    assert calls == {"select_columns", "sampled_values_grad", "assign_sum_"}
+    assert calls == {"select_columns", "sampled_values_grad", "write_"}
     calls.clear()
     monkeypatch.setattr("axolotl_spft.ops.backends.dispatch.library", lambda _: None)
     expected = run()
@@ -249,13 +254,13 @@ def test_what_does_not_fit_is_refused_before_its_memory_is_read():
     weight = torch.zeros(6, 8)
     for bad in ((weight, values[1:], values), (weight, values, values[1:]), (weight[1:], values, values)):
         with pytest.raises(ValueError, match="do not fit"):
-            assign_sum_(bad[0], mask, *bad[1:], backend="c")
+            write_sum_(bad[0], mask, *bad[1:], backend="c")
     with pytest.raises(ValueError, match="do not fit"):
-        assign_sum_(weight, mask, values.to(torch.bfloat16), values, backend="c")
+        write_sum_(weight, mask, values.to(torch.bfloat16), values, backend="c")
     assert not weight.any()
     elsewhere = Mask(*(tensor.to("meta") for tensor in mask))
     with pytest.raises(RuntimeError, match="on the CPU, and its sparse delta on meta"):
-        assign_sum_(weight, elsewhere, values, values, backend="c")
+        write_sum_(weight, elsewhere, values, values, backend="c")
     with pytest.raises(RuntimeError, match="on the CPU, and its sparse delta on meta"):
         select_columns(x, torch.zeros(2, dtype=torch.int32, device="meta"), backend="c")
     h, scale, columns = torch.randn(3, 8), torch.rand(3, 1), torch.tensor([0, 3], dtype=torch.int32)

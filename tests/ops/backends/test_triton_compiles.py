@@ -50,13 +50,13 @@ def test_scatter(arch, dtype, values, column):
 
     signature = {"weight": f"*{dtype}", "columns": f"*{column}", "row_offsets": "*i32", "originals": f"*{dtype}"}
     signature |= {"values": f"*{values}", "row_stride": "i32", "column_stride": "i32"}
-    for from_weight in (False, True):
-        constants = {"FROM_WEIGHT": from_weight, "WITH_VALUES": True, "BLOCK": 128}
+    for keeping in (False, True):
+        constants = {"KEEPING": keeping, "ADDING": True, "BLOCK": 128}
         ptx = compiled(scatter_kernel, signature, constants, arch, num_warps=1).asm["ptx"]
         # one rounding, to the nearest even number, by a conversion or in the sum itself
         assert bool(re.search(r"(cvt|fma)\.rn\.bf16|add(\.rn)?\.bf16", ptx)) == (dtype == "bf16")
     # originals that are put back keep their bits
-    constants = {"FROM_WEIGHT": False, "WITH_VALUES": False, "BLOCK": 128}
+    constants = {"KEEPING": False, "ADDING": False, "BLOCK": 128}
     assert not re.search(r"cvt\.\S*f|\b(add|fma)\S*f", compiled(scatter_kernel, signature, constants, arch).asm["ptx"])
 
 
