@@ -22,7 +22,7 @@ from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
-from axolotl_spft.tuner.state import base_shapes_of, check_state, shapes_of, spft_layers
+from axolotl_spft.tuner.state import TENSORS, base_shapes_of, check_state, shapes_of, spft_layers
 from axolotl_spft.tuner.targets import check_target
 from axolotl_spft.tuner.write_ahead import WriteAhead
 
@@ -146,19 +146,23 @@ class SpftModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # once: a trainer loads its checkpoint into the adapter it resumes, whose values have the dtype that was chosen
-        if adapter_name not in self._has_dtype:
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-            self._has_dtype.add(adapter_name)
+        if adapter_name in self._has_dtype:
+            return
+        layers = [layer for layer in spft_layers(self.model).values() if adapter_name in layer.spft_values]
+        trained = [layer.spft_values[adapter_name].requires_grad for layer in layers]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, requires_grad in zip(layers, trained):
+            # since 0.21 PEFT makes new parameters, which are all trained
+            layer.spft_values[adapter_name].requires_grad_(requires_grad)
+        self._has_dtype.add(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._has_dtype.discard(adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self._ahead is None:
-            return super().forward(*args, **kwargs)
-        with self._ahead.running(self):
-            return super().forward(*args, **kwargs)
+        # as PEFT has it since 0.21: the model's own hooks run whichever way leads to it
+        return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, in which the weights are written once for all tokens."""
@@ -170,7 +174,6 @@ class SpftModel(BaseTuner):
     def _write_ahead(self, model: nn.Module) -> None:
         self._stop_writing_ahead()
         self._ahead = WriteAhead(model)
-        # PEFT calls, depending on the task, this module or that one
         self._handles = self._ahead.attach(model)
 
     def _stop_writing_ahead(self) -> None:
@@ -236,6 +239,14 @@ class SpftModel(BaseTuner):
         for layer in spft_layers(self.model).values():
             layer.revert()
         return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
+        # since 0.21 PEFT leaves the keys of modules that are not targeted without the adapter's name, and then skips
+        # them; with the name, they are seen when the adapter's file is checked
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        endings = tuple(f".{tensor}" for tensor in TENSORS)
+        return {f"{key}.{adapter_name}" if key.endswith(endings) else key: value for key, value in remapped.items()}
 
     def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
         """Install the masks that ``state_dict`` brings, so that its values fit; torch then copies the values.

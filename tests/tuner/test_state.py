@@ -179,6 +179,7 @@ def test_a_damaged_file_is_one_clear_error_and_changes_nothing(tmp_path, kind, o
         ({"intermediate_size": 60}, ["down_proj"], "names or shapes are not those"),
         ({"num_hidden_layers": 3}, ["q_proj"], "q_proj: spft_values, spft_columns, spft_row_offsets missing"),
         ({"num_hidden_layers": 1}, "all-linear", "the model has no such targeted module"),
+        ({"num_hidden_layers": 0}, ["lm_head", "q_proj"], "the model has no such targeted module"),
     ],
 )
 def test_a_file_of_another_base_model_is_refused(tmp_path, other, targets, part):

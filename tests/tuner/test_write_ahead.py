@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from axolotl_spft import SpftConfig
 from axolotl_spft.ops.backends.cpu_library import library
 from axolotl_spft.ops.mask.csr import mask_from_positions
-from axolotl_spft.tuner import base_weight
+from axolotl_spft.tuner import base_weight, write_ahead
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import spft_layers
 from axolotl_spft.tuner.write_ahead import WriteAhead
@@ -115,9 +115,15 @@ def test_every_way_into_the_model_writes_ahead(task, monkeypatch):
     model = get_peft_model(LlamaForCausalLM(config), spft).to(DEVICE)
     ids = torch.arange(5, device=DEVICE)[None]
     model(input_ids=ids)
+    at_once = []
+    write_sums_ = write_ahead.write_sums_
+    monkeypatch.setattr(write_ahead, "write_sums_", lambda sums: at_once.append(0) or write_sums_(sums))
     with writes(monkeypatch, 0):
         model(input_ids=ids)
+        assert len(at_once) == 1
         model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+        # once for all tokens, where PEFT generates through the tuner and not past it
+        assert len(at_once) == (2 if task else 4)
     base = model.unload()
     assert not base._forward_pre_hooks
     assert not base._forward_hooks
