@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from axolotl_spft import SpftConfig
 from axolotl_spft.ops.mask.csr import mask_from_positions
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner import SpftLinear
 from axolotl_spft.tuner.write_ahead import _Adapter
 from tests.interpreter import DEVICE
