@@ -10,7 +10,7 @@ from axolotl_spft.engine.memory import memory_per_rank
 from axolotl_spft.planning.activations import activations
 from axolotl_spft.planning.settings import Settings
 from axolotl_spft.planning.shapes import ModelShape
-from axolotl_spft.salience.scores import NEEDS_GRADIENT
+from axolotl_spft.salience.metrics.metric import FROM_SAMPLE, load_metric
 
 GIB = 2**30
 # of the CUDA context, and of gaps between allocations
@@ -69,7 +69,9 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
     low_precision = run.engine.startswith("zero") and run.dtype_bytes == 2
     value_bytes = 2 if low_precision else run.value_bytes
     in_place = run.bits == 16 and run.engine != "zero3"
-    needs_gradients = run.options.get("salience", "gradient") in NEEDS_GRADIENT and not run.options.get("mask_path")
+    needs_gradients = not run.options.get("mask_path") and bool(
+        load_metric(run.options.get("salience", "gradient")).needs & FROM_SAMPLE
+    )
     parts = memory_per_rank(
         base_bytes=base_bytes(shape, run),
         shapes=shape.targets,

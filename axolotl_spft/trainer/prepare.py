@@ -14,6 +14,7 @@ from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
 from axolotl_spft.trainer.checkpoints import RunRecord
 from axolotl_spft.trainer.memory import memory_of_run
+from axolotl_spft.trainer.model_card import keep_section_of_card
 from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of, select_mask_with_trainer
 from axolotl_spft.trainer.saved_adapter import copy_to_reference, has_reference, install_checkpoint_mask
 from axolotl_spft.trainer.watch import watch_training
@@ -63,6 +64,7 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         slots = slots_of(adapted_layers(model), model.active_adapter)
         trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args, OPTIMIZERS[optimizer], slots)
     watch_training(trainer, model, ranks)
+    keep_section_of_card(trainer)
 
 
 def _optimizer(args: Any, state_bits: int, slots: dict) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
