@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "SparseAdamW": "axolotl_spft.optim",
     "SpftArgs": "axolotl_spft.plugin",
+    "SpftCallback": "axolotl_spft.trainer",
     "SpftConfig": "axolotl_spft.tuner",
     "SpftError": "axolotl_spft.errors",
     "SpftModel": "axolotl_spft.tuner",
@@ -23,6 +24,7 @@ _HOMES = {
 __all__ = [
     "SparseAdamW",
     "SpftArgs",
+    "SpftCallback",
     "SpftConfig",
     "SpftError",
     "SpftModel",
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from axolotl_spft.optim import SparseAdamW
     from axolotl_spft.plugin import SpftArgs, SpftPlugin
     from axolotl_spft.salience import select_mask
+    from axolotl_spft.trainer import SpftCallback
     from axolotl_spft.tuner import SpftConfig, SpftModel
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from axolotl_spft.card import say_how_to_load
 from axolotl_spft.errors import SpftConfigError
 from axolotl_spft.files import check_safetensors
 from axolotl_spft.metrics import METRICS, is_salience, nearest_metric
@@ -90,6 +91,13 @@ class SpftConfig(PeftConfig):
         if weights.is_file():
             check_safetensors(weights)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's. Beside an adapter's weights it says in the model card what they are and how they are loaded."""
+        super().save_pretrained(save_directory, **kwargs)
+        # PEFT writes them before
+        if Path(save_directory, "adapter_model.safetensors").is_file():
+            say_how_to_load(Path(save_directory))
 
 
 RECORDED = ("nnz", "base_shapes", "mask_source")

@@ -11,10 +11,9 @@ from pydantic import BaseModel, Field, model_validator
 from axolotl_spft.config import check_options
 from axolotl_spft.errors import SpftConfigError
 from axolotl_spft.plugin.deepspeed_json import problems_of_deepspeed
+from axolotl_spft.trainer.prepare import OPTIMIZERS
 
 ADAPTER = "spft"
-# name: precision of the moments
-OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}
 
 # key: what to write instead, for keys that would silently do nothing or break
 _FOREIGN_KEYS = {

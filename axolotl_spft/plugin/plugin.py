@@ -19,6 +19,8 @@ LOG = get_logger(__name__)
 class SpftPlugin(BasePlugin):
     """Adds ``adapter: spft`` and ``optimizer: sparse_adamw`` to Axolotl."""
 
+    _saved_before: int | None = None
+
     def register(self, cfg: dict) -> None:
         if cfg.get("adapter") != ADAPTER:
             return
@@ -113,39 +115,35 @@ class SpftPlugin(BasePlugin):
             return
         from axolotl_spft.engine.kind import engine_of
         from axolotl_spft.engine.ranks import Ranks
-        from axolotl_spft.engine.zero3 import gather_as_units
-        from axolotl_spft.plugin.checkpoints import RunRecord, checkpoint_to_resume
-        from axolotl_spft.plugin.memory import memory_of_run
-        from axolotl_spft.plugin.saved_adapter import copy_to_reference, has_reference, install_checkpoint_mask
-        from axolotl_spft.plugin.trainer_pass import has_mask, peft_model_of, select_mask_with_trainer
-        from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
-        from axolotl_spft.tuner.layer import SpftLinear
-        from axolotl_spft.tuner.state import slots_of
+        from axolotl_spft.plugin.checkpoints import checkpoint_to_resume
+        from axolotl_spft.trainer.prepare import prepare_run
 
-        model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
-        if has_reference(model) and has_mask(model):
-            copy_to_reference(model)
-        checkpoint = checkpoint_to_resume(cfg, ranks, engine)
-        if checkpoint:
-            install_checkpoint_mask(model, checkpoint)
-            if has_reference(model):
-                # beside adapters in folders of their own transformers does not load the one that is trained
-                model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
-        LOG.info("%s", memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(cfg.optimizer, 32)))
-        if checkpoint:
-            LOG.info("Sparse mask: the one of the checkpoint %s", checkpoint)
-        elif has_mask(model):
-            retire_empty_values(model)
-            LOG.info("Sparse mask: the one of the adapter in %s", cfg.lora_model_dir)
-        else:
-            LOG.info("%s", select_mask_with_trainer(trainer, model))
-        LOG.info("Sparse mask: checksum %s on all %d ranks", check_same_mask(model, ranks)[:16], ranks.world)
-        if engine == "zero3":
-            gather_as_units(model, SpftLinear)
-        trainer.add_callback(RunRecord(ranks.world, engine))
-        if cfg.optimizer in OPTIMIZERS:
-            slots = slots_of(adapted_layers(model), model.active_adapter)
-            trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args, OPTIMIZERS[cfg.optimizer], slots)
+        self._saved_before = _time_of_saving(cfg)
+        checkpoint = checkpoint_to_resume(cfg, Ranks.current(), engine_of(trainer.accelerator))
+        prepare_run(trainer, checkpoint, cfg.optimizer, LOG.info)
+
+    def post_train(self, cfg: Any, model: nn.Module) -> None:
+        # Axolotl calls this twice, before and after it saves
+        if cfg.adapter != ADAPTER or _time_of_saving(cfg) == self._saved_before:
+            return
+        from axolotl_spft.trainer.ending import describe_adapter
+
+        LOG.info("%s", describe_adapter(Path(cfg.output_dir), _next_commands(cfg.output_dir)))
+
+
+def _time_of_saving(cfg: Any) -> int | None:
+    """When the adapter in ``output_dir`` was written, if there is one."""
+    from axolotl_spft.trainer.checkpoints import ADAPTER_FILE
+
+    path = Path(cfg.output_dir, ADAPTER_FILE)
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def _next_commands(folder: str) -> list[str]:
+    return [
+        f"axolotl inference CONFIG.yml --lora-model-dir={folder}",
+        f"axolotl merge-lora CONFIG.yml --lora-model-dir={folder}",
+    ]
 
 
 def _asked_for(cfg: Any) -> list[str]:
@@ -177,17 +175,3 @@ def _adapter_config(cfg: Any, model: nn.Module):
         # PEFT trains the head whole, but says so only after it has chosen the targets, and the head among them
         options["modules_to_save"] = [*(options.get("modules_to_save") or []), *SEQ_CLS_HEAD_NAMES]
     return SpftConfig(task_type=task_type, **options)
-
-
-def _optimizer(args: Any, state_bits: int, slots: dict) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    from axolotl_spft.optim import SparseAdamW
-
-    kwargs: dict[str, Any] = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.weight_decay,
-        "state_bits": state_bits,
-        "slots": slots,
-    }
-    return SparseAdamW, kwargs

@@ -33,7 +33,7 @@ def arm() -> None:
         raise ValueError(f"{VARIABLE}={wanted} must be one of {', '.join(MOMENTS)}, a colon and a number")
     from transformers import Trainer
 
-    from axolotl_spft.plugin.trainer_pass import _TrainerSample
+    from axolotl_spft.trainer.salience_pass import _TrainerSample
 
     if moment == "salience":
         _before_call(int(number), _TrainerSample, "loss", _die)

@@ -11,9 +11,9 @@ from peft import get_peft_model
 from axolotl_spft import SparseAdamW, SpftConfig, select_mask
 from axolotl_spft.engine.memory import memory_per_rank
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.plugin.memory import memory_of_run
 from axolotl_spft.salience.collect import gathered_gradients
 from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.trainer.memory import memory_of_run
 from tests.models import tiny_llama, token_batch
 from tests.tuner.test_quantized import quantize
 

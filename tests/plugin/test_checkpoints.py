@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
-from axolotl_spft.plugin.checkpoints import RunRecord, checkpoint_to_resume, problems_of_checkpoint
+from axolotl_spft.plugin.checkpoints import checkpoint_to_resume
+from axolotl_spft.trainer.checkpoints import RunRecord, problems_of_checkpoint
 
 
 def make_checkpoint(folder, step: int, engine: str = "single", world: int = 1):

@@ -10,13 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.errors import SpftError, SpftFileError
-from axolotl_spft.plugin.saved_adapter import (
-    check_lora_model_dir,
-    copy_to_reference,
-    has_reference,
-    install_checkpoint_mask,
-)
+from axolotl_spft.plugin.saved_adapter import check_lora_model_dir
 from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.trainer.saved_adapter import copy_to_reference, has_reference, install_checkpoint_mask
 from axolotl_spft.tuner.state import mask_checksum, slots_of
 from tests.models import logits, tiny_llama
 

@@ -10,8 +10,8 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from axolotl_spft import SpftConfig, select_mask
-from axolotl_spft.plugin.trainer_pass import has_mask, peft_model_of, select_mask_with_trainer
 from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of, select_mask_with_trainer
 from tests.models import VOCABULARY, tiny_llama
 
 

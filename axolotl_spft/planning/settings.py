@@ -1,0 +1,128 @@
+"""What of an Axolotl configuration decides about memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from axolotl_spft.errors import SpftConfigError, SpftError
+from axolotl_spft.plugin.args import ADAPTER, check_run
+from axolotl_spft.plugin.deepspeed_json import read_deepspeed_json, zero_stage
+from axolotl_spft.plugin.quantization import run_dtype
+from axolotl_spft.trainer.prepare import OPTIMIZERS
+
+# keys and plugins with which the logits of a whole batch never exist
+_FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+# kinds of preference training whose batch holds two answers to each prompt
+_PAIRED = ("dpo", "ipo", "orpo", "simpo")
+
+
+class Settings(NamedTuple):
+    """Sizes and switches of a run.
+
+    Attributes:
+        base_model: the name or folder of the base model.
+        options: the block ``spft``.
+        bits: of the base's linear weights: 16 (the run's dtype), 8 or 4.
+        dtype_bytes: of a number in the run's dtype.
+        value_bytes: of a trained value in the forward pass of one process.
+        engine: of `axolotl_spft.engine.kind.engine_of`.
+        gpus: processes.
+        rows: sequences of one forward and backward pass.
+        sequence_len: tokens of each.
+        accumulates: whether gradients live through several passes.
+        checkpointing: whether each block is computed again in the backward pass.
+        fused_loss: whether the logits are made a piece at a time.
+        eager: whether attention keeps a score for each pair of tokens.
+        state_bits: of the moments; None where the optimizer is not `SparseAdamW`.
+        buckets: elements of DeepSpeed's buckets.
+        offload_optimizer, offload_base: whether they lie on the host.
+    """
+
+    base_model: str
+    options: Mapping[str, Any]
+    bits: int
+    dtype_bytes: int
+    value_bytes: int
+    engine: str
+    gpus: int
+    rows: int
+    sequence_len: int
+    accumulates: bool
+    checkpointing: bool
+    fused_loss: bool
+    eager: bool
+    state_bits: int | None
+    buckets: int
+    offload_optimizer: bool
+    offload_base: bool
+
+
+def read_settings(path: Path, gpus: int | None) -> Settings:
+    """The settings of a configuration file.
+
+    Args:
+        gpus: how many; by default 8 with the key ``deepspeed``, else 1.
+
+    Raises:
+        SpftError: the file cannot be read, or is no configuration with ``adapter: spft``.
+        SpftConfigError: what `axolotl train` would refuse about it, all together.
+    """
+    try:
+        cfg = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpftError(f"{path} cannot be read ({error}): name an Axolotl configuration") from error
+    except yaml.YAMLError as error:
+        raise SpftError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(cfg, dict) or cfg.get("adapter") != ADAPTER:
+        raise SpftError(f"{path} has no `adapter: spft`: name the configuration of a sparse run")
+    problems = check_run(cfg)
+    if not cfg.get("base_model"):
+        problems.append("`base_model` is not set: name the base model")
+    if problems:
+        raise SpftConfigError(problems)
+    return settings_of(cfg, gpus)
+
+
+def settings_of(cfg: Mapping[str, Any], gpus: int | None) -> Settings:
+    """The settings of a configuration that `check_run` finds no problem in."""
+    zero: Mapping[str, Any] = {}
+    if cfg.get("deepspeed"):
+        settings = read_deepspeed_json(cfg["deepspeed"])
+        zero = (settings.get("zero_optimization") or {}) if zero_stage(settings) else {}
+    gpus = gpus or (8 if cfg.get("deepspeed") else 1)
+    engine = f"zero{zero['stage']}" if zero else "ddp" if gpus > 1 else "single"
+    # without a GPU here `auto` would mean float32, but the run will have one
+    dtype_bytes = 4 if run_dtype({**cfg, "bf16": True if cfg.get("bf16", "auto") == "auto" else cfg["bf16"]}) == (
+        "float32"
+    ) else 2  # fmt: skip
+    keeps_dtype = cfg.get("peft_autocast_adapter_dtype") is False
+    bucket = zero.get("reduce_bucket_size", 500_000_000) if zero else 0
+    paired = cfg.get("rl") in _PAIRED
+    return Settings(
+        base_model=str(cfg["base_model"]),
+        options=dict(cfg.get("spft") or {}),
+        bits=4 if cfg.get("load_in_4bit") else 8 if cfg.get("load_in_8bit") else 16,
+        dtype_bytes=dtype_bytes,
+        value_bytes=dtype_bytes if keeps_dtype else 4,
+        engine=engine,
+        gpus=gpus,
+        rows=int(cfg.get("micro_batch_size") or 1) * (2 if paired else 1),
+        sequence_len=int(cfg.get("sequence_len") or 512),
+        accumulates=int(cfg.get("gradient_accumulation_steps") or 1) > 1,
+        checkpointing=bool(cfg.get("gradient_checkpointing")),
+        fused_loss=any(cfg.get(key) for key in _FUSED_LOSSES) or _has_plugin(cfg, "CutCrossEntropy"),
+        eager=(cfg.get("attn_implementation") or ("eager" if cfg.get("eager_attention") else "")) == "eager",
+        state_bits=OPTIMIZERS.get(str(cfg.get("optimizer"))),
+        buckets=(2 if zero.get("overlap_comm") else 1) * bucket if isinstance(bucket, int) else 0,
+        offload_optimizer=bool(zero.get("offload_optimizer")),
+        offload_base=bool(zero.get("offload_param")),
+    )
+
+
+def _has_plugin(cfg: Mapping[str, Any], name: str) -> bool:
+    # this one is on unless its key says otherwise
+    return cfg.get("cut_cross_entropy") is not False and any(name in str(each) for each in cfg.get("plugins") or ())

@@ -1,0 +1,203 @@
+"""The shape of a base model, from its configuration alone: nothing is downloaded but that, nothing is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from axolotl_spft.bench.shapes import SHAPES as BENCH_SHAPES
+from axolotl_spft.errors import SpftError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+_QWEN = {"vocab_size": 152064, "tie_word_embeddings": False, "max_position_embeddings": 32768}
+# name: (model_type, what its configuration says otherwise than by default)
+SHAPES = {
+    **{name: ("llama", shape) for name, shape in BENCH_SHAPES.items()},
+    "qwen2.5-7b": ("qwen2", {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, **_QWEN,
+    }),
+    "qwen2.5-32b": ("qwen2", {
+        "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
+        "num_key_value_heads": 8, **_QWEN,
+    }),
+    "gemma-2-2b": ("gemma2", {
+        "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000, "tie_word_embeddings": True,
+    }),
+}  # fmt: skip
+# hub names whose shapes are those above
+_HUB_NAMES = {
+    "meta-llama/Llama-3.1-8B": "llama-8b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-8b",
+    "meta-llama/Llama-3.1-70B": "llama-70b",
+    "meta-llama/Llama-3.1-70B-Instruct": "llama-70b",
+    "Qwen/Qwen2.5-7B": "qwen2.5-7b",
+    "Qwen/Qwen2.5-32B": "qwen2.5-32b",
+    "google/gemma-2-2b": "gemma-2-2b",
+}
+
+
+class ModelShape(NamedTuple):
+    """What memory depends on.
+
+    Attributes:
+        targets: (out_features, in_features) of each targeted matrix.
+        kept_targets: in_features of the targeted matrices whose input no norm can make again.
+        quantizable: (out_features, in_features) of every matrix that a quantized base quantizes.
+        other_entries: entries of all other parameters, each once.
+        head_entries: of the output head.
+        saved_entries: of the modules that are trained whole.
+        blocks: how many there are.
+        block_norms: widths of one block's norms.
+        hidden, intermediate, vocabulary, heads, key_value_heads, head_dim: as in the configuration.
+        capped_logits: whether the logits go through a tanh, which keeps them.
+        experts: whether there are any, whose activations are estimated.
+    """
+
+    targets: list[tuple[int, int]]
+    kept_targets: list[int]
+    quantizable: list[tuple[int, int]]
+    other_entries: int
+    head_entries: int
+    saved_entries: int
+    blocks: int
+    block_norms: list[int]
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    capped_logits: bool
+    experts: bool
+
+
+def find_config(base_model: str, shape: str | None) -> tuple[PretrainedConfig, str]:
+    """The configuration of a base model, and where it came from.
+
+    Args:
+        base_model: a folder, or a name on the hub.
+        shape: a name of `SHAPES`, or a ``config.json`` (the file or its folder), to be taken instead.
+
+    Raises:
+        SpftError: there is none.
+    """
+    from transformers import AutoConfig
+
+    if shape is not None:
+        if shape in SHAPES:
+            return _named(shape), f"shape {shape}"
+        if not Path(shape).exists():
+            raise SpftError(f"`--shape {shape}` is neither a file nor one of {', '.join(SHAPES)}: name one of them")
+        try:
+            return AutoConfig.from_pretrained(shape), shape
+        except (OSError, ValueError) as error:
+            raise SpftError(f"`--shape {shape}` is no model's config.json ({_first_line(error)})") from error
+    try:
+        return AutoConfig.from_pretrained(base_model), f"config.json of {base_model}"
+    except (OSError, ValueError) as error:
+        if base_model in _HUB_NAMES:
+            name = _HUB_NAMES[base_model]
+            return _named(name), f"shape {name}, as {base_model}'s config.json cannot be had here"
+        raise SpftError(
+            f"`base_model: {base_model}`: its config.json cannot be had ({_first_line(error)}): pass `--shape` with "
+            f"the path of that file, or one of {', '.join(SHAPES)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _named(name: str) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    model_type, options = SHAPES[name]
+    return CONFIG_MAPPING[model_type](**options)
+
+
+def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelShape:
+    """The shape of a model with a sparse adapter, made on the meta device.
+
+    Args:
+        options: of `SpftConfig`.
+
+    Raises:
+        SpftConfigError: ``target_modules`` names modules that are not there.
+    """
+    import torch
+    from peft import get_peft_model
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    from axolotl_spft.config import SpftConfig
+    from axolotl_spft.plugin.module_names import check_module_names
+    from axolotl_spft.salience.prepare import adapted_layers
+    from axolotl_spft.tuner.state import shapes_of
+
+    text = config.get_text_config(decoder=True)
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        raise SpftError(f"the base model's configuration, a {type(text).__name__}, is not a causal language model's")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text)
+    head = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+    quantizable = [tuple(module.weight.shape) for module in linear.values() if isinstance(module, nn.Linear)]
+    entries = sum(parameter.numel() for parameter in model.parameters())
+    block_norms = _norms_of_a_block(model)
+    check_module_names(options, model)
+    config_of_adapter = SpftConfig(task_type="CAUSAL_LM", **{**options, "init_weights": True, "mask_path": None})
+    adapted = get_peft_model(model, config_of_adapter)
+    layers = adapted_layers(adapted)
+    saved = [p for name, p in adapted.named_parameters() if ".modules_to_save." in name]
+    heads = text.num_attention_heads
+    experts = getattr(text, "num_experts_per_tok", None)
+    intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    if experts:
+        intermediate = experts * (getattr(text, "moe_intermediate_size", None) or intermediate)
+        intermediate += getattr(text, "shared_expert_intermediate_size", None) or 0
+    return ModelShape(
+        targets=list(shapes_of(layers).values()),
+        # by how the field calls them: projections out of attention and out of the feed-forward network
+        kept_targets=[layer.in_features for name, layer in layers.items() if _reads_no_norm(name)],
+        quantizable=quantizable,
+        other_entries=entries - sum(rows * columns for rows, columns in quantizable),
+        head_entries=head.weight.numel() if head is not None else 0,
+        saved_entries=sum(parameter.numel() for parameter in saved),
+        blocks=text.num_hidden_layers,
+        block_norms=block_norms,
+        hidden=text.hidden_size,
+        intermediate=intermediate,
+        vocabulary=text.vocab_size,
+        heads=heads,
+        key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        capped_logits=bool(getattr(text, "final_logit_softcapping", None)),
+        experts=bool(experts),
+    )
+
+
+def _reads_no_norm(name: str) -> bool:
+    return name.rpartition(".")[2] in ("o_proj", "down_proj", "out_proj", "dense", "fc2", "c_proj", "w2")
+
+
+def _norms_of_a_block(model: nn.Module) -> list[int]:
+    """The widths of the norms in the first block."""
+    from torch.nn import ModuleList
+
+    blocks = next((module for module in model.modules() if isinstance(module, ModuleList) and len(module)), [])
+    return [
+        module.weight.numel()
+        for module in (blocks[0].modules() if len(blocks) else [])
+        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
+    ]

@@ -1,0 +1,79 @@
+"""From a `transformers.Trainer` that was just made to one that can train: the mask, the optimizer, the records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from axolotl_spft.engine.kind import engine_of
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.engine.zero3 import gather_as_units
+from axolotl_spft.optim import SparseAdamW
+from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
+from axolotl_spft.trainer.checkpoints import RunRecord
+from axolotl_spft.trainer.memory import memory_of_run
+from axolotl_spft.trainer.model_card import keep_section_of_card
+from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of, select_mask_with_trainer
+from axolotl_spft.trainer.saved_adapter import copy_to_reference, has_reference, install_checkpoint_mask
+from axolotl_spft.trainer.watch import watch_training
+from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.state import slots_of
+
+# name: precision of the moments
+OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}
+
+
+def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say: Callable[[str], None]) -> None:
+    """Give the trainer's adapter its mask, and the trainer the optimizer for it, before it trains.
+
+    The mask is the checkpoint's, or the one that the adapter has, or is chosen by `select_mask_with_trainer`.
+
+    Args:
+        trainer: a `transformers.Trainer` of a `PeftModel`.
+        checkpoint: the folder that it will resume from.
+        optimizer: ``sparse_adamw`` or ``sparse_adamw_8bit``; with another name, or None, the trainer makes its own.
+        say: takes each announcement; called on every rank.
+
+    Raises:
+        SpftError: the mask cannot be chosen, or the ranks hold different ones.
+        SpftFileError: the checkpoint does not fit.
+    """
+    model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
+    if has_reference(model) and has_mask(model):
+        copy_to_reference(model)
+    if checkpoint:
+        install_checkpoint_mask(model, checkpoint)
+        if has_reference(model):
+            # beside adapters in folders of their own transformers does not load the one that is trained
+            model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
+    say(str(memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(optimizer or "", 32))))
+    if checkpoint:
+        say(f"Sparse mask: the one of the checkpoint {checkpoint}")
+    elif has_mask(model):
+        retire_empty_values(model)
+        say("Sparse mask: the one of the adapter that was loaded")
+    else:
+        say(str(select_mask_with_trainer(trainer, model)))
+    say(f"Sparse mask: checksum {check_same_mask(model, ranks)[:16]} on all {ranks.world} ranks")
+    if engine == "zero3":
+        gather_as_units(model, SpftLinear)
+    trainer.add_callback(RunRecord(ranks.world, engine))
+    if optimizer in OPTIMIZERS:
+        slots = slots_of(adapted_layers(model), model.active_adapter)
+        trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args, OPTIMIZERS[optimizer], slots)
+    watch_training(trainer, model, ranks)
+    keep_section_of_card(trainer)
+
+
+def _optimizer(args: Any, state_bits: int, slots: dict) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    kwargs: dict[str, Any] = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        "state_bits": state_bits,
+        "slots": slots,
+    }
+    return SparseAdamW, kwargs

@@ -1,0 +1,85 @@
+"""What a run takes from adapters that are there before it: a checkpoint's mask, and TRL's adapter to compare with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftConfig
+from torch import nn
+
+from axolotl_spft.budget import total_budget
+from axolotl_spft.config import BUDGETS, RECORDED, SpftConfig
+from axolotl_spft.errors import SpftError
+from axolotl_spft.peft_type import SPFT
+from axolotl_spft.salience.mask_file import load_masks
+from axolotl_spft.salience.install import adapted_layers, install_masks
+from axolotl_spft.trainer.checkpoints import ADAPTER_FILE
+from axolotl_spft.tuner.state import shapes_of
+
+# what a mask depends on beside the budget and the targeted modules
+MASK_OPTIONS = ("salience", "scope", "samples", "seed")
+# as TRL names it
+_REFERENCE = "ref"
+_ANEW = "leave `resume_from_checkpoint` out and set another `output_dir` to start anew"
+
+
+def copy_to_reference(model: nn.Module) -> None:
+    """Make TRL's frozen adapter, which a trained one is compared with, the copy of the trained one that TRL means.
+
+    TRL copies parameters whose names hold ``.default.``, as LoRA's do; those of a sparse adapter end in ``.default``,
+    and have the sizes of its mask.
+    """
+    trained = model.active_adapter
+    for layer in adapted_layers(model).values():
+        layer.set_mask(_REFERENCE, layer.mask(trained), layer.spft_values[trained].detach().clone())
+    for recorded in RECORDED:
+        setattr(model.peft_config[_REFERENCE], recorded, getattr(model.peft_config[trained], recorded))
+
+
+def has_reference(model: nn.Module) -> bool:
+    """Whether TRL's trainer has added an adapter to compare with."""
+    return _REFERENCE in model.peft_config
+
+
+def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
+    """Give the adapter the mask of a checkpoint, and what its config records about it; the trainer loads the values.
+
+    Raises:
+        SpftError: it is of another kind, or has another number of values or other whole modules than the adapter's
+            config asks for.
+        SpftFileError: the mask does not fit the targeted modules.
+    """
+    check_kind(checkpoint, _ANEW)
+    shapes = shapes_of(adapted_layers(model))
+    masks, _ = load_masks(Path(checkpoint) / ADAPTER_FILE, shapes, f"Restore `target_modules`, or {_ANEW}")
+    config, recorded = model.peft_config[model.active_adapter], SpftConfig.from_pretrained(checkpoint)
+    held = sum(mask.nnz for mask in masks.values())
+    asked = total_budget(list(shapes.values()), config.density, config.num_values, config.match_lora_rank)
+    if held != asked:
+        key = next(name for name in BUDGETS if getattr(config, name) is not None)
+        raise SpftError(
+            f"{checkpoint} holds {held:,} values, but `{key}: {getattr(config, key)}` asks for {asked:,}: restore the "
+            f"option (`num_values: {held}`), or {_ANEW}"
+        )
+    saved, asked_to_save = (set(each.modules_to_save or ()) for each in (recorded, config))
+    if saved != asked_to_save:
+        raise SpftError(
+            f"{checkpoint} holds `modules_to_save: {sorted(saved)}`, but the run has {sorted(asked_to_save)}: restore "
+            f"the option, or {_ANEW}"
+        )
+    for name in MASK_OPTIONS:
+        setattr(config, name, getattr(recorded, name))
+    install_masks(model, model.active_adapter, masks, recorded.mask_source or {})
+
+
+def check_kind(folder: str, remedy: str) -> None:
+    """Check that a folder holds a sparse adapter.
+
+    Raises:
+        SpftError: it holds one of another kind; ``remedy`` is the end of the sentence.
+    """
+    kind = PeftConfig._get_peft_type(folder)
+    if kind != SPFT:
+        raise SpftError(
+            f"{folder} holds an adapter of the kind {kind}, but the run trains a sparse adapter (SPFT): {remedy}"
+        )

@@ -1,0 +1,112 @@
+"""What is told about the values of a sparse adapter wherever the trainer logs its loss."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.engine.zero3 import gathered, is_partitioned
+from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.tuner.layer import SpftLinear
+
+PREFIX = "spft/"
+
+
+def watch_training(trainer: Any, model: nn.Module, ranks: Ranks) -> None:
+    """Add `Watch`'s figures to what the trainer logs of each training step.
+
+    Callbacks see a log after the trainer has recorded it, and users' callbacks after those that report it: so its
+    ``log`` is wrapped, on this trainer alone.
+    """
+    watch, log = Watch(model, ranks), trainer.log
+
+    @functools.wraps(log)
+    def log_with_figures(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # evaluations, and the summary at the end, have no loss of a step
+        log({**logs, **watch.figures()} if "loss" in logs else logs, *args, **kwargs)
+
+    trainer.log = log_with_figures
+
+
+class Watch:
+    """The figures of an adapter while it trains; all ranks must ask for them together.
+
+    ``spft/values_norm``: ||S||, the Frobenius norm over all matrices.
+    ``spft/rounded_away``: the share of values v that leave no trace in the base's dtype, fl(w + v) = w; only where the
+    base weight itself holds W + S (not quantized, not partitioned by ZeRO-3), since w is at hand there.
+    ``spft/delta_over_weight/<module>``: ||S|| / ||W|| over all matrices of that name, such as ``q_proj``.
+
+    ||W|| is computed once, from all weights; each call afterwards reads the values alone.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks):
+        self.adapter, self.ranks = model.active_adapter, ranks
+        self.layers = {
+            name: layer
+            for name, layer in adapted_layers(model).items()
+            if self.adapter in layer.spft_values and layer.mask(self.adapter).nnz
+        }
+        self.kinds = list(dict.fromkeys(map(_kind, self.layers)))
+        self._weight_squares: dict[str, float] | None = None
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, float]:
+        """Name -> figure."""
+        if not self.layers:
+            return {}
+        if self._weight_squares is None:
+            self._weight_squares = self._squares_of_weights()
+        squares = {kind: 0.0 for kind in self.kinds}
+        rounded, compared = [], 0
+        partitioned = False
+        for name, layer in self.layers.items():
+            values = layer.spft_values[self.adapter]
+            partitioned |= is_partitioned(values)
+            squares[_kind(name)] += _own_part(values, self.ranks.rank).to(torch.float32).square().sum()
+            if layer.in_place and not layer.merged:
+                layer.revert()
+                originals = layer.get_base_layer().weight.take(layer.storage_positions(layer.mask(self.adapter)))
+                rounded.append(((originals + values).to(originals.dtype) == originals).sum())
+                compared += originals.numel()
+        # one transfer from the device for all
+        found = torch.stack([*squares.values(), *([torch.stack(rounded).sum().float()] if rounded else [])])
+        *by_kind, leftover = [*(self.ranks.sum_(found) if partitioned else found).tolist(), *([] if rounded else [0.0])]
+        result = {f"{PREFIX}values_norm": sum(by_kind) ** 0.5}
+        if compared:
+            result[f"{PREFIX}rounded_away"] = leftover / compared
+        for kind, total in zip(self.kinds, by_kind):
+            if self._weight_squares.get(kind):
+                result[f"{PREFIX}delta_over_weight/{kind}"] = (total / self._weight_squares[kind]) ** 0.5
+        return result
+
+    def _squares_of_weights(self) -> dict[str, float]:
+        squares: dict[str, float] = {}
+        for name, layer in self.layers.items():
+            if layer.forward_only:
+                continue
+            squares[_kind(name)] = squares.get(_kind(name), 0.0) + _square_of_weight(layer)
+        return squares
+
+
+def _square_of_weight(layer: SpftLinear) -> float:
+    """||W||^2 of the weight without S."""
+    weight = layer.get_base_layer().weight
+    with gathered([weight] if is_partitioned(weight) else []):
+        return float(layer.read_weight().to(torch.float32).square().sum())
+
+
+def _own_part(values: Tensor, rank: int) -> Tensor:
+    """The values that this rank looks after: all, or its part of those that ZeRO-3 has partitioned."""
+    if not is_partitioned(values):
+        return values.detach()
+    part = values.ds_tensor
+    # the last parts are padded to the length of the others
+    return part.detach().flatten()[: max(0, min(part.numel(), values.ds_numel - rank * part.numel()))]
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,141 @@
+"""What is planned against what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+
+from axolotl_spft import SpftConfig, select_mask
+from axolotl_spft.bench.kept import kept_for_backward
+from axolotl_spft.planning.activations import activations
+from axolotl_spft.planning.advice import alternatives, changes_that_help
+from axolotl_spft.planning.estimate import GIB, base_bytes, estimate
+from axolotl_spft.planning.settings import Settings
+from axolotl_spft.planning.shapes import ModelShape, find_config, read_shape
+from axolotl_spft.salience.prepare import adapted_layers
+
+RESULTS = Path(__file__).parents[2] / "integration" / "bench" / "results"
+BASE = Settings(
+    base_model="base", options={}, bits=16, dtype_bytes=2, value_bytes=4, engine="single", gpus=1, rows=1,
+    sequence_len=4096, accumulates=False, checkpointing=False, fused_loss=False, eager=False, state_bits=32, buckets=0,
+    offload_optimizer=False, offload_base=False,
+)  # fmt: skip
+SHAPES: dict[str, ModelShape] = {}
+
+
+def shape_of(name: str) -> ModelShape:
+    if name not in SHAPES:
+        SHAPES[name] = read_shape(find_config(name, name)[0], {})
+    return SHAPES[name]
+
+
+def recorded(name: str) -> tuple[ModelShape, Settings, dict]:
+    """The shape and settings of a recorded benchmark, and its row of the sparse adapter."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    options, row = record["options"], next(row for row in record["rows"] if row["method"] == "spft-gradient")
+    run = BASE._replace(
+        options={"num_values": row["trained"]},
+        bits=4 if options["quantization"] == "4bit" else 16,
+        dtype_bytes={"bf16": 2, "fp32": 4}[options["dtype"]],
+        sequence_len=options["tokens"],
+        checkpointing=options["gradient_checkpointing"],
+    )
+    return shape_of(options["model"]), run, row
+
+
+@pytest.mark.parametrize("name", ["gpu-8b-bf16", "gpu-8b-4bit", "gpu-70b-4bit"])
+def test_the_peak_is_within_a_tenth_of_the_recorded_one(name):
+    shape, run, row = recorded(name)
+    found = estimate(shape, run, 140 * GIB)
+    assert found.values == row["trained"]
+    assert found.peak == pytest.approx(row["peak_bytes"], rel=0.1)
+    parts = row["footprint_bytes"]
+    assert found.trained == parts["values"]
+    assert found.gradients == parts["gradients"]
+    assert found.optimizer == pytest.approx(parts["optimizer_state"], rel=1e-3)
+    assert found.indices == pytest.approx(parts["masks"] + parts["originals"], rel=1e-3)
+    if row["file_bytes"]:
+        assert found.file == pytest.approx(row["file_bytes"], rel=1e-3)
+
+
+KEPT = ["gpu-8b-bf16", "gpu-70b-4bit", "cpu-amx-methods", "cpu-fp32-methods", "cpu-fp32-4bit"]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept_for_backward_is_within_a_tenth_of_the_recorded_bytes(name):
+    """On a CPU the peak is the process' resident size, in which these bytes are a few percent; they are the same."""
+    shape, run, row = recorded(name)
+    passed = activations(shape, run, row["trained"] / sum(rows * columns for rows, columns in shape.targets))
+    assert passed.blocks + passed.head == pytest.approx(row["kept_bytes"], rel=0.1)
+
+
+SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config, Gemma2Config])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_small_models_keep(kind, checkpointing):
+    config = kind(**SIZES, **({"head_dim": 32} if kind is Gemma2Config else {}), use_cache=False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = get_peft_model(model, SpftConfig(density=0.02, salience="magnitude"))
+    select_mask(model, None)
+    model.train()
+    tokens = torch.arange(2 * 200).reshape(2, 200) % 96
+    targets = sorted({name.rpartition(".")[2] for name in adapted_layers(model)})
+    kept = kept_for_backward(model, {"input_ids": tokens, "labels": tokens}, targets)
+    run = BASE._replace(rows=2, sequence_len=200, checkpointing=checkpointing, options={"salience": "magnitude"})
+    shape = read_shape(config, {"density": 0.02})
+    passed = activations(shape, run, 0.02)
+    assert passed.blocks + passed.head == pytest.approx(kept.all, rel=0.1)
+    frozen = sum(p.numel() * 2 for p in model.parameters() if not p.requires_grad)
+    assert base_bytes(shape, run) == frozen
+
+
+def test_each_engine_and_precision_needs_less_than_the_one_before():
+    run = BASE._replace(engine="zero3", gpus=8, checkpointing=True, buckets=50_000_000)
+    table = alternatives(shape_of("llama-70b"), run, 80 * GIB)
+    assert list(table) == ["single", "ddp", "zero1", "zero2", "zero3"]
+    for row in table.values():
+        peaks = [each.peak for each in row.values() if each is not None]
+        assert peaks == sorted(peaks, reverse=True)
+    assert table["zero3"][8] is None
+    for bits in (16, 4):
+        peaks = [row[bits].peak for name, row in table.items() if name != "single"]
+        assert peaks == sorted(peaks, reverse=True)
+    # the announcement of such a run
+    announced = estimate(shape_of("llama-70b"), run, 140 * GIB)
+    assert announced.base / GIB == pytest.approx(16.4, abs=0.1)
+    assert announced.salience / GIB == pytest.approx(32.8, abs=0.1)
+
+
+def test_changes_lead_to_a_run_that_fits():
+    run = BASE._replace(rows=4)
+    changes = changes_that_help(shape_of("llama-8b"), run, 24 * GIB)
+    assert changes[0].text == "gradient_checkpointing: true"
+    needs = [change.estimate.needed for change in changes]
+    assert needs == sorted(needs, reverse=True)
+    assert needs[-2] > 24 * GIB >= needs[-1]
+    assert changes_that_help(shape_of("llama-8b"), run, 140 * GIB) == []
+
+
+def test_where_the_accumulators_go():
+    shape = shape_of("llama-8b")
+    whole = 4 * sum(rows * columns for rows, columns in shape.targets)
+    run = BASE._replace(bits=4, checkpointing=True)
+    roomy, tight = (estimate(shape, run, gib * GIB) for gib in (80, 24))
+    assert (roomy.salience > whole, roomy.salience_host) == (True, 0)
+    assert (tight.salience < GIB, tight.salience_host) == (True, whole)
+    shared = estimate(shape, run._replace(engine="ddp", gpus=8), 24 * GIB)
+    assert (shared.salience < whole / 4, shared.salience_host) == (True, 0)
+    ready = estimate(shape, run._replace(options={"salience": "magnitude"}), 80 * GIB)
+    assert (ready.salience, ready.salience_host, ready.salience_peak) == (0, 0, 0)
