@@ -21,6 +21,7 @@ from axolotl_spft.ops.mask.csr import Mask, empty_mask, mask_from_positions, pos
 from axolotl_spft.ops.mask.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.base_weight import BaseWeight, keep_dequantizable
+from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded, keep_resident, tensor_in
 from axolotl_spft.tuner.shared_input import SharedInput
 
 
@@ -82,7 +83,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         # PEFT's own would cast the mask to the weight's dtype
         if adapter_name in self.spft_values:
             values, device = (
-                self.spft_values[adapter_name],
+                self.values(adapter_name),
                 device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0],
             )
             self.spft_values[adapter_name] = nn.Parameter(values.data.to(device), requires_grad=values.requires_grad)
@@ -122,7 +123,15 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
     def mask(self, adapter_name: str) -> Mask:
         """The CSR mask of an adapter."""
-        return Mask(self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name])
+        return Mask(*(tensor_in(part, adapter_name) for part in (self.spft_columns, self.spft_row_offsets)))
+
+    def values(self, adapter_name: str) -> Tensor:
+        """The values of an adapter: (nnz)."""
+        return tensor_in(self._modules["spft_values"], adapter_name)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return execution_device(base_layer) or device, dtype
 
     def set_mask(self, adapter_name: str, mask: Mask, values: Tensor | None = None) -> None:
         """Give an adapter new positions, with the given values (nnz) or zeros.
@@ -132,6 +141,8 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         if self.merged:
             raise SpftError("the mask cannot change while an adapter is merged: call unmerge_adapter() first")
         self.revert()
+        for part in (self.spft_values, self.spft_columns, self.spft_row_offsets):
+            keep_resident(part)
         old = self.spft_values.get(adapter_name)
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if values is None:
@@ -149,7 +160,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         mask, places = self._union(names)
         total = torch.zeros(mask.nnz, dtype=torch.float32, device=mask.columns.device)
         for name, at in zip(names, places):
-            total.index_add_(0, at, weights[name] * self.spft_values[name].detach().to(torch.float32))
+            total.index_add_(0, at, weights[name] * self.values(name).detach().to(torch.float32))
         self.set_mask(adapter_name, mask, total.to(self.spft_values[names[0]].dtype))
 
     def _union(self, adapter_names: tuple[str, ...]) -> tuple[Mask, tuple[Tensor, ...]]:
@@ -203,7 +214,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """S of an adapter as a dense matrix: (out_features, in_features)."""
-        return dense_delta(self.spft_values[adapter_name].detach(), self.mask(adapter_name), self.in_features)
+        return dense_delta(self.values(adapter_name).detach(), self.mask(adapter_name), self.in_features)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # S is sparse, not of low rank
@@ -217,7 +228,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             ValueError: ``safe_merge`` and the sum holds a NaN or an infinity; nothing is changed then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.spft_values]
-        deltas = {name: (self.spft_values[name], self.mask(name)) for name in names if self.mask(name).nnz}
+        deltas = {name: (self.values(name), self.mask(name)) for name in names if self.mask(name).nnz}
         if deltas:
             self.merge_deltas(deltas, check_finite=safe_merge)
         self.merged_adapters.extend(names)
@@ -247,6 +258,13 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             y = self.base_layer(x, *args, **kwargs)
             return add_sparse_branch(y, x, self._values(names, delta, places), delta.mask, delta.plan)
         base_layer = self.get_base_layer()
+        if not is_offloaded(base_layer):
+            return self._multiply(x, base_layer, names)
+        with brought_in(base_layer):
+            return self._multiply(x.to(execution_device(base_layer)), base_layer, names)
+
+    def _multiply(self, x: Tensor, base_layer: nn.Module, names: tuple[str, ...]) -> Tensor:
+        """y of the base layer with these adapters, without its own forward pass."""
         # which leaves double precision alone
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         if autocast:
@@ -281,10 +299,9 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         return tuple([name for name in names if name in columns and columns[name].numel()])
 
     def _values(self, names: tuple[str, ...], delta: Delta, places: tuple[Tensor, ...]) -> Tensor:
-        parameters = self._modules["spft_values"]._parameters
         if len(names) == 1:
-            return parameters[names[0]]
-        each = [parameters[name] for name in names]
+            return self.values(names[0])
+        each = [self.values(name) for name in names]
         total = each[0].new_zeros(delta.mask.nnz)
         for values, at in zip(each, places):
             total = total.index_add(0, at, values.to(total.dtype))
