@@ -74,6 +74,8 @@ class BaseWeight:
     _written: Written | None = None
     _writer: ref[Writer] | None = None
     _in_place: bool | None = None
+    # of a 4-bit weight, from before it may be offloaded
+    _quant_state: object | None = None
     _undo_merge: list[Replaced | list[tuple[Tensor, Tensor]]]
 
     @property
@@ -113,6 +115,11 @@ class BaseWeight:
             and not is_partitioned(weight)
         )
 
+    def brought_in(self) -> AbstractContextManager[None]:
+        """Within the block a base layer that accelerate offloads holds its tensors."""
+        base_layer = self.get_base_layer()
+        return brought_in(base_layer, self._quant_state) if is_offloaded(base_layer) else nullcontext()
+
     def storage_positions(self, mask: Mask) -> Tensor:
         """Where the mask's entries stand in the flattened weight as it is stored: (nnz) int64."""
         return positions(mask, self.in_features, self.transposed)
@@ -124,7 +131,7 @@ class BaseWeight:
         """W as (out_features, in_features); do not write to it."""
         self.revert()
         base_layer = self.get_base_layer()
-        with brought_in(base_layer):
+        with self.brought_in():
             if self.quantization_backend is not None:
                 return self.quantization_backend.get_base_weight(base_layer)
             weight = base_layer.weight
@@ -196,7 +203,7 @@ class BaseWeight:
     def _fresh_sum(self, deltas: list[tuple[Tensor, Mask]]) -> Tensor:
         """A new tensor with W plus all deltas (values, mask), in the layout of storage."""
         base_layer = self.get_base_layer()
-        with brought_in(base_layer):
+        with self.brought_in():
             if self.quantization_backend is not None:
                 weight = dequantize_4bit(getattr(base_layer, "weight", None))
                 if weight is None:

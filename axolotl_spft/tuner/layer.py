@@ -21,7 +21,7 @@ from axolotl_spft.ops.mask.csr import Mask, empty_mask, mask_from_positions, pos
 from axolotl_spft.ops.mask.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.base_weight import BaseWeight, keep_dequantizable
-from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded, keep_resident, tensor_in
+from axolotl_spft.tuner.offloading import execution_device, is_offloaded, keep_resident, kept_quant_state, tensor_in
 from axolotl_spft.tuner.shared_input import SharedInput
 
 
@@ -40,6 +40,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         keep_dequantizable(self.get_base_layer())
+        self._quant_state = kept_quant_state(self.get_base_layer())
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.spft_values = nn.ParameterDict()
@@ -247,21 +248,27 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_output(x, *args, **kwargs)
         names = () if self.merged_adapters else self._filled_active_adapters()
         if not names and not self.keeps_gathered_weight:
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_output(x, *args, **kwargs)
         if names:
             _have_delta(self._owner, names)
         if self.forward_only:
             delta, places = self._deltas[names]
-            y = self.base_layer(x, *args, **kwargs)
+            y = self._base_output(x, *args, **kwargs)
             return add_sparse_branch(y, x, self._values(names, delta, places), delta.mask, delta.plan)
         base_layer = self.get_base_layer()
         if not is_offloaded(base_layer):
             return self._multiply(x, base_layer, names)
-        with brought_in(base_layer):
+        with self.brought_in():
             return self._multiply(x.to(execution_device(base_layer)), base_layer, names)
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._quant_state is None or not is_offloaded(self.get_base_layer()):
+            return self.base_layer(x, *args, **kwargs)
+        with self.brought_in():
+            return self.base_layer(x, *args, **kwargs)
 
     def _multiply(self, x: Tensor, base_layer: nn.Module, names: tuple[str, ...]) -> Tensor:
         """y of the base layer with these adapters, without its own forward pass."""

@@ -6,6 +6,7 @@ layer. So it asks here for what it needs, in the forward and in the backward pas
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,17 +39,51 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 @contextmanager
-def brought_in(module: nn.Module) -> Iterator[None]:
-    """Within the block an offloaded module holds its tensors; nothing changes for others, or where it does already."""
+def brought_in(module: nn.Module, quant_state: Any | None = None) -> Iterator[None]:
+    """Within the block an offloaded module holds its tensors; nothing changes for others, or where it does already.
+
+    Args:
+        module: a base layer.
+        quant_state: of `kept_quant_state`, for a base layer of 4 bits.
+
+    Raises:
+        SpftError: the scales of a base layer of 4 bits are lost.
+    """
     hook = _offloading_hook(module)
     if hook is None or not any(tensor.is_meta for tensor in module._parameters.values() if tensor is not None):
         yield
         return
+    if quant_state is not None:
+        module.weight.quant_state = _copied(quant_state)
+    if _is_lost(getattr(module.weight, "quant_state", None)):
+        raise SpftError(
+            "a 4-bit base layer was offloaded before it got its adapter, and bitsandbytes moves the scales of its weight "
+            "along with it, to the meta device: offload the model after get_peft_model() or PeftModel.from_pretrained(), "
+            "or keep its 4-bit layers on a device"
+        )
     hook.pre_forward(module)
     try:
         yield
     finally:
         hook.post_forward(module, None)
+
+
+def kept_quant_state(base_layer: nn.Module) -> Any | None:
+    """The scales of a 4-bit weight, in an object of their own: offloading the weight leaves them where they are."""
+    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    return None if state is None or _is_lost(state) else _copied(state)
+
+
+def _copied(state: Any) -> Any:
+    """A quantization state with the same tensors, which bitsandbytes may move by themselves."""
+    state = copy.copy(state)
+    if state.nested:
+        state.state2 = copy.copy(state.state2)
+    return state
+
+
+def _is_lost(state: Any | None) -> bool:
+    return state is not None and state.absmax.is_meta
 
 
 def tensor_in(container: nn.Module, name: str) -> Tensor:

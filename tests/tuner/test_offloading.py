@@ -135,9 +135,16 @@ def test_a_quantized_model_that_is_offloaded(tmp_path):
 
     model = with_adapter(quantize(tiny_llama(hidden_size=64, intermediate_size=64), "4bit")).eval()
     expected = logits(model)
+    with model.disable_adapter():
+        base = logits(model)
     offload(model, "cpu", tmp_path)
-    assert torch.equal(logits(model), expected)
-    assert torch.equal(logits(model), expected)
+    for _ in range(2):
+        assert torch.equal(logits(model), expected)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), base)
+    late = offload(quantize(tiny_llama(hidden_size=64, intermediate_size=64), "4bit"), "cpu", tmp_path)
+    with pytest.raises(SpftError, match="a 4-bit base layer was offloaded before it got its adapter"):
+        logits(with_adapter(late))
 
 
 def test_tensors_without_memory_are_refused_by_name():
