@@ -71,6 +71,8 @@ class SpftConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = SPFT
+        # a model records in a config of its own, so only what is made from a saved one begins with a record
+        self.is_saved = self.nnz is not None
         if not any(getattr(self, name) is not None for name in BUDGETS):
             self.density = DEFAULT_DENSITY
         if self.target_modules is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from axolotl_spft.ops.backends.presence import check_present
 from axolotl_spft.ops.mask.csr import Mask
 from axolotl_spft.ops.mask.plan import Plan, block_slots
 
@@ -18,6 +19,7 @@ def add_sparse_branch(y: Tensor, x: Tensor, values: Tensor, mask: Mask, plan: Pl
         values: (nnz).
         plan: of the mask.
     """
+    check_present(x, values=values, columns=mask.columns, row_offsets=mask.row_offsets)
     x_columns = (x if plan.columns is None else x.index_select(-1, plan.columns)).to(y.dtype)
     used = torch.arange(y.shape[-1], device=y.device) if plan.rows is None else plan.rows
     for rows, part in plan.blocks():

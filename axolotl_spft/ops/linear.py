@@ -24,6 +24,7 @@ from torch import Tensor
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.backends.dispatch import use_c
+from axolotl_spft.ops.backends.presence import check_present
 from axolotl_spft.ops.backends.products import cast, linear, matmul
 from axolotl_spft.ops.gradient.beside import Beside
 from axolotl_spft.ops.gradient.columns import select_columns
@@ -84,6 +85,7 @@ def owner_of(number: int) -> WeightOwner:
 
 
 def _forward(x: Tensor, bias: Tensor | None, values: Tensor, delta: Delta, owner: WeightOwner) -> Tensor:
+    check_present(x, values=values, columns=delta.mask.columns)
     with owner.effective_weight(values, delta) as weight:
         return linear(x, cast(weight, x.dtype), bias)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.ops.backends.products import matmul
+from axolotl_spft.tuner.offloading import execution_device
 
 _ONE_PROCESS = Ranks()
 # an expert that is a module of its own
@@ -100,7 +101,8 @@ def reduce_to_shards(sums: dict[str, Tensor], ranks: Ranks) -> None:
 
 
 def _device_of(layer: nn.Module) -> torch.device:
-    return layer.get_base_layer().weight.device if hasattr(layer, "get_base_layer") else layer.weight.device
+    linear = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    return execution_device(linear) or linear.weight.device
 
 
 def _devices_of(layers: Mapping[str, nn.Module]) -> set[torch.device]:

@@ -27,6 +27,7 @@ from axolotl_spft.ops.linear import Delta
 from axolotl_spft.ops.mask.csr import Mask, positions
 from axolotl_spft.ops.weight.dequantize import dequantize_4bit
 from axolotl_spft.ops.weight.scatter import add_at_, restore_, write_sum_
+from axolotl_spft.tuner.offloading import brought_in, is_offloaded
 
 # held while weights are written or put back: a second thread must not take W + S for W
 WRITING = threading.RLock()
@@ -73,6 +74,8 @@ class BaseWeight:
     _written: Written | None = None
     _writer: ref[Writer] | None = None
     _in_place: bool | None = None
+    # of a 4-bit weight, from before it may be offloaded
+    _quant_state: object | None = None
     _undo_merge: list[Replaced | list[tuple[Tensor, Tensor]]]
 
     @property
@@ -90,7 +93,8 @@ class BaseWeight:
         """Whether the weight may hold W + S itself."""
         if self._in_place is None:
             self._in_place = self._may_hold_delta()
-        return self._in_place
+        # accelerate's hooks may come later, and what they bring in may be the only copy of W
+        return self._in_place and not is_offloaded(self.get_base_layer())
 
     def share_weight(self, shared: bool) -> None:
         """Say whether another module uses the weight too."""
@@ -111,6 +115,11 @@ class BaseWeight:
             and not is_partitioned(weight)
         )
 
+    def brought_in(self) -> AbstractContextManager[None]:
+        """Within the block a base layer that accelerate offloads holds its tensors."""
+        base_layer = self.get_base_layer()
+        return brought_in(base_layer, self._quant_state) if is_offloaded(base_layer) else nullcontext()
+
     def storage_positions(self, mask: Mask) -> Tensor:
         """Where the mask's entries stand in the flattened weight as it is stored: (nnz) int64."""
         return positions(mask, self.in_features, self.transposed)
@@ -121,13 +130,15 @@ class BaseWeight:
     def read_weight(self) -> Tensor:
         """W as (out_features, in_features); do not write to it."""
         self.revert()
-        if self.quantization_backend is not None:
-            return self.quantization_backend.get_base_weight(self.get_base_layer())
-        weight = self.get_base_layer().weight
-        if is_partitioned(weight):
-            with gathered([weight]):
-                return self._oriented(weight.detach().clone())
-        return self._oriented(weight.detach())
+        base_layer = self.get_base_layer()
+        with self.brought_in():
+            if self.quantization_backend is not None:
+                return self.quantization_backend.get_base_weight(base_layer)
+            weight = base_layer.weight
+            if is_partitioned(weight):
+                with gathered([weight]):
+                    return self._oriented(weight.detach().clone())
+            return self._oriented(weight.detach())
 
     def effective_weight(self, values: Tensor, delta: Delta) -> AbstractContextManager[Tensor]:
         """W + S as (out_features, in_features), to be read within the block; afterwards the weight is as before.
@@ -192,12 +203,13 @@ class BaseWeight:
     def _fresh_sum(self, deltas: list[tuple[Tensor, Mask]]) -> Tensor:
         """A new tensor with W plus all deltas (values, mask), in the layout of storage."""
         base_layer = self.get_base_layer()
-        if self.quantization_backend is not None:
-            weight = dequantize_4bit(getattr(base_layer, "weight", None))
-            if weight is None:
-                weight = self.quantization_backend.get_base_weight(base_layer)
-        else:
-            weight = base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
+        with self.brought_in():
+            if self.quantization_backend is not None:
+                weight = dequantize_4bit(getattr(base_layer, "weight", None))
+                if weight is None:
+                    weight = self.quantization_backend.get_base_weight(base_layer)
+            else:
+                weight = base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
         for values, mask in deltas:
             add_at_(weight, mask, values.detach(), self.transposed)
         return weight

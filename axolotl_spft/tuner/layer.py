@@ -21,6 +21,7 @@ from axolotl_spft.ops.mask.csr import Mask, empty_mask, mask_from_positions, pos
 from axolotl_spft.ops.mask.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.base_weight import BaseWeight, keep_dequantizable
+from axolotl_spft.tuner.offloading import execution_device, is_offloaded, keep_resident, kept_quant_state, tensor_in
 from axolotl_spft.tuner.shared_input import SharedInput
 
 
@@ -39,6 +40,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         keep_dequantizable(self.get_base_layer())
+        self._quant_state = kept_quant_state(self.get_base_layer())
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.spft_values = nn.ParameterDict()
@@ -82,7 +84,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         # PEFT's own would cast the mask to the weight's dtype
         if adapter_name in self.spft_values:
             values, device = (
-                self.spft_values[adapter_name],
+                self.values(adapter_name),
                 device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0],
             )
             self.spft_values[adapter_name] = nn.Parameter(values.data.to(device), requires_grad=values.requires_grad)
@@ -122,7 +124,15 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
     def mask(self, adapter_name: str) -> Mask:
         """The CSR mask of an adapter."""
-        return Mask(self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name])
+        return Mask(*(tensor_in(part, adapter_name) for part in (self.spft_columns, self.spft_row_offsets)))
+
+    def values(self, adapter_name: str) -> Tensor:
+        """The values of an adapter: (nnz)."""
+        return tensor_in(self._modules["spft_values"], adapter_name)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return execution_device(base_layer) or device, dtype
 
     def set_mask(self, adapter_name: str, mask: Mask, values: Tensor | None = None) -> None:
         """Give an adapter new positions, with the given values (nnz) or zeros.
@@ -132,6 +142,8 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         if self.merged:
             raise SpftError("the mask cannot change while an adapter is merged: call unmerge_adapter() first")
         self.revert()
+        for part in (self.spft_values, self.spft_columns, self.spft_row_offsets):
+            keep_resident(part)
         old = self.spft_values.get(adapter_name)
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if values is None:
@@ -149,7 +161,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         mask, places = self._union(names)
         total = torch.zeros(mask.nnz, dtype=torch.float32, device=mask.columns.device)
         for name, at in zip(names, places):
-            total.index_add_(0, at, weights[name] * self.spft_values[name].detach().to(torch.float32))
+            total.index_add_(0, at, weights[name] * self.values(name).detach().to(torch.float32))
         self.set_mask(adapter_name, mask, total.to(self.spft_values[names[0]].dtype))
 
     def _union(self, adapter_names: tuple[str, ...]) -> tuple[Mask, tuple[Tensor, ...]]:
@@ -203,7 +215,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """S of an adapter as a dense matrix: (out_features, in_features)."""
-        return dense_delta(self.spft_values[adapter_name].detach(), self.mask(adapter_name), self.in_features)
+        return dense_delta(self.values(adapter_name).detach(), self.mask(adapter_name), self.in_features)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # S is sparse, not of low rank
@@ -217,7 +229,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             ValueError: ``safe_merge`` and the sum holds a NaN or an infinity; nothing is changed then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.spft_values]
-        deltas = {name: (self.spft_values[name], self.mask(name)) for name in names if self.mask(name).nnz}
+        deltas = {name: (self.values(name), self.mask(name)) for name in names if self.mask(name).nnz}
         if deltas:
             self.merge_deltas(deltas, check_finite=safe_merge)
         self.merged_adapters.extend(names)
@@ -236,17 +248,30 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_output(x, *args, **kwargs)
         names = () if self.merged_adapters else self._filled_active_adapters()
         if not names and not self.keeps_gathered_weight:
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_output(x, *args, **kwargs)
         if names:
             _have_delta(self._owner, names)
         if self.forward_only:
             delta, places = self._deltas[names]
-            y = self.base_layer(x, *args, **kwargs)
+            y = self._base_output(x, *args, **kwargs)
             return add_sparse_branch(y, x, self._values(names, delta, places), delta.mask, delta.plan)
         base_layer = self.get_base_layer()
+        if not is_offloaded(base_layer):
+            return self._multiply(x, base_layer, names)
+        with self.brought_in():
+            return self._multiply(x.to(execution_device(base_layer)), base_layer, names)
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._quant_state is None or not is_offloaded(self.get_base_layer()):
+            return self.base_layer(x, *args, **kwargs)
+        with self.brought_in():
+            return self.base_layer(x, *args, **kwargs)
+
+    def _multiply(self, x: Tensor, base_layer: nn.Module, names: tuple[str, ...]) -> Tensor:
+        """y of the base layer with these adapters, without its own forward pass."""
         # which leaves double precision alone
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         if autocast:
@@ -281,10 +306,9 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         return tuple([name for name in names if name in columns and columns[name].numel()])
 
     def _values(self, names: tuple[str, ...], delta: Delta, places: tuple[Tensor, ...]) -> Tensor:
-        parameters = self._modules["spft_values"]._parameters
         if len(names) == 1:
-            return parameters[names[0]]
-        each = [parameters[name] for name in names]
+            return self.values(names[0])
+        each = [self.values(name) for name in names]
         total = each[0].new_zeros(delta.mask.nnz)
         for values, at in zip(each, places):
             total = total.index_add(0, at, values.to(total.dtype))

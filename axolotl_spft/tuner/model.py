@@ -43,7 +43,7 @@ class SpftModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
         # PEFT's own way in gives a dict
-        if isinstance(peft_config, SpftConfig) and peft_config.nnz is not None:
+        if isinstance(peft_config, SpftConfig) and peft_config.is_saved:
             raise SpftError(
                 f"adapter `{adapter_name}` is a saved SPFT adapter of {peft_config.nnz} values, which is not loaded by "
                 "transformers or inject_adapter_in_model(): load the base model, then "
@@ -78,6 +78,7 @@ class SpftModel(BaseTuner):
         self.peft_config[adapter_name] = config = replace(
             self.peft_config[adapters[0]],
             **dict.fromkeys(("density", "match_lora_rank", "exclude_modules", "layers_to_transform", "layers_pattern")),
+            **dict.fromkeys(RECORDED),
             num_values=1,
             target_modules=list(layers),
             mask_path=None,
@@ -124,15 +125,16 @@ class SpftModel(BaseTuner):
         ]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        given = self.peft_config[adapter_name]
-        if any(config is given for name, config in self.peft_config.items() if name != adapter_name):
-            # what is recorded of one adapter is not true of the other
-            self.peft_config[adapter_name] = replace(given, **dict.fromkeys(RECORDED))
+        # the caller may use the object again, for another adapter or another model: what is recorded of one is not true
+        # of the other
+        self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
+        if not config.is_saved:
+            for name in RECORDED:
+                setattr(config, name, None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _mark_shared_weights(model)
         _mark_shared_inputs(model)
         self._write_ahead(model)
-        config = self.peft_config[adapter_name]
         if not config.init_weights:
             self._fill_randomly(adapter_name, config)
 
@@ -157,6 +159,13 @@ class SpftModel(BaseTuner):
         self._has_dtype.add(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            SpftError: it is merged: the base weights would keep it.
+        """
+        if any(adapter_name in layer.merged_adapters for layer in spft_layers(self.model).values()):
+            raise SpftError(f"adapter `{adapter_name}` is merged: call unmerge_adapter() before delete_adapter()")
         super().delete_adapter(adapter_name)
         self._has_dtype.discard(adapter_name)
 
@@ -222,6 +231,9 @@ class SpftModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+        if new_module.spft_values[adapter_name].is_meta:
+            # PEFT has moved it to where an offloaded base layer's weight seems to lie
+            new_module.add_empty_adapter(adapter_name)
 
     def _fill_randomly(self, adapter_name: str, config: SpftConfig) -> None:
         layers = {name: layer for name, layer in spft_layers(self.model).items() if adapter_name in layer.spft_values}

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from axolotl_spft.ops.backends.presence import check_present
+
 # of a product, made at a time in float32: as fast as all at once, without all of W in float32
 _COLUMNS = 256
 
@@ -44,11 +46,13 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
     """x y for x (..., n) and y (n, m) of one dtype."""
+    check_present(x, weight=y)
     return _in_float32(x, y, None) if _pays_in_float32(x) else x.matmul(y)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b for x (..., n), W (m, n) and b (m) of one dtype."""
+    check_present(x, weight=weight, bias=bias)
     if _pays_in_float32(x):
         return _in_float32(x, weight.t(), bias)
     y = F.linear(x, weight, bias)

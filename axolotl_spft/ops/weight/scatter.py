@@ -7,6 +7,7 @@ from torch import Tensor
 
 from axolotl_spft.ops.backends import cpu
 from axolotl_spft.ops.backends.dispatch import use_c, use_triton
+from axolotl_spft.ops.backends.presence import check_present
 from axolotl_spft.ops.mask.csr import Mask, positions
 
 
@@ -39,6 +40,8 @@ def _write(
     weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor | None, transposed: bool, backend: str
 ) -> None:
     """weight[mask] += values, keeping what stood there in ``originals`` if given; = originals without ``values``."""
+    check_present(mask.row_offsets, weight=weight)
+    check_present(weight, originals=originals, values=values, columns=mask.columns, row_offsets=mask.row_offsets)
     given = [tensor for tensor in (originals, values) if tensor is not None]
     if use_triton(backend, weight, *given):
         from axolotl_spft.ops.weight import triton_scatter
