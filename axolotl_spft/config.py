@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
+from axolotl_spft.budget import missing_allowed, total_budget
 from axolotl_spft.card import say_how_to_load
 from axolotl_spft.errors import SpftConfigError
 from axolotl_spft.files import check_safetensors
@@ -22,11 +23,14 @@ from axolotl_spft.metrics import METRICS, is_salience, nearest_metric
 from axolotl_spft.peft_type import SPFT
 
 SCOPES = ("layer", "global", "row")
+PATTERNS = ("element", "block")
 BUDGETS = ("density", "num_values", "match_lora_rank")
 DEFAULT_DENSITY = 0.005
 
 
 def _option(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -45,6 +49,11 @@ class SpftConfig(PeftConfig):
     density: float | None = _option(None, "Share of the targeted weights that is trained, in (0, 1].")
     num_values: int | None = _option(None, "How many values are trained over all targeted weights.")
     match_lora_rank: int | None = _option(None, "Train as many values as a LoRA of this rank on the same modules.")
+    density_pattern: dict[str, float] | None = _option(
+        None, "{regular expression of module names: density} for matrices that get another share than the rest."
+    )
+    min_density: float | None = _option(None, "At least this share of each matrix is trained under scope global.")
+    max_density: float | None = _option(None, "At most this share of each matrix is trained under scope global.")
     target_modules: list[str] | str | None = _option(
         "all-linear", "Modules to adapt: 'all-linear', a list of names, or a regular expression."
     )
@@ -58,7 +67,14 @@ class SpftConfig(PeftConfig):
     scope: str = _option(
         "layer", "Where scores compete: inside each matrix (layer), over all (global), in each output row (row)."
     )
+    pattern: str = _option("element", "What is chosen: single entries (element), or whole blocks of them (block).")
+    block_size: list[int] = _option([64, 64], "Rows and columns of a block; read with pattern: block.")
     samples: int = _option(128, "Training examples that the salience pass reads.")
+    score_after: int = _option(0, "Optimizer steps of a throw-away warm-up before the salience is computed.")
+    salience_memory_gib: float | None = _option(
+        None,
+        "GiB that the salience pass may fill with what it sums up, on each device; half of what is free by default.",
+    )
     seed: int | None = _option(None, "Seed of random choices; the run's seed under Axolotl, else 0.")
     mask_path: str | None = _option(None, "A saved mask: used when the file exists, else computed and saved there.")
     init_weights: bool = _option(
@@ -84,6 +100,22 @@ class SpftConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """(rows, columns) of the blocks that are trained whole, or None where single entries are."""
+        return (self.block_size[0], self.block_size[1]) if self.pattern == "block" else None
+
+    def budget(self, names: Sequence[str]) -> dict[str, Any]:
+        """The arguments of `axolotl_spft.budget.total_budget` and `layer_budgets` for matrices of these names."""
+        options = {name: getattr(self, name) for name in BUDGETS}
+        return options | {"density_pattern": self.density_pattern, "names": names}
+
+    def allowed_counts(self, shapes: Mapping[str, tuple[int, int]]) -> range:
+        """How many values a mask for matrices of these shapes, by name, may hold: blocks need not meet the budget."""
+        total = total_budget(list(shapes.values()), **self.budget(list(shapes)))
+        bounded = bool(self.density_pattern) or self.min_density is not None or self.max_density is not None
+        return range(total - missing_allowed(list(shapes.values()), self.block, self.scope, bounded), total + 1)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
@@ -125,11 +157,25 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, (list, tuple, set)) and bool(value) and all(isinstance(v, str) and v for v in value)
 
 
+def _is_density(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
 # name: (holds, what the rule says)
 _RULES = {
-    "density": (lambda v: _is_number(v) and 0 < v <= 1, "must be a number in (0, 1]"),
+    "density": (_is_density, "must be a number in (0, 1]"),
     "num_values": (lambda v: _is_int(v) and v >= 1, "must be a whole number of at least 1"),
     "match_lora_rank": (lambda v: _is_int(v) and v >= 1, "must be a whole number of at least 1"),
+    "density_pattern": (
+        lambda v: (
+            isinstance(v, Mapping)
+            and all(isinstance(key, str) and key and _is_density(density) for key, density in v.items())
+        ),
+        "must be a block of `regular expression: density in (0, 1]` (to train nothing of a module name it in "
+        "`exclude_modules`)",
+    ),
+    "min_density": (_is_density, "must be a number in (0, 1]"),
+    "max_density": (_is_density, "must be a number in (0, 1]"),
     "target_modules": (_is_names, "must be 'all-linear', a list of module names or a regular expression"),
     "exclude_modules": (_is_names, "must be a list of module names or a regular expression"),
     "layers_to_transform": (
@@ -143,7 +189,14 @@ _RULES = {
     ),
     "salience": (is_salience, f"must be one of {', '.join(METRICS)}, or your own package.module:function"),
     "scope": (lambda v: v in SCOPES, f"must be one of {', '.join(SCOPES)}"),
+    "pattern": (lambda v: v in PATTERNS, f"must be one of {', '.join(PATTERNS)}"),
+    "block_size": (
+        lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(_is_int(side) and side >= 1 for side in v),
+        "must be [rows, columns], whole numbers of at least 1",
+    ),
     "samples": (lambda v: _is_int(v) and v >= 1, "must be a whole number of at least 1"),
+    "score_after": (lambda v: _is_int(v) and v >= 0, "must be a whole number of at least 0"),
+    "salience_memory_gib": (lambda v: _is_number(v) and v > 0, "must be a number above 0"),
     "seed": (lambda v: _is_int(v) and 0 <= v < 2**63, "must be a whole number of at least 0"),
     "mask_path": (
         lambda v: isinstance(v, str) and bool(v) and not Path(v).expanduser().is_dir(),
@@ -151,8 +204,9 @@ _RULES = {
     ),
     "init_weights": (lambda v: isinstance(v, bool), "must be true or false"),
 }
-_OPTIONAL = ("density", "num_values", "match_lora_rank", "exclude_modules", "layers_to_transform", "layers_pattern",
-             "modules_to_save", "seed", "mask_path")  # fmt: skip
+_OPTIONAL = ("density", "num_values", "match_lora_rank", "density_pattern", "min_density", "max_density",
+             "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "salience_memory_gib",
+             "seed", "mask_path")  # fmt: skip
 
 
 def _remedy(name: str, value: Any) -> str:
@@ -163,7 +217,7 @@ def _remedy(name: str, value: Any) -> str:
         number = float(value)
     except (TypeError, ValueError):
         return ""
-    if number.is_integer() and name != "density":
+    if number.is_integer() and "density" not in name:
         number = int(number)
     if isinstance(value, bool) or not _RULES[name][0](number):
         return ""
@@ -211,4 +265,46 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
     budgets = [f"`{name}: {options[name]}`" for name in BUDGETS if options.get(name) is not None]
     if len(budgets) > 1:
         problems.append(f"{' and '.join(budgets)} each set the number of trained values: keep exactly one")
+    # what breaks its own rule is not compared with others
+    return problems + ([] if problems else _problems_of_shares(options))
+
+
+def _problems_of_shares(options: Mapping[str, Any]) -> list[str]:
+    """Combinations of options about what is chosen in each matrix, each valid by itself, that have no meaning."""
+    problems = []
+    scope, pattern = options.get("scope", "layer"), options.get("pattern", "element")
+    for key in options.get("density_pattern") or ():
+        try:
+            re.compile(key)
+        except re.error as error:
+            problems.append(f"`density_pattern` has `{key}`, which is not a regular expression ({error}): correct it")
+    lowest, highest = options.get("min_density"), options.get("max_density")
+    if scope != "global":
+        problems += [
+            f"`{name}: {options[name]}` bounds what a matrix gets under one top-k over all, but `scope: {scope}` fixes "
+            "the share of each: write `scope: global`, or leave it out"
+            for name in ("min_density", "max_density")
+            if options.get(name) is not None
+        ]
+    density = options.get("density")
+    if density is None and all(options.get(name) is None for name in BUDGETS):
+        density = DEFAULT_DENSITY
+    if lowest is not None and highest is not None and lowest > highest:
+        problems.append(f"`min_density: {lowest}` is above `max_density: {highest}`: exchange them")
+    elif density is not None:
+        for name, bound, broken in (
+            ("min_density", lowest, lowest is not None and lowest > density),
+            ("max_density", highest, highest is not None and highest < density),
+        ):
+            if broken:
+                problems.append(
+                    f"`{name}: {bound}` cannot be kept with `density: {density}`: the bounds must lie around it"
+                )
+    if pattern == "block" and scope == "row":
+        problems.append(
+            "`pattern: block` chooses blocks of several rows, so rows cannot each have a share of their own: write "
+            "`scope: layer` or `scope: global`, or `pattern: element`"
+        )
+    if pattern == "block" and options.get("init_weights") is False:
+        problems.append("`init_weights: False` draws single entries: write `pattern: element`")
     return problems

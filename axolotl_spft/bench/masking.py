@@ -90,7 +90,7 @@ def _computed(model: nn.Module, masking: Masking) -> tuple[MaskReport, MaskCost]
 
 def _drawn(model: nn.Module, config: SpftConfig, masking: Masking) -> MaskReport:
     layers = adapted_layers(model)
-    counts = layer_budgets(list(shapes_of(layers).values()), config.density, config.num_values, config.match_lora_rank)
+    counts = layer_budgets(list(shapes_of(layers).values()), **config.budget(list(layers)))
     nnz_of = dict(zip(layers, counts))
     groups = group_by_input({name: layer.in_features for name, layer in layers.items()})
     generator = torch.Generator(masking.device).manual_seed(0)

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from axolotl_spft.budget import total_budget
 from axolotl_spft.config import SpftConfig
 from axolotl_spft.engine.ranks import Ranks, on_every_rank
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.ops.mask.csr import Mask, mask_from_positions
+from axolotl_spft.salience.blocks import is_of_blocks
 from axolotl_spft.salience.choose import choose_positions
 from axolotl_spft.salience.examples import Batch
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, install_masks
@@ -63,6 +63,8 @@ def select_mask(
             f"adapter `{adapter_name}` has a mask already: add a new adapter, or delete this one, to select another"
         )
     source = {"salience": config.salience, "scope": config.scope, "samples": 0, "seed": config.seed or 0}
+    if config.block is not None:
+        source["block_size"] = list(config.block)
     ranks = Ranks.current()
     # asked once for all: another rank may write the file while this one still looks for it
     path = Path(config.mask_path).expanduser() if config.mask_path else None
@@ -113,11 +115,17 @@ def _masks_from_file(path: Path, config: SpftConfig, layers: Mapping[str, SpftLi
     shapes = shapes_of(layers)
     masks, source = load_masks(path, shapes, "Name another `mask_path` to compute the mask anew")
     held = sum(mask.nnz for mask in masks.values())
-    asked = total_budget(list(shapes.values()), config.density, config.num_values, config.match_lora_rank)
-    if held != asked:
+    asked = config.allowed_counts(shapes)
+    if held not in asked:
         raise SpftFileError(
-            f"mask file {path} holds {held:,} positions, but the config asks for {asked:,}: "
+            f"mask file {path} holds {held:,} positions, but the config asks for {asked[-1]:,}: "
             f"set `num_values: {held}`, or name another `mask_path` to compute the mask anew"
+        )
+    torn = [name for name, mask in masks.items() if config.block and not is_of_blocks(mask, shapes[name], config.block)]
+    if torn:
+        raise SpftFileError(
+            f"the mask in {path} is not made of whole blocks of `block_size: {list(config.block)}` (see {torn[0]}): "
+            "write the size it was made with, or name another `mask_path` to compute the mask anew"
         )
     return masks, source
 
@@ -152,5 +160,5 @@ def _computed_masks(
             )
         )
 
-    chosen = choose_positions(config, shapes, score, ranks)
+    chosen = choose_positions(config, names, shapes, score, ranks)
     return {name: mask_from_positions(positions, *shape) for name, positions, shape in zip(names, chosen, shapes)}, read

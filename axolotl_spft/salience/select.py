@@ -21,13 +21,11 @@ def top_k(
 ) -> list[Tensor]:
     """The positions of the ``k`` highest scores over several matrices together.
 
-    The k-th highest score is found from two histograms over the halves of the float's bits, which for scores of at
-    least 0 order like the scores themselves; so each matrix is looked at four times and nothing is
-    sorted.
+    The k-th highest score is found from two histograms over the halves of its key, so each matrix is looked at four
+    times and nothing is sorted.
 
     Args:
-        score_of: gives this rank's rows of the score matrix of an index (rows, in_features), float32, at least 0 and
-            finite.
+        score_of: gives this rank's rows of the score matrix of an index (rows, in_features), float32 and finite.
         shapes: (out_features, in_features) of each matrix.
         k: how many positions are selected, at most the number of entries.
         ranks: the processes that share the matrices' rows.
@@ -38,22 +36,23 @@ def top_k(
     if k == 0:
         return [torch.empty(0, dtype=torch.int64) for _ in shapes]
     count = len(shapes)
-    high, above = _histogram_bin(score_of, count, k, lambda bits: bits >> 16, 2**15, ranks)
+    high, above = _histogram_bin(score_of, count, k, lambda keys: (keys >> 16) + 2**15, 2**16, ranks)
+    high -= 2**15
     low, above_low = _histogram_bin(
-        score_of, count, k - above, lambda bits: bits[(bits >> 16) == high] & 0xFFFF, 2**16, ranks
+        score_of, count, k - above, lambda keys: keys[(keys >> 16) == high] & 0xFFFF, 2**16, ranks
     )
     threshold = (high << 16) | low
     ties = _ties_of_this_rank(score_of, count, threshold, k - above - above_low, ranks)
     selected = []
     for index, (out_features, in_features) in enumerate(shapes):
         parts, offset, ties_left = [], ranks.rows(out_features).start * in_features, ties[index]
-        for bits in _chunks(score_of(index)):
-            chosen = bits > threshold
-            equal = (bits == threshold).nonzero().squeeze(1)[:ties_left]
+        for keys in sort_keys(score_of(index)):
+            chosen = keys > threshold
+            equal = (keys == threshold).nonzero().squeeze(1)[:ties_left]
             ties_left -= equal.numel()
             chosen[equal] = True
             parts.append(chosen.nonzero().squeeze(1).add_(offset))
-            offset += bits.numel()
+            offset += keys.numel()
         selected.append(ranks.concatenate(torch.cat(parts)))
     return selected
 
@@ -62,31 +61,35 @@ def _ties_of_this_rank(
     score_of: Callable[[int], Tensor], count: int, threshold: int, ties: int, ranks: Ranks
 ) -> Tensor:
     """How many of the first ``ties`` entries at the threshold lie in this rank's rows of each matrix."""
-    mine = torch.tensor([sum(int((bits == threshold).sum()) for bits in _chunks(score_of(i))) for i in range(count)])
+    mine = torch.tensor([sum(int((keys == threshold).sum()) for keys in sort_keys(score_of(i))) for i in range(count)])
     # in the order of positions: matrix by matrix, and in each the ranks' rows
     each = ranks.gather_numbers(mine).t().reshape(-1)
     before = each.cumsum(0) - each
     return torch.minimum(each, (ties - before).clamp_min(0)).view(count, ranks.world)[:, ranks.rank].tolist()
 
 
-def _chunks(scores: Tensor) -> Iterator[Tensor]:
-    # adding 0 turns -0.0 into 0.0, whose bits are those of the smallest score
-    yield from (scores.to(torch.float32).contiguous().view(-1) + 0.0).view(torch.int32).split(CHUNK_ENTRIES)
+def sort_keys(scores: Tensor) -> Iterator[Tensor]:
+    """Pieces of the flattened ``scores`` as whole numbers (int32) that order as the scores do, -0.0 as 0.0."""
+    for piece in scores.to(torch.float32).contiguous().view(-1).split(CHUNK_ENTRIES):
+        # adding 0 turns -0.0 into 0.0
+        bits = (piece + 0.0).view(torch.int32)
+        # the bits of negative floats rise where the floats fall
+        yield torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _histogram_bin(
     score_of: Callable[[int], Tensor],
     count: int,
     k: int,
-    key: Callable[[Tensor], Tensor],
+    bin_of: Callable[[Tensor], Tensor],
     bins: int,
     ranks: Ranks,
 ) -> tuple[int, int]:
-    """The bin that holds the k-th highest key, and how many keys lie in the bins above it."""
+    """The bin that holds the k-th highest score, and how many scores lie in the bins above it."""
     histogram = torch.zeros(bins, dtype=torch.int64)
     for index in range(count):
-        for bits in _chunks(score_of(index)):
-            histogram += torch.bincount(key(bits), minlength=bins).cpu()
+        for keys in sort_keys(score_of(index)):
+            histogram += torch.bincount(bin_of(keys), minlength=bins).cpu()
     reached = ranks.sum_(histogram).flip(0).cumsum(0)
     place = int(torch.searchsorted(reached, k))
     above = int(reached[place - 1]) if place else 0
@@ -99,7 +102,7 @@ def top_k_per_row(scores: Tensor, shape: Shape, k: int, ranks: Ranks = _ONE_PROC
     Every row gets its k // out_features highest entries; the rest go to the rows whose next entry is highest.
 
     Args:
-        scores: this rank's rows (rows, in_features), float32, at least 0.
+        scores: this rank's rows (rows, in_features), float32 and finite.
         shape: (out_features, in_features) of the matrix.
         ranks: the processes that share the matrix' rows.
 

@@ -39,7 +39,7 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
     return memory_per_rank(
         base_bytes=sum(_numel(parameter) * parameter.element_size() for parameter in frozen),
         shapes=shapes,
-        nnz=held or total_budget(shapes, config.density, config.num_values, config.match_lora_rank),
+        nnz=held or total_budget(shapes, **config.budget(list(named))),
         value_bytes=2 if low_precision else first.spft_values[adapter].element_size(),
         original_bytes=base_layer.weight.element_size() if first.in_place else 0,
         engine=engine,

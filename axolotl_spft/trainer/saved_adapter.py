@@ -7,17 +7,17 @@ from pathlib import Path
 from peft import PeftConfig
 from torch import nn
 
-from axolotl_spft.budget import total_budget
 from axolotl_spft.config import BUDGETS, RECORDED, SpftConfig
 from axolotl_spft.errors import SpftError
 from axolotl_spft.peft_type import SPFT
-from axolotl_spft.salience.mask_file import load_masks
 from axolotl_spft.salience.install import adapted_layers, install_masks
+from axolotl_spft.salience.mask_file import load_masks
 from axolotl_spft.trainer.checkpoints import ADAPTER_FILE
 from axolotl_spft.tuner.state import shapes_of
 
 # what a mask depends on beside the budget and the targeted modules
-MASK_OPTIONS = ("salience", "scope", "samples", "seed")
+MASK_OPTIONS = ("salience", "scope", "density_pattern", "min_density", "max_density", "pattern", "block_size", "samples",
+                "score_after", "seed")  # fmt: skip
 # as TRL names it
 _REFERENCE = "ref"
 _ANEW = "leave `resume_from_checkpoint` out and set another `output_dir` to start anew"
@@ -54,12 +54,12 @@ def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
     masks, _ = load_masks(Path(checkpoint) / ADAPTER_FILE, shapes, f"Restore `target_modules`, or {_ANEW}")
     config, recorded = model.peft_config[model.active_adapter], SpftConfig.from_pretrained(checkpoint)
     held = sum(mask.nnz for mask in masks.values())
-    asked = total_budget(list(shapes.values()), config.density, config.num_values, config.match_lora_rank)
-    if held != asked:
+    asked = config.allowed_counts(shapes)
+    if held not in asked:
         key = next(name for name in BUDGETS if getattr(config, name) is not None)
         raise SpftError(
-            f"{checkpoint} holds {held:,} values, but `{key}: {getattr(config, key)}` asks for {asked:,}: restore the "
-            f"option (`num_values: {held}`), or {_ANEW}"
+            f"{checkpoint} holds {held:,} values, but `{key}: {getattr(config, key)}` asks for {asked[-1]:,}: restore "
+            f"the option (`num_values: {held}`), or {_ANEW}"
         )
     saved, asked_to_save = (set(each.modules_to_save or ()) for each in (recorded, config))
     if saved != asked_to_save:

@@ -26,6 +26,9 @@ from axolotl_spft.tuner.state import TENSORS, base_shapes_of, check_state, shape
 from axolotl_spft.tuner.targets import check_target
 from axolotl_spft.tuner.write_ahead import WriteAhead
 
+# options that say how many values an adapter has, and where
+_NOT_OF_A_SUM = ("density", "match_lora_rank", "density_pattern", "min_density", "max_density", "exclude_modules",
+                 "layers_to_transform", "layers_pattern")  # fmt: skip
 _SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.")
 
 
@@ -77,12 +80,13 @@ class SpftModel(BaseTuner):
         }
         self.peft_config[adapter_name] = config = replace(
             self.peft_config[adapters[0]],
-            **dict.fromkeys(("density", "match_lora_rank", "exclude_modules", "layers_to_transform", "layers_pattern")),
+            **dict.fromkeys(_NOT_OF_A_SUM),
             **dict.fromkeys(RECORDED),
             num_values=1,
             target_modules=list(layers),
             mask_path=None,
             init_weights=True,
+            pattern="element",
         )
         self.inject_adapter(self.model, adapter_name)
         summed: dict[str, float] = {}
@@ -237,9 +241,7 @@ class SpftModel(BaseTuner):
 
     def _fill_randomly(self, adapter_name: str, config: SpftConfig) -> None:
         layers = {name: layer for name, layer in spft_layers(self.model).items() if adapter_name in layer.spft_values}
-        counts = layer_budgets(
-            list(shapes_of(layers).values()), config.density, config.num_values, config.match_lora_rank
-        )
+        counts = layer_budgets(list(shapes_of(layers).values()), **config.budget(list(layers)))
         for layer, count in zip(layers.values(), counts):
             at = torch.randperm(layer.out_features * layer.in_features)[:count].sort().values
             mask = mask_from_positions(at, layer.out_features, layer.in_features)
