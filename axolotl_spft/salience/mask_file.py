@@ -18,14 +18,23 @@ from axolotl_spft.ops.mask.csr import Mask, problems_of
 _COLUMNS, _ROW_OFFSETS = ".spft_columns", ".spft_row_offsets"
 
 
-def save_masks(path: str | os.PathLike, masks: Mapping[str, Mask], source: Mapping) -> None:
-    """Write ``masks`` (name -> mask) and where they came from; the file appears complete or not at all."""
+def save_masks(
+    path: str | os.PathLike, masks: Mapping[str, Mask], shapes: Mapping[str, tuple[int, int]], source: Mapping
+) -> None:
+    """Write masks, and where they came from; the file appears complete or not at all.
+
+    Args:
+        masks: name -> mask.
+        shapes: name -> (out_features, in_features), which lets the file be read without its model.
+    """
     tensors = {}
     for name, mask in masks.items():
         tensors[name + _COLUMNS] = mask.columns.cpu()
         tensors[name + _ROW_OFFSETS] = mask.row_offsets.cpu()
+    recorded = {"mask_source": dict(source), "mask_shapes": {name: list(shapes[name]) for name in masks}}
+    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in recorded.items()}}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "mask_source": json.dumps(dict(source))})
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def check_mask_path(path: Path) -> None:

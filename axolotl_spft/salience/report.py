@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from axolotl_spft.ops.mask.csr import Mask, used_columns, used_rows
+from axolotl_spft.salience.module_types import places_of
+from axolotl_spft.tables import aligned, percent
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,47 @@ class MatrixReport:
     @property
     def entries(self) -> int:
         return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Figures of several matrices together.
+
+    Attributes:
+        density: the share of their entries that is selected.
+        rows, columns: the share of their rows, and of their columns, that hold a selected entry.
+        area: used rows x used columns of each, as a share of their entries.
+    """
+
+    matrices: int
+    selected: int
+    entries: int
+    density: float
+    rows: float
+    columns: float
+    area: float
+
+    HEADER: ClassVar = ("matrices", "selected", "share", "rows", "columns", "area")
+
+    def cells(self) -> tuple[str, ...]:
+        """A row of a table under ``HEADER``."""
+        shares = (self.density, self.rows, self.columns, self.area)
+        return (str(self.matrices), f"{self.selected:,}", *map(percent, shares))
+
+
+def coverage_of(matrices: Iterable[MatrixReport]) -> Coverage:
+    """The figures of ``matrices`` (at least one) together."""
+    matrices = list(matrices)
+    selected, entries = sum(m.selected for m in matrices), sum(m.entries for m in matrices)
+    return Coverage(
+        matrices=len(matrices),
+        selected=selected,
+        entries=entries,
+        density=selected / entries,
+        rows=sum(m.used_rows for m in matrices) / sum(m.out_features for m in matrices),
+        columns=sum(m.used_columns for m in matrices) / sum(m.in_features for m in matrices),
+        area=sum(m.used_rows * m.used_columns for m in matrices) / entries,
+    )
 
 
 @dataclass(frozen=True)
@@ -44,47 +88,23 @@ class MaskReport:
         return sum(matrix.entries for matrix in self.matrices)
 
     def __str__(self) -> str:
+        places = places_of(matrix.name for matrix in self.matrices)
         groups: dict[str, list[MatrixReport]] = {}
         for matrix in self.matrices:
-            groups.setdefault(matrix.name.rpartition(".")[2], []).append(matrix)
-        header = ("module", "matrices", "selected", "share", "rows", "columns", "area")
-        rows = [_row(name, group) for name, group in groups.items()]
+            groups.setdefault(places[matrix.name].kind, []).append(matrix)
+        rows = [(name, *coverage_of(group).cells()) for name, group in groups.items()]
         if len(rows) > 1:
-            rows.append(_row("total", list(self.matrices)))
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in
-                      enumerate(zip(row, widths)))
-            for row in [header, *rows]
-        ]  # fmt: skip
-        return "\n".join([f"Sparse mask: {self.source}", *lines])
+            rows.append(("total", *coverage_of(self.matrices).cells()))
+        return "\n".join([f"Sparse mask: {self.source}", *aligned(("module", *Coverage.HEADER), rows)])
 
 
-def _row(name: str, group: list[MatrixReport]) -> tuple[str, ...]:
-    def share(part: float, whole: float) -> str:
-        return f"{100 * part / whole:.2f}%"
-
-    return (
-        name,
-        str(len(group)),
-        f"{sum(m.selected for m in group):,}",
-        share(sum(m.selected for m in group), sum(m.entries for m in group)),
-        share(sum(m.used_rows for m in group), sum(m.out_features for m in group)),
-        share(sum(m.used_columns for m in group), sum(m.in_features for m in group)),
-        share(sum(m.used_rows * m.used_columns for m in group), sum(m.entries for m in group)),
-    )
+def report_matrix(name: str, mask: Mask, in_features: int) -> MatrixReport:
+    """The figures of one matrix."""
+    rows, columns = used_rows(mask).numel(), used_columns(mask, in_features).numel()
+    return MatrixReport(name, mask.out_features, in_features, mask.nnz, rows, columns)
 
 
 def report_masks(masks: Mapping[str, tuple[Mask, int]], source: str, samples: int) -> MaskReport:
     """The report of ``masks``: name -> (mask, in_features)."""
-    return MaskReport(
-        tuple(
-            MatrixReport(
-                name, mask.out_features, in_features, mask.nnz,
-                used_rows(mask).numel(), used_columns(mask, in_features).numel(),
-            )
-            for name, (mask, in_features) in masks.items()
-        ),
-        source,
-        samples,
-    )  # fmt: skip
+    matrices = (report_matrix(name, mask, in_features) for name, (mask, in_features) in masks.items())
+    return MaskReport(tuple(matrices), source, samples)
