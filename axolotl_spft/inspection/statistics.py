@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from axolotl_spft.module_types import Place, layers_in_order, places_of
+from axolotl_spft.ops.mask.coverage import Coverage, MatrixReport, coverage_of, report_matrix
 from axolotl_spft.ops.mask.csr import Mask, row_indices
-from axolotl_spft.salience.module_types import Place, layers_in_order, places_of
-from axolotl_spft.salience.report import Coverage, MatrixReport, coverage_of, report_matrix
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 # the shares of rows, or columns, at which a concentration curve is told

@@ -15,7 +15,7 @@ from axolotl_spft.inspection.statistics import (
     by_layer,
     figures_of,
 )
-from axolotl_spft.salience.report import Coverage
+from axolotl_spft.ops.mask.coverage import Coverage
 from axolotl_spft.tables import aligned, percent
 
 NO_BASE = "Relative changes are not told: they need the base model's weights (--base FOLDER)."

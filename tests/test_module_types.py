@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from axolotl_spft.salience.module_types import layers_in_order, places_of
+from axolotl_spft.module_types import layers_in_order, places_of
 
 
 def test_llama_with_a_head():
