@@ -39,7 +39,7 @@ def compute_mask(config: Path, output: Path) -> bool:
     check_writable(output)
     with _own_output_dir() as folder:
         nothing = dict.fromkeys(_NOT_FOR_A_MASK)
-        first = _prepare(_validated(config, output_dir=folder, spft__mask_path=str(output.absolute()), **nothing))
+        first = _prepare(_validated(str(config), output_dir=folder, spft__mask_path=str(output.absolute()), **nothing))
     if first and not output.is_file():
         raise SpftFileError(f"the mask could not be saved to {output}: the warning above says why")
     return first
@@ -62,7 +62,7 @@ def _check_config(config: Path) -> None:
         raise SpftError(f"{config}: `use_ray: true` starts trainings only: leave it out, and launch with accelerate")
 
 
-def _validated(config: Path, **changes: Any) -> Any:
+def _validated(config: str, **changes: Any) -> Any:
     from axolotl.cli.config import load_cfg
     from pydantic import ValidationError
 
