@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
-from axolotl_spft.inspection.base import BaseWeights
+from axolotl_spft.checkpoint.base import BaseCheckpoint
+from axolotl_spft.checkpoint.skeleton import skeleton
+from axolotl_spft.errors import SpftFileError
 from axolotl_spft.inspection.overlap import Overlap, check_same_model, overlap_of
 from axolotl_spft.inspection.reading import SparseFile, read_sparse_file
-from axolotl_spft.inspection.statistics import MatrixFigures, measure
+from axolotl_spft.inspection.statistics import Matrix, MatrixFigures, measure
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,31 @@ def inspect_files(paths: Sequence[Path], base: Path | None = None) -> Inspection
     Raises:
         SpftFileError: a file is damaged or of another kind, or the two belong to different models.
     """
-    weights = BaseWeights(base) if base else None
-    files = tuple(read_sparse_file(path, weights) for path in paths)
+    files = tuple(read_sparse_file(path, base) for path in paths)
     if len(files) == 2:
         check_same_model(files[0].matrices, files[1].matrices, tuple(str(path) for path in paths))
-    figures = tuple(_measured(file, weights) for file in files)
+    checkpoint = None
+    if base is not None:
+        names = dict.fromkeys(name for file in files for name in file.matrices)
+        checkpoint = BaseCheckpoint(base, skeleton(base, names))
+    figures = tuple(_measured(file, checkpoint) for file in files)
     overlaps = None
     if len(files) == 2:
         one, other = (file.matrices for file in files)
         overlaps = {name: overlap_of(one[name], other[name]) for name in one if name in other}
-    return Inspection(files, figures, overlaps, weights is not None)
+    return Inspection(files, figures, overlaps, base is not None)
 
 
-def _measured(file: SparseFile, base: BaseWeights | None) -> tuple[MatrixFigures, ...]:
-    weight_of = (lambda matrix: base.weight(matrix.name, matrix.shape)) if base else None
+def _measured(file: SparseFile, base: BaseCheckpoint | None) -> tuple[MatrixFigures, ...]:
+    def weight_of(matrix: Matrix) -> Tensor:
+        weight = base.read_matrix(matrix.name)
+        if weight.shape != matrix.shape:
+            raise SpftFileError(
+                f"{file.path}: {matrix.name} is {matrix.shape}, but in {base.shards.folder} {tuple(weight.shape)}: "
+                "name the folder of the base model that it was made for"
+            )
+        return weight
+
     # a small file is measured before a bar would help
     matrices = tqdm(file.matrices.values(), desc=file.path.name, unit="matrix", leave=False, delay=2)
-    return tuple(measure(matrices, list(file.matrices), weight_of))
+    return tuple(measure(matrices, list(file.matrices), weight_of if base else None))
