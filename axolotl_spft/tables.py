@@ -17,5 +17,5 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """A share in percent, with two decimals."""
-    return f"{100 * share:.2f}%"
+    """A share in percent, with two decimals, or two significant digits where it is small."""
+    return f"{100 * share:.2f}%" if share == 0 or share >= 1e-3 else f"{100 * share:.2g}%"

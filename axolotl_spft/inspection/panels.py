@@ -24,7 +24,7 @@ class HeatMap:
 
     Attributes:
         unit: what a cell's number is, for the colour scale.
-        cells: one list of a number for each layer, for each module type; None where there is no such matrix.
+        cells: for each module type a number for each layer; None where there is no such matrix, or nothing to tell.
         top: the end of the colour scale, which begins at 0.
         form: a number as text.
     """
@@ -141,6 +141,12 @@ def round_up(value: float) -> float:
     power = 10.0 ** math.floor(math.log10(value))
     steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
     return next(step * power for step in steps if step * power >= value * (1 - 1e-9))
+
+
+def tick_step(count: int, most: int) -> int:
+    """How far apart at most ``most`` ticks stand over ``count`` places: 1, 2, 5, 10, 20, ..."""
+    steps = (mantissa * 10**power for power in range(12) for mantissa in (1, 2, 5))
+    return next(step for step in steps if step * most >= count)
 
 
 def _percent(share: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.files import atomic_path, check_writable
 from axolotl_spft.inspection.inspect import Inspection
-from axolotl_spft.inspection.panels import Curves, HeatMap, Histogram, sections
+from axolotl_spft.inspection.panels import Curves, HeatMap, Histogram, sections, tick_step
 from axolotl_spft.inspection.statistics import GRID
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -61,7 +61,8 @@ def _draw(panel: HeatMap | Curves | Histogram, axes: Any) -> None:
         _curves(panel, axes)
     else:
         axes.bar(panel.edges[:-1], panel.counts, width=panel.edges[1] - panel.edges[0], align="edge", color=_COLOURS[1])
-        axes.xaxis.set_major_formatter(lambda exponent, _: f"{10**exponent:.1e}")
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(lambda exponent, _: f"{10**exponent:.2g}")
         axes.set_xlabel(panel.x_label)
         axes.set_ylabel(panel.y_label)
 
@@ -73,10 +74,11 @@ def _heat_map(panel: HeatMap, axes: Any) -> None:
     colours = LinearSegmentedColormap.from_list("pale to strong", _COLOURS).with_extremes(bad=_ABSENT)
     cells = numpy.array([[numpy.nan if cell is None else cell for cell in row] for row in panel.cells])
     image = axes.imshow(cells, cmap=colours, vmin=0, vmax=panel.top, aspect="auto", interpolation="nearest")
-    step = -(-len(panel.layers) // 12)
+    step = tick_step(len(panel.layers), 12)
     axes.set_xticks(range(0, len(panel.layers), step), panel.layers[::step])
     axes.set_yticks(range(len(panel.kinds)), panel.kinds)
-    axes.set_xlabel("layer")
+    absent = any(cell is None for row in panel.cells for cell in row)
+    axes.set_xlabel("layer (grey: no trained entry)" if absent else "layer")
     axes.figure.colorbar(image, ax=axes, label=panel.unit, format=lambda value, _: panel.form(value))
 
 
