@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,14 +18,23 @@ from axolotl_spft.ops.mask.csr import Mask, problems_of
 _COLUMNS, _ROW_OFFSETS = ".spft_columns", ".spft_row_offsets"
 
 
-def save_masks(path: str | os.PathLike, masks: Mapping[str, Mask], source: Mapping) -> None:
-    """Write ``masks`` (name -> mask) and where they came from; the file appears complete or not at all."""
+def save_masks(
+    path: str | os.PathLike, masks: Mapping[str, Mask], shapes: Mapping[str, tuple[int, int]], source: Mapping
+) -> None:
+    """Write masks, and where they came from; the file appears complete or not at all.
+
+    Args:
+        masks: name -> mask.
+        shapes: name -> (out_features, in_features), which lets the file be read without its model.
+    """
     tensors = {}
     for name, mask in masks.items():
         tensors[name + _COLUMNS] = mask.columns.cpu()
         tensors[name + _ROW_OFFSETS] = mask.row_offsets.cpu()
+    recorded = {"mask_source": dict(source), "mask_shapes": {name: list(shapes[name]) for name in masks}}
+    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in recorded.items()}}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "mask_source": json.dumps(dict(source))})
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def check_mask_path(path: Path) -> None:
@@ -38,6 +47,41 @@ def check_mask_path(path: Path) -> None:
         check_safetensors(path) if path.is_file() else check_writable(path)
     except SpftFileError as error:
         raise SpftFileError(f"`mask_path: {path}`: {error}") from error
+
+
+def read_mask_file(
+    path: str | os.PathLike, shapes_of: Callable[[list[str]], Mapping[str, tuple[int, int]]]
+) -> tuple[dict[str, Mask], dict[str, tuple[int, int]], dict]:
+    """Read a mask file without its model.
+
+    Args:
+        shapes_of: names -> name -> (out_features, in_features), asked where the file does not record the shapes.
+
+    Returns:
+        name -> mask and name -> (out_features, in_features), in the model's order where it is recorded; the source.
+
+    Raises:
+        SpftFileError: the file is damaged, or no mask file.
+    """
+    check_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        header, keys = file.metadata() or {}, set(file.keys())
+    source, recorded = (_parsed(header.get(key, "{}")) for key in ("mask_source", "mask_shapes"))
+    if not isinstance(source, dict) or not isinstance(recorded, dict):
+        raise SpftFileError(f"{path}: its header is damaged; copy it again")
+    names = {key.removesuffix(_COLUMNS) for key in keys if key.endswith(_COLUMNS)}
+    if not names or any(not key.endswith((_COLUMNS, _ROW_OFFSETS)) for key in keys):
+        raise SpftFileError(f"{path} is another kind of file: name a mask file or a sparse adapter")
+    if recorded.keys() != names:
+        recorded = shapes_of(sorted(names, key=_by_numbers))
+    shapes = {name: tuple(shape) for name, shape in recorded.items()}
+    masks, _ = load_masks(path, shapes, "Copy or make it again")
+    return masks, shapes, source
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def load_masks(

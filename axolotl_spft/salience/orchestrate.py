@@ -91,7 +91,7 @@ def select_mask(
         give_back_memory()
         origin = _describe(source)
         if path is not None and ranks.rank == 0:
-            _save(path, masks, source)
+            _save(path, masks, shapes_of(layers), source)
     install_masks(model, adapter_name, masks, source)
     check_same_mask(model, ranks, adapter_name)
     return report_masks(
@@ -99,9 +99,9 @@ def select_mask(
     )
 
 
-def _save(path: Path, masks: Mapping[str, Mask], source: Mapping) -> None:
+def _save(path: Path, masks: Mapping[str, Mask], shapes: Mapping[str, tuple[int, int]], source: Mapping) -> None:
     try:
-        save_masks(path, masks, source)
+        save_masks(path, masks, shapes, source)
     except (SafetensorError, OSError) as error:
         # the pass may have taken long, and every checkpoint holds the mask
         warnings.warn(f"the mask could not be saved to {path} ({error}): the run goes on without that", stacklevel=4)

@@ -27,11 +27,12 @@ from axolotl_spft.bench.base import target_layers
 from axolotl_spft.bench.machine import machine
 from axolotl_spft.bench.report import write_json
 from axolotl_spft.budget import layer_budgets, total_budget
+from axolotl_spft.ops.mask.coverage import MatrixReport
 from axolotl_spft.ops.mask.csr import Mask, mask_from_positions, used_columns
 from axolotl_spft.salience.collect import gathered_gradients
 from axolotl_spft.salience.metrics.metric import load_metric
 from axolotl_spft.salience.metrics.statistics import Statistics
-from axolotl_spft.salience.report import MatrixReport, report_masks
+from axolotl_spft.salience.report import report_masks
 from axolotl_spft.salience.select import top_k, top_k_per_row
 from axolotl_spft.tuner.shared_input import group_by_input
 

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from integration.launch import crash
@@ -32,8 +32,13 @@ def train(config: Path, ranks: int, dies_at: str | None = None, timeout_seconds:
     return _run([config], ranks, own, -signal.SIGKILL if dies_at else 0, timeout_seconds)
 
 
-def train_all(configs: Sequence[Path], ranks: int, timeout_seconds: float = 1200) -> dict[str, str | None]:
+def train_all(
+    configs: Sequence[Path], ranks: int, timeout_seconds: float = 1200, masks: Mapping[Path, Path] | None = None
+) -> dict[str, str | None]:
     """Train several configurations, all with DeepSpeed or all without, in the same processes.
+
+    Args:
+        masks: configurations that are not trained: their mask is computed and saved to this file.
 
     Returns:
         name -> error, or None where it went well.
@@ -41,15 +46,22 @@ def train_all(configs: Sequence[Path], ranks: int, timeout_seconds: float = 1200
     Raises:
         TrainingFailed: the processes did not come to the last one.
     """
-    _run(configs, ranks, environment(configs[0]), 0, timeout_seconds)
+    _run(configs, ranks, environment(configs[0]), 0, timeout_seconds, masks)
     results = [json.loads(config.with_suffix(".result.json").read_text()) for config in configs]
     return {config.stem: result["error"] for config, result in zip(configs, results)}
 
 
-def _run(configs: Sequence[Path], ranks: int, own: dict[str, str], expected: int, timeout_seconds: float) -> str:
+def _run(
+    configs: Sequence[Path],
+    ranks: int,
+    own: dict[str, str],
+    expected: int,
+    timeout_seconds: float,
+    masks: Mapping[Path, Path] | None = None,
+) -> str:
     names = ", ".join(config.name for config in configs)
     started = subprocess.Popen(
-        command(configs, ranks), env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command(configs, ranks, masks), env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:

@@ -11,7 +11,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -30,9 +30,17 @@ ON_CPU = {**_DEVICE, "ACCELERATE_USE_CPU": "true"}
 DEEPSPEED_ON_CPU = {**_DEVICE, "ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 
 
-def command(configs: Sequence[Path], ranks: int) -> list[str]:
-    """The command line that starts the ranks; it needs `environment`."""
-    worker = ["-m", "integration.launch.worker", *(str(config.resolve()) for config in configs)]
+def command(configs: Sequence[Path], ranks: int, masks: Mapping[Path, Path] | None = None) -> list[str]:
+    """The command line that starts the ranks; it needs `environment`.
+
+    Args:
+        masks: configurations that are not trained: their mask is computed and saved to this file.
+    """
+    tasks = [
+        f"{config.resolve()}={masks[config]}" if config in (masks or {}) else str(config.resolve())
+        for config in configs
+    ]
+    worker = ["-m", "integration.launch.worker", *tasks]
     if ranks == 1:
         return [sys.executable, *worker]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
@@ -50,9 +58,11 @@ def environment(config: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="an Axolotl configuration")
+    parser.add_argument("--mask", type=Path, help="compute the mask alone, as `axolotl spft mask`, and save it here")
     parser.add_argument("--ranks", type=int, default=2, help="how many processes (2)")
     arguments = parser.parse_args()
-    done = subprocess.run(command([arguments.config], arguments.ranks), env=environment(arguments.config))
+    masks = {arguments.config: arguments.mask} if arguments.mask else None
+    done = subprocess.run(command([arguments.config], arguments.ranks, masks), env=environment(arguments.config))
     sys.exit(done.returncode)
 
 

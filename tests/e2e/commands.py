@@ -16,7 +16,7 @@ def run_axolotl(verb: str, config: Path, *arguments: str, check: bool = True, st
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
         command += ["-m", "axolotl.cli.train", str(config), *arguments]
     else:
-        command = [sys.executable, "-m", "axolotl.cli.main", verb, str(config), *arguments]
+        command = [sys.executable, "-m", "axolotl.cli.main", *verb.split(), str(config), *arguments]
     done = subprocess.run(
         command,
         env={**os.environ, **OFFLINE},

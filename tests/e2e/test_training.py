@@ -70,7 +70,7 @@ def test_every_trained_value_moved(trained):
 
 
 @pytest.fixture(scope="module")
-def runs(workspace, trained):
+def runs(workspace, trained, mask_alone):
     """Further trainings in one process: name -> (output folder, error or None, log)."""
     output_dir, _ = trained
     shutil.copytree(output_dir / "checkpoint-3", workspace / "auto" / "checkpoint-3")
@@ -99,7 +99,7 @@ def runs(workspace, trained):
         "val_set_size": 0,
         "lora_model_dir": str(output_dir),
     }
-    mask = str(workspace / "mask.safetensors")
+    mask = str(mask_alone[0])
     configs = [
         write_config(
             workspace,
@@ -174,9 +174,17 @@ def test_resume_from_an_incomplete_checkpoint_by_name_is_refused(runs):
         assert part in runs["named_half"]
 
 
+def test_the_mask_command_makes_the_mask_of_the_run_and_nothing_else(workspace, trained, mask_alone):
+    path, log = mask_alone
+    assert same_bits(load_file(path), load_file(workspace / "mask.safetensors"))
+    assert log.count("Sparse mask: salience gradient, scope layer, samples 8, seed 7") == 1
+    assert f"axolotl spft inspect {path}" in log
+    assert not (workspace / "never_made").exists()
+
+
 @pytest.mark.parametrize("name", ["from_mask", "recomputed"])
 def test_salience_pass_leaves_no_trace(trained, runs, workspace, name):
-    """With the mask from a file, or computed again, the run is the same bit for bit."""
+    """With the mask of `axolotl spft mask`, or computed again, the run is the same bit for bit."""
     output_dir, _ = trained
     assert runs[name] is None
     assert_same_checkpoint(output_dir / "checkpoint-6", workspace / name / "checkpoint-6")

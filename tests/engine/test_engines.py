@@ -62,6 +62,7 @@ def runs(folder):
             # these last: DeepSpeed and transformers partition every later model of the process
             case("plain", "zero3", spft={**mask, "mask_path": str(folder / "zero3_mask.safetensors")}),
             case("from_file", "zero3", spft={**mask, "mask_path": str(folder / "zero3_mask.safetensors")}),
+            case("mask", "zero3", spft={"density": 0.05, "samples": 16}),
             case("few", "zero3", spft=FEW),
             case("head", "zero3", spft=WITH_HEAD),
             case("continued", "zero3", **saved),
@@ -69,7 +70,9 @@ def runs(folder):
             case("bf16", "zero3", bf16=True, **GRADIENTS),
         ]
 
-    return train_all(cases("single", 1), 1) | train_all(cases("ddp"), RANKS) | train_all(cases("zero"), RANKS)
+    sharded = cases("zero")
+    alone = {config: folder / f"{config.stem}.safetensors" for config in sharded if config.stem == "zero3_mask"}
+    return train_all(cases("single", 1), 1) | train_all(cases("ddp"), RANKS) | train_all(sharded, RANKS, masks=alone)
 
 
 def figures(folder, name: str):

@@ -19,7 +19,7 @@ def masks():
 
 def test_saved_and_read_again(tmp_path):
     path = tmp_path / "mask.safetensors"
-    save_masks(path, masks(), {"salience": "gradient", "samples": 8})
+    save_masks(path, masks(), SHAPES, {"salience": "gradient", "samples": 8})
     again, source = load_masks(path, SHAPES, "Name another one")
     assert source == {"salience": "gradient", "samples": 8}
     assert list(again) == list(SHAPES)
@@ -61,7 +61,7 @@ def edited(path, **changes):
 )
 def test_damaged_files_are_one_clear_error(tmp_path, changes, part):
     path = tmp_path / "mask.safetensors"
-    save_masks(path, masks(), {})
+    save_masks(path, masks(), SHAPES, {})
     edited(path, **changes)
     with pytest.raises(SpftFileError) as caught:
         load_masks(path, SHAPES, "Name another one")
@@ -72,7 +72,7 @@ def test_damaged_files_are_one_clear_error(tmp_path, changes, part):
 @pytest.mark.parametrize("source", ["not JSON", "[1]"])
 def test_a_header_that_is_none_is_one_clear_error(tmp_path, source):
     path = tmp_path / "mask.safetensors"
-    save_masks(path, masks(), {})
+    save_masks(path, masks(), SHAPES, {})
     save_file(load_file(path), path, metadata={"mask_source": source})
     with pytest.raises(SpftFileError, match="mask_source in its header is no JSON object"):
         load_masks(path, SHAPES, "Name another one")
@@ -80,7 +80,7 @@ def test_a_header_that_is_none_is_one_clear_error(tmp_path, source):
 
 def test_row_offsets_whose_differences_overflow_are_one_clear_error(tmp_path):
     path, top = tmp_path / "mask.safetensors", 2**31 - 1
-    save_masks(path, masks(), {})
+    save_masks(path, masks(), SHAPES, {})
     edited(path, a__q_proj__spft_row_offsets=torch.tensor([0, top, -top - 1, -1, 3], dtype=torch.int32))
     with pytest.raises(SpftFileError, match="row offsets must rise"):
         load_masks(path, SHAPES, "Name another one")
@@ -88,7 +88,7 @@ def test_row_offsets_whose_differences_overflow_are_one_clear_error(tmp_path):
 
 def test_a_truncated_file_is_one_clear_error(tmp_path):
     path = tmp_path / "mask.safetensors"
-    save_masks(path, masks(), {})
+    save_masks(path, masks(), SHAPES, {})
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(SpftFileError, match="not a complete safetensors file"):
         load_masks(path, SHAPES, "Name another one")

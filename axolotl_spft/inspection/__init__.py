@@ -1,0 +1,1 @@
+"""Looking at masks and adapters: figures, tables, pictures and a page, from their files alone."""
