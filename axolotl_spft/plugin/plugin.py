@@ -63,12 +63,16 @@ class SpftPlugin(BasePlugin):
             from axolotl_spft.engine.ranks import Ranks
             from axolotl_spft.plugin.quantization import make_exceptions
             from axolotl_spft.plugin.saved_adapter import check_lora_model_dir
+            from axolotl_spft.plugin.versions import installed, untested
             from axolotl_spft.salience.mask_file import check_mask_path
 
+            first = Ranks.current().rank == 0
+            if first and (said := untested(installed())):
+                LOG.warning("%s", said)
             check_lora_model_dir(cfg)
             mask_path = (cfg.spft or {}).get("mask_path")
             # a saved adapter has its mask
-            if mask_path and not cfg.lora_model_dir and Ranks.current().rank == 0:
+            if mask_path and not cfg.lora_model_dir and first:
                 check_mask_path(Path(mask_path).expanduser())
             make_exceptions(cfg)
 
