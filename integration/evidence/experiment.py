@@ -5,7 +5,7 @@
      "steps": 80, "batch": 8, "length": 160, "seeds": [0, 1, 2],
      "methods": [{"label": "LoRA r4", "method": "lora", "options": {"r": 4}, "learning_rates": [0.001, 0.003]}]}
 
-``base``, ``bits``, ``task``, ``steps`` and ``seeds`` may stand in an entry of ``methods`` too, where they hold for that entry.
+``base``, ``bits``, ``task``, ``steps`` and ``seeds`` may stand in an entry of ``methods`` too, for that entry alone.
 """
 
 from __future__ import annotations
