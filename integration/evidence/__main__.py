@@ -64,7 +64,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="carry out what is not recorded yet")
     run.add_argument("files", nargs="+", type=Path, help="experiments")
-    run.add_argument("--data", type=Path, required=True, help="folder with GSM8K, ARC, OpenBookQA and BoolQ as JSON")
+    run.add_argument("--data", type=Path, default=Path(), help="folder with GSM8K, ARC, OpenBookQA and BoolQ as JSON")
     run.add_argument("--bases", type=Path, default=Path("build/evidence"), help="folder for models that are made here")
     run.add_argument("--threads", type=int, default=1)
     run.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded lines")
