@@ -3,6 +3,7 @@
 #   make test         run all tests
 #   make bench        compare a training step with LoRA's, SHiRA's and the limit
 #   make engines      train under DDP and DeepSpeed ZeRO-1, 2, 3 on two CPU ranks, kill, resume, and compare
+#   make evidence     compare tuned methods on the quickstart's model (integration/evidence has the larger experiments)
 # TORCH says which build: `make test TORCH=torch` takes the newest.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +14,7 @@ CONFIG := examples/quickstart/spft.yml
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test bench engines lint clean
+.PHONY: quickstart test bench engines evidence lint clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +35,11 @@ bench: $(VENV)/installed
 
 engines: $(VENV)/installed
 	$(BIN)/python -m integration.engines.matrix
+
+evidence: $(VENV)/installed
+	$(BIN)/python examples/quickstart/prepare.py
+	$(BIN)/python -m integration.evidence run integration/evidence/experiments/small.json --threads 2 --results build/evidence/results
+	$(BIN)/python -m integration.evidence report --results build/evidence/results --output build/evidence
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,0 +1,91 @@
+"""Runs experiments and draws their tables.
+
+python -m integration.evidence run integration/evidence/experiments/rates-16bit.json --data FOLDER
+python -m integration.evidence report
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from integration.evidence.experiment import key_of, read_experiment, runs_of
+from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of
+
+# glibc gives large blocks back at every step otherwise, and faulting them in anew takes a good part of it
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+
+
+def run_files(files: list[Path], data: Path, bases: Path, threads: int, results: Path) -> None:
+    """Every run that is not recorded yet; several processes may work on one queue."""
+    import torch
+
+    from integration.evidence.train import train
+
+    torch.set_num_threads(threads)
+    queue = [(file, run) for file in files for run in runs_of(read_experiment(file))]
+    for number, (file, run) in enumerate(queue, 1):
+        path = results / f"{file.stem}.jsonl"
+        with _claimed(bases / "claims", key_of(run)) as mine:
+            if not mine or key_of(run) in records_of(path):
+                continue
+            print(f"[{number}/{len(queue)}] {file.stem}: {key_of(run)}", flush=True)
+            result = train(run, data, bases)
+            append(path, run, result)
+            print(f"    {result}", flush=True)
+
+
+class _claimed:
+    """A lock on one run, so that no other process does it meanwhile; ``as`` says whether it was to be had."""
+
+    def __init__(self, folder: Path, key: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+    def __enter__(self) -> bool:
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="carry out what is not recorded yet")
+    run.add_argument("files", nargs="+", type=Path, help="experiments")
+    run.add_argument("--data", type=Path, default=Path(), help="folder with GSM8K, ARC, OpenBookQA and BoolQ as JSON")
+    run.add_argument("--bases", type=Path, default=Path("build/evidence"), help="folder for models that are made here")
+    run.add_argument("--threads", type=int, default=1)
+    run.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded lines")
+    report = commands.add_parser("report", help="draw README.md and its pictures from the recorded lines")
+    report.add_argument("--results", type=Path, default=RESULTS)
+    report.add_argument("--output", type=Path, default=Path(__file__).parent)
+    arguments = parser.parse_args()
+    if arguments.command == "report":
+        from integration.evidence.report import write_report
+
+        write_report(EXPERIMENTS, arguments.results, arguments.output)
+        return
+    if _MALLOC.items() - os.environ.items():
+        # read by glibc when a process starts
+        sys.exit(
+            subprocess.run(
+                [sys.executable, "-m", "integration.evidence", *sys.argv[1:]], env=os.environ | _MALLOC
+            ).returncode
+        )
+    run_files(arguments.files, arguments.data, arguments.bases, arguments.threads, arguments.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The methods that are compared, each as a model that is ready to train and the parameter groups of its optimizer.
+
+Options of a method, as an experiment names them:
+
+- ``spft``: any field of `SpftConfig`; ``relative_rate`` p makes each matrix' learning rate that of the run times
+  rms(W) / mean rms(W) times (density / 0.005)^-p.
+- ``lora``: ``r``, ``alpha`` (2 r by default), ``use_rslora``, ``use_dora``, ``init_lora_weights`` (as ``pissa``), and
+  ``start: quantization_error``: the activation-weighted best low-rank approximation of W - Q(W), as LoftQ-like
+  methods start.
+- ``shira``: ``r``. ``full``: none. ``none``: nothing is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from axolotl_spft import SparseAdamW, SpftConfig, select_mask
+from axolotl_spft.tuner.state import spft_layers
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Ready(NamedTuple):
+    """A model to train; ``trained`` is the count of numbers that an optimizer changes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    trained: int
+
+
+class Setting(NamedTuple):
+    """What methods are built from; ``unquantized`` loads the base in its own dtype."""
+
+    base: PreTrainedModel
+    options: Mapping[str, Any]
+    learning_rate: float
+    batches: Callable[[], Iterable[dict[str, Tensor]]]
+    seed: int
+    unquantized: Callable[[], PreTrainedModel]
+
+
+def spft(setting: Setting) -> Ready:
+    options = {"target_modules": PROJECTIONS, "seed": setting.seed, **setting.options}
+    power = options.pop("relative_rate", None)
+    model = get_peft_model(setting.base, SpftConfig(**options))
+    select_mask(model, setting.batches())
+    if power is None:
+        groups = [{"params": _trainable(model), "lr": setting.learning_rate}]
+    else:
+        groups = _relative_groups(model, setting.learning_rate, power)
+    return Ready(model, SparseAdamW(groups, lr=setting.learning_rate, weight_decay=0.0), _count(model))
+
+
+def _relative_groups(model: nn.Module, learning_rate: float, power: float) -> list[dict]:
+    layers = [layer for layer in spft_layers(model).values() if layer.mask("default").nnz]
+    scales = [layer.read_weight().float().square().mean().sqrt().item() for layer in layers]
+    mean = sum(scales) / len(scales)
+    groups = []
+    for layer, scale in zip(layers, scales):
+        density = layer.mask("default").nnz / (layer.in_features * layer.out_features)
+        rate = learning_rate * scale / mean * (density / 0.005) ** -power
+        groups.append({"params": [layer.spft_values["default"]], "lr": rate})
+    return groups
+
+
+def lora(setting: Setting) -> Ready:
+    options = dict(setting.options)
+    start = options.pop("start", None)
+    options["lora_alpha"] = options.pop("alpha", 2 * options["r"])
+    model = get_peft_model(setting.base, LoraConfig(target_modules=PROJECTIONS, **options))
+    if start == "quantization_error":
+        _start_at_quantization_error(model, setting)
+    return Ready(model, _adamw(_trainable(model), setting.learning_rate), _count(model))
+
+
+@torch.no_grad()
+def _start_at_quantization_error(model: nn.Module, setting: Setting) -> None:
+    """B A = the best rank-r approximation of (W - Q(W)) diag(rms of the inputs), times diag(rms)^-1."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import resolve_quantization_backend
+
+    layers = {name: layer for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoraLayer)}
+    scales = _input_rms(model, layers, setting.batches())
+    weights = setting.unquantized().state_dict()
+    for name, layer in layers.items():
+        base_layer = layer.get_base_layer()
+        quantized = resolve_quantization_backend(base_layer).get_base_weight(base_layer).float()
+        error, scale = weights[f"{name}.weight"].to(quantized) - quantized, scales[name].clamp_min(1e-8)
+        left, sizes, right = torch.linalg.svd(error * scale, full_matrices=False)
+        rank, factor = layer.r["default"], layer.scaling["default"]
+        roots = (sizes[:rank] / factor).sqrt()
+        layer.lora_B["default"].weight.copy_(left[:, :rank] * roots)
+        layer.lora_A["default"].weight.copy_(roots[:, None] * right[:rank] / scale)
+
+
+def _input_rms(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The root mean square of each layer's input columns over the tokens that are no padding."""
+    squares, tokens, kept = {}, 0, None
+
+    def hook(name: str):
+        def add(_, args: tuple) -> None:
+            squares[name] = squares.get(name, 0) + args[0].float()[kept].square().sum(0)
+
+        return add
+
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        kept = batch["attention_mask"].bool()
+        tokens += int(kept.sum())
+        model(**batch)
+    model.train(was_training)
+    for each in hooks:
+        each.remove()
+    return {name: (total / tokens).sqrt() for name, total in squares.items()}
+
+
+def shira(setting: Setting) -> Ready:
+    model = get_peft_model(
+        setting.base, ShiraConfig(target_modules=PROJECTIONS, random_seed=setting.seed, **setting.options)
+    )
+    return Ready(model, _adamw(_trainable(model), setting.learning_rate), _count(model))
+
+
+def full(setting: Setting) -> Ready:
+    for name, parameter in setting.base.named_parameters():
+        parameter.requires_grad_(any(f".{projection}." in name for projection in PROJECTIONS))
+    return Ready(setting.base, _adamw(_trainable(setting.base), setting.learning_rate), _count(setting.base))
+
+
+def none(setting: Setting) -> Ready:
+    return Ready(setting.base, None, 0)
+
+
+METHODS: Mapping[str, Callable[[Setting], Ready]] = {
+    "spft": spft,
+    "lora": lora,
+    "shira": shira,
+    "full": full,
+    "none": none,
+}
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in _trainable(model))
+
+
+def _adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)

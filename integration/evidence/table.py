@@ -1,0 +1,66 @@
+"""Recorded runs summed up: one row for each method and learning rate, its figures over the seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from integration.evidence.experiment import key_of, runs_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one method at one rate: name -> one figure for each recorded seed."""
+
+    label: str
+    method: str
+    learning_rate: float
+    trained: int
+    figures: Mapping[str, tuple[float, ...]]
+    # of how many seeds that were asked for
+    wanted: int
+
+    def mean(self, name: str) -> float | None:
+        values = self.figures.get(name)
+        return statistics.fmean(values) if values else None
+
+    def text(self, name: str) -> str:
+        """The mean, and with several seeds half of the range."""
+        values = self.figures.get(name)
+        if not values:
+            return ""
+        if len(values) == 1:
+            return f"{values[0]:.3f}"
+        return f"{statistics.fmean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
+
+
+def rows_of(experiment: dict[str, Any], records: Mapping[str, dict[str, Any]]) -> list[Row]:
+    """The rows that have a recorded run, in the order of the experiment."""
+    labels = {}
+    for entry in experiment["methods"]:
+        for run in runs_of({**experiment, "methods": [entry]}):
+            labels.setdefault((entry["label"], run["method"], run["learning_rate"]), []).append(run)
+    rows = []
+    for (label, method, rate), runs in labels.items():
+        results = [records[key_of(run)]["result"] for run in runs if key_of(run) in records]
+        if results:
+            names = sorted(set().union(*results))
+            figures = {name: tuple(each[name] for each in results if name in each) for name in names}
+            rows.append(Row(label, method, rate, int(results[0]["trained"]), figures, len(runs)))
+    return rows
+
+
+def best_rows(rows: Iterable[Row]) -> dict[str, tuple[Row, bool]]:
+    """label -> its row of the lowest mean task loss, and whether that rate lies inside the grid."""
+    grids: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.mean("after_task_loss") is not None:
+            grids.setdefault(row.label, []).append(row)
+    best = {}
+    for label, grid in grids.items():
+        ordered = sorted(grid, key=lambda row: row.learning_rate)
+        winner = min(ordered, key=lambda row: row.mean("after_task_loss"))
+        best[label] = winner, ordered[0] is not winner is not ordered[-1]
+    return best

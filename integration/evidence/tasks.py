@@ -1,0 +1,127 @@
+"""The tasks of the experiments: prompts with answers, and text that a task does not train."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from integration.evidence.bases import QUICKSTART
+
+# files of the folder that `--data` names, and how many examples of the test set are judged
+CHOICE_TASKS = {"arc-easy": "ARC-Easy", "arc-challenge": "ARC-Challenge", "openbookqa": "openbookqa", "boolq": "boolq"}
+TASKS = ("gsm8k", *CHOICE_TASKS, "docstrings")
+
+
+class Example(NamedTuple):
+    """A prompt and its answer; ``choices`` are all answers that are compared, the right one among them."""
+
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] = ()
+
+
+class Task(NamedTuple):
+    """What is trained, what is judged, and texts of other kinds (name -> texts) that should not get worse."""
+
+    train: list[Example]
+    test: list[Example]
+    untouched: dict[str, list[str]]
+
+
+def load_task(name: str, data: Path, judged: int) -> Task:
+    """A task by name, with the first ``judged`` examples of its shuffled test set.
+
+    Raises:
+        SystemExit: the name or a file is unknown.
+    """
+    if name not in TASKS:
+        raise SystemExit(f"task {name!r} is unknown: it must be one of {', '.join(TASKS)}")
+    held_out_python = _held_out_source(judged)
+    if name == "docstrings":
+        return Task(*_docstrings(judged), untouched={"python": held_out_python})
+    if name == "gsm8k":
+        train, test = (_maths(data / f"gsm8k_{part}.jsonl") for part in ("train", "test"))
+        english = [_question(row) for row in _rows(data / "ARC-Easy_test.json")]
+    else:
+        train, test = (_choice(data / f"{CHOICE_TASKS[name]}_{part}.json") for part in ("train", "test"))
+        english = [example.prompt for example in _maths(data / "gsm8k_test.jsonl")]
+    return Task(
+        train,
+        _shuffled(test)[:judged],
+        {"english": _shuffled(english)[:judged], "python": held_out_python},
+    )
+
+
+def _rows(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing: name the folder that holds it with --data")
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def _maths(path: Path) -> list[Example]:
+    return [
+        Example(f"Question: {row['question']}\nAnswer:", " " + re.sub(r"<<[^>]*>>", "", row["answer"]))
+        for row in _rows(path)
+    ]
+
+
+def _question(row: dict) -> str:
+    """The bare question of a multiple-choice row."""
+    text = re.sub(r"^Please [^:]*?(?:question:|question: )\s*", "", row["instruction"])
+    text = re.sub(r"^Please answer the following question with true or false, question:\s*", "", text)
+    return text.split("\n\nAnswer")[0].strip()
+
+
+def _choice(path: Path) -> list[Example]:
+    """The answers as text, which a small model can judge, not as the names of the answers."""
+    examples = []
+    for row in _rows(path):
+        if row["answer"] in ("true", "false"):
+            choices = {"true": " yes", "false": " no"}
+        else:
+            listed = row["instruction"].split("\n\n")[1]
+            parts = re.split(r"\s*Answer(\d): ", " " + listed)[1:]
+            choices = {f"answer{number}": f" {text.strip()}" for number, text in zip(parts[::2], parts[1::2])}
+        if row["answer"] in choices:
+            examples.append(
+                Example(f"Question: {_question(row)}\nAnswer:", choices[row["answer"]], tuple(choices.values()))
+            )
+    return examples
+
+
+def _quickstart_corpus():
+    if str(QUICKSTART) not in sys.path:
+        sys.path.insert(0, str(QUICKSTART))
+    import corpus
+
+    return corpus
+
+
+def _docstrings(judged: int) -> tuple[list[Example], list[Example]]:
+    corpus = _quickstart_corpus()
+    training, held_out = corpus.split_by_module(corpus.standard_library(), 15)
+    parts = corpus.train_and_validation(training, held_out, 3600, judged, 0)
+    return tuple([Example(f"{row['input']}\n", row["output"]) for row in part] for part in parts)
+
+
+def _held_out_source(number: int, characters: int = 400) -> list[str]:
+    corpus = _quickstart_corpus()
+    _, held_out = corpus.split_by_module(corpus.standard_library(), 15)
+    pieces = [
+        source.text[start : start + characters]
+        for source in held_out
+        for start in range(0, max(1, len(source.text) - characters), characters)
+    ]
+    return _shuffled(pieces)[:number]
+
+
+def _shuffled(items: Sequence) -> list:
+    mixed = list(items)
+    random.Random(0).shuffle(mixed)
+    return mixed

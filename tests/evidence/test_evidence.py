@@ -1,0 +1,227 @@
+"""The evidence runs: a queue that resumes, figures that follow from recorded lines, every method on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from integration.evidence import tasks
+from integration.evidence.__main__ import run_files
+from integration.evidence.experiment import key_of, read_experiment, runs_of
+from integration.evidence.judge import IGNORED, batch_of, encode, judge
+from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of
+from integration.evidence.report import write_report
+from integration.evidence.table import best_rows, rows_of
+from integration.evidence.tasks import Example, Task, load_task
+
+PAGE = Path(RESULTS).parent
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A saved Llama of 2 layers with a tokenizer of bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("base")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    maths = [
+        {"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(12)
+    ]
+    for part in ("train", "test"):
+        (folder / f"gsm8k_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in maths))
+        instruction = (
+            "Please choose the correct answer to the question: Which is red?\n\n"
+            "Answer1: a rose Answer2: the sea Answer3: snow\n\nAnswer format: answer1/answer2/answer3"
+        )
+        rows = [{"instruction": instruction, "answer": f"answer{1 + i % 3}", "output": ""} for i in range(6)]
+        (folder / f"ARC-Easy_{part}.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture
+def short_python(monkeypatch):
+    """The standard library is read once for all tests, and little of it."""
+    monkeypatch.setattr(tasks, "_held_out_source", lambda number: ["def f(x):\n    return x\n"] * min(number, 2))
+
+
+def experiment_of(base: Path, **changes) -> dict:
+    methods = [
+        {"label": "base", "method": "none"},
+        {"label": "spft", "method": "spft", "options": {"density": 0.05}, "learning_rates": [0.01, 0.03]},
+    ]
+    return {
+        "question": "a", "title": "t", "base": str(base), "task": "gsm8k", "steps": 2, "batch": 2, "length": 64,
+        "judged": 3, "samples": 4, "dtype": "float32", "methods": methods, **changes,
+    }  # fmt: skip
+
+
+def test_what_is_wrong_in_an_experiment_is_said_together(tmp_path):
+    path = tmp_path / "e.json"
+    path.write_text(
+        json.dumps({"title": "t", "task": "chess", "methods": [{"method": "magic", "rate": 1}], "sedes": []})
+    )
+    with pytest.raises(SystemExit) as error:
+        read_experiment(path)
+    message = str(error.value)
+    for part in ("unknown key `sedes`", "`question` is missing", "methods[0]: unknown key `rate`", "`method: magic`",
+                 "`task: chess`", "`base` is missing", "`learning_rates` is missing", "`label` is"):  # fmt: skip
+        assert part in message
+
+
+def test_all_shipped_experiments_are_sound_and_name_different_runs():
+    files = sorted(EXPERIMENTS.glob("*.json"))
+    assert files
+    for path in files:
+        keys = [key_of(run) for run in runs_of(read_experiment(path))]
+        assert len(keys) == len(set(keys)) > 1
+        assert records_of(RESULTS / f"{path.stem}.jsonl").keys() <= set(keys), "a record that no run of the file makes"
+
+
+def test_the_page_is_what_the_recorded_lines_give(tmp_path):
+    write_report(EXPERIMENTS, RESULTS, tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == (PAGE / "README.md").read_bytes()
+    assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in PAGE.glob("*.png")}
+
+
+def test_seeds_come_one_after_the_other_and_only_where_asked_for():
+    runs = runs_of(experiment_of("b", seeds=[0, 1], methods=[
+        {"label": "base", "method": "none", "seeds": [0]},
+        {"label": "s", "method": "spft", "learning_rates": [0.1, 0.2]},
+    ]))  # fmt: skip
+    assert [(run["method"], run["learning_rate"], run["seed"]) for run in runs] == [
+        ("none", 0.0, 0), ("spft", 0.1, 0), ("spft", 0.2, 0), ("spft", 0.1, 1), ("spft", 0.2, 1),
+    ]  # fmt: skip
+    assert key_of(runs[0]) == key_of(dict(reversed(runs[0].items())))
+
+
+def test_a_line_that_was_cut_off_is_done_again(tmp_path):
+    path, run = tmp_path / "r.jsonl", {"method": "none", "seed": 0}
+    append(path, run, {"task_loss": 1.23456789})
+    path.write_bytes(path.read_bytes()[:-20])
+    assert records_of(path) == {}
+    append(path, run, {"task_loss": 1.23456789})
+    (record,) = records_of(path).values()
+    assert record["result"] == {"task_loss": 1.23457} and record["made"]["versions"]["torch"]
+
+
+def test_a_queue_resumes_and_sums_up(base, data, tmp_path, short_python):
+    experiment, results = experiment_of(base), tmp_path / "results"
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(experiment))
+    threads = torch.get_num_threads()
+    run_files([path], data, tmp_path / "bases", threads, results)
+    lines = (results / "small.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    (results / "small.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    run_files([path], data, tmp_path / "bases", threads, results)
+    again = (results / "small.jsonl").read_text().splitlines()
+    assert again[:2] == lines[:2] and len(again) == 3
+    exact = ("before_task_loss", "after_task_loss", "after_english_loss", "trained")
+    first, second = (json.loads(each)["result"] for each in (lines[2], again[2]))
+    assert {name: first[name] for name in exact} == {name: second[name] for name in exact}
+    rows = rows_of(experiment, records_of(results / "small.jsonl"))
+    assert [(row.label, row.learning_rate) for row in rows] == [("base", 0.0), ("spft", 0.01), ("spft", 0.03)]
+    winner, inner = best_rows(rows)["spft"]
+    assert winner.mean("after_task_loss") == min(row.mean("after_task_loss") for row in rows[1:]) and not inner
+    write_report(path.parent, results, tmp_path / "page")
+    assert (
+        f"| {winner.trained:,} | **{winner.learning_rate:g}** (edge) |" in (tmp_path / "page" / "README.md").read_text()
+    )
+
+
+METHODS = [
+    {"method": "spft", "options": {"density": 0.05, "relative_rate": 0.5, "scope": "global"}},
+    {"method": "spft", "options": {"match_lora_rank": 2}, "bits": 4},
+    {"method": "lora", "options": {"r": 2, "use_dora": True}},
+    {"method": "lora", "options": {"r": 2, "init_lora_weights": "pissa"}},
+    {"method": "lora", "options": {"r": 8, "start": "quantization_error"}, "bits": 4},
+    {"method": "shira", "options": {"r": 2}},
+    {"method": "full"},
+]
+
+
+@pytest.mark.parametrize(
+    "entry", METHODS, ids=lambda entry: f"{entry['method']}-{'-'.join(map(str, entry.get('options', {})))}"
+)
+def test_every_method_lowers_the_loss_of_what_it_trains(entry, base, data, tmp_path, short_python):
+    from integration.evidence.train import train
+
+    entry = {"label": "x", "learning_rates": [0.02], "steps": 12, **entry}
+    (run,) = runs_of(experiment_of(base, methods=[entry]))
+    result = train(run, data, tmp_path)
+    assert result["after_task_loss"] < result["before_task_loss"] - 0.1
+    assert result["trained"] > 0 and all(math.isfinite(value) for value in result.values())
+
+
+def test_the_low_rank_start_comes_nearer_to_the_unquantized_model(base, data, tmp_path, short_python):
+    from integration.evidence.train import train
+
+    def loss(bits, **options):
+        entry = {
+            "label": "x",
+            "method": "lora",
+            "options": {"r": 32, **options},
+            "bits": bits,
+            "learning_rates": [1e-3],
+        }
+        (run,) = runs_of(experiment_of(base, methods=[entry], steps=1))
+        return train(run, data, tmp_path)["before_task_loss"]
+
+    exact, plain, repaired = loss(16), loss(4), loss(4, start="quantization_error")
+    assert abs(repaired - exact) < abs(plain - exact) / 2
+
+
+def test_choices_and_questions_are_read_as_text(data, short_python):
+    task = load_task("arc-easy", data, 4)
+    assert task.train[1] == Example("Question: Which is red?\nAnswer:", " the sea", (" a rose", " the sea", " snow"))
+    assert set(task.untouched) == {"english", "python"}
+    assert load_task("gsm8k", data, 4).train[0].answer == " It is 1.\n#### 1"
+    with pytest.raises(SystemExit, match=r"boolq_train.json is missing: name the folder that holds it with --data"):
+        load_task("boolq", data, 4)
+
+
+def test_losses_are_those_of_the_answers_tokens_alone(base):
+    from integration.evidence.bases import load_base, load_tokenizer
+
+    model, tokenizer = load_base(str(base), 16, torch.float32, "cpu"), load_tokenizer(str(base))
+    examples = [Example("ab", " c", (" c", " dd")), Example("abcd", " e", (" e", " ff"))]
+    results = judge(model, tokenizer, Task([], examples, {"english": ["some text"]}), 64)
+    losses, scores = [], {}
+    for example in examples:
+        for choice in example.choices:
+            ids, labels = encode(tokenizer, example.prompt, choice, 64)
+            logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            each = [-logits[at - 1, ids[at]].item() for at in range(1, len(ids)) if labels[at] != IGNORED]
+            scores[example.prompt, choice] = sum(each) / len(choice)
+            losses += each if choice == example.answer else []
+    assert results["task_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    right = sum(scores[e.prompt, e.answer] == min(scores[e.prompt, c] for c in e.choices) for e in examples)
+    assert results["accuracy"] == right / 2
+    padded = batch_of([([1, 2], [IGNORED, 2]), ([3], [3])], 9, "cpu")
+    assert padded["input_ids"].tolist() == [[1, 2], [3, 9]] and padded["labels"].tolist() == [
+        [IGNORED, 2],
+        [3, IGNORED],
+    ]
+    assert padded["attention_mask"].tolist() == [[1, 1], [1, 0]]
