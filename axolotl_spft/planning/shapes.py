@@ -138,7 +138,7 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
 
     from axolotl_spft.config import SpftConfig
     from axolotl_spft.plugin.module_names import check_module_names
-    from axolotl_spft.salience.prepare import adapted_layers
+    from axolotl_spft.salience.install import adapted_layers
     from axolotl_spft.tuner.state import shapes_of
 
     text = config.get_text_config(decoder=True)

@@ -16,8 +16,8 @@ from axolotl_spft.trainer.checkpoints import ADAPTER_FILE
 from axolotl_spft.tuner.state import shapes_of
 
 # what a mask depends on beside the budget and the targeted modules
-MASK_OPTIONS = ("salience", "scope", "density_pattern", "min_density", "max_density", "pattern", "block_size", "samples",
-                "score_after", "seed")  # fmt: skip
+MASK_OPTIONS = ("salience", "scope", "density_pattern", "min_density", "max_density", "pattern", "block_size",
+                "samples", "score_after", "seed")  # fmt: skip
 # as TRL names it
 _REFERENCE = "ref"
 _ANEW = "leave `resume_from_checkpoint` out and set another `output_dir` to start anew"

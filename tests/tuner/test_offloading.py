@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from axolotl_spft.salience.prepare import adapted_layers
+from axolotl_spft.salience.install import adapted_layers
 from peft import PeftModel, get_peft_model
 from torch import nn
 
