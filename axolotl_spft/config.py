@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +19,7 @@ from peft import PeftConfig
 from axolotl_spft.budget import missing_allowed, total_budget
 from axolotl_spft.card import say_how_to_load
 from axolotl_spft.errors import SpftConfigError
-from axolotl_spft.files import check_safetensors
+from axolotl_spft.files import check_safetensors, count_entries
 from axolotl_spft.metrics import METRICS, is_salience, nearest_metric
 from axolotl_spft.peft_type import SPFT
 
@@ -127,20 +128,36 @@ class SpftConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's. Beside an adapter's weights it says in the model card what they are and how they are loaded."""
+        """As PEFT's. Beside an adapter's weights it says in the model card what they are, and warns of none."""
         super().save_pretrained(save_directory, **kwargs)
         # PEFT writes them before
-        if Path(save_directory, "adapter_model.safetensors").is_file():
-            say_how_to_load(Path(save_directory))
+        weights = Path(save_directory, "adapter_model.safetensors")
+        if not weights.is_file():
+            return
+        say_how_to_load(weights.parent)
+        if not count_entries(weights, ".spft_values"):
+            warnings.warn(
+                f"the adapter saved in {save_directory} holds no values: call select_mask(model, batches) before "
+                "training",
+                stacklevel=2,
+            )
 
 
 RECORDED = ("nnz", "base_shapes", "mask_source")
+# options that say where an adapter's layers are, or how it begins, and nothing of how its mask is chosen
+_OF_THE_PLACE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+                 "mask_path", "init_weights")  # fmt: skip
 
 
 def option_names() -> tuple[str, ...]:
     """Names of the options that users set, in the order of the class."""
     inherited = {f.name for f in fields(PeftConfig)}
     return tuple(f.name for f in fields(SpftConfig) if f.name not in inherited and f.name not in RECORDED)
+
+
+def mask_option_names() -> tuple[str, ...]:
+    """Names of the options that say how a mask is chosen, its budget among them."""
+    return tuple(name for name in option_names() if name not in _OF_THE_PLACE)
 
 
 def _is_int(value: Any) -> bool:

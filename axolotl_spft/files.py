@@ -56,3 +56,12 @@ def check_safetensors(path: str | os.PathLike) -> None:
             file.keys()
     except (SafetensorError, OSError) as error:
         raise SpftFileError(f"{path}: not a complete safetensors file ({error}); copy or save it again") from error
+
+
+def count_entries(path: str | os.PathLike, ending: str) -> int:
+    """How many entries the one-dimensional tensors of a safetensors file have whose names end so; reads its header."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        names = [name for name in file.keys() if name.endswith(ending)]  # noqa: SIM118
+        return sum(file.get_slice(name).get_shape()[0] for name in names)

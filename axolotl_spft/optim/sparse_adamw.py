@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from axolotl_spft.errors import SpftConfigError, SpftFileError
+from axolotl_spft.errors import SpftConfigError, SpftError, SpftFileError
 from axolotl_spft.ops.backends.dispatch import use_triton
 from axolotl_spft.optim.adamw import adamw_, adamw_low_precision_
 from axolotl_spft.optim.adamw_8bit import adamw_8bit_
+from axolotl_spft.optim.mask_changes import Slot, change_of, changes_made
 from axolotl_spft.optim.moments import BLOCK, MOMENTS, absmax_name, zero_moments
 
 
@@ -35,6 +36,9 @@ class SparseAdamW(torch.optim.Optimizer):
         SpftConfigError: a group's hyperparameters break their rules, all are reported together; or a parameter is
             none of float32 and lower precision.
     """
+
+    # of masks as they were after that many changes; a copy's are taken to be of the masks of now
+    _moments_of: int | None = None
 
     def __init__(
         self,
@@ -60,7 +64,13 @@ class SparseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        Raises:
+            SpftError: the mask under a parameter has changed since its moments were made or loaded.
+        """
+        if self._moments_of != changes_made():
+            self._check_moments()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -94,6 +104,18 @@ class SparseAdamW(torch.optim.Optimizer):
         adamw_low_precision_(parameter, parameter.grad, *states, *_hyperparameters(group))
         return True
 
+    def _check_moments(self) -> None:
+        if self._moments_of is not None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    change = change_of(parameter)
+                    if change and change.number > self._moments_of and self.state.get(parameter):
+                        raise SpftError(
+                            "the optimizer's moments belong to positions of before another mask was loaded: load the "
+                            "optimizer state that was saved with the mask, after it, or make a new optimizer"
+                        )
+        self._moments_of = changes_made()
+
     def _state_of(self, parameter: nn.Parameter, state_bits: int) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
@@ -125,6 +147,7 @@ class SparseAdamW(torch.optim.Optimizer):
         for number, (parameter, _) in zip(numbers, parameters):
             for name, saved in state_dict["state"].get(number, {}).items():
                 self.state[parameter][name] = saved.to(parameter.device, copy=True)
+        self._moments_of = changes_made()
 
 
 def _problems_of(group: Mapping[str, Any]) -> list[str]:
@@ -163,7 +186,8 @@ def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any]) -> None:
             f"{group['state_bits']} bits: resume with the `optimizer` that the checkpoint was made with"
         )
     if saved.get("slots") is not None and group["slots"] is not None:
-        _check_slots(saved["slots"], group["slots"])
+        changes = map(change_of, group["params"])
+        _check_slots(saved["slots"], group["slots"], {change.slot() for change in changes if change})
 
 
 def _check_state(saved: Mapping[str, Tensor], parameter: nn.Parameter, state_bits: int) -> None:
@@ -186,8 +210,14 @@ def _check_state(saved: Mapping[str, Tensor], parameter: nn.Parameter, state_bit
         )
 
 
-def _check_slots(saved: Mapping[str, tuple[int, str]], slots: Mapping[str, tuple[int, str]]) -> None:
-    differing = [name for name in {*saved, *slots} if tuple(saved.get(name, ())) != tuple(slots.get(name, ()))]
+def _check_slots(saved: Mapping[str, Slot], slots: Mapping[str, Slot], changed: set[Slot | None]) -> None:
+    """Compare the slots of a saved state with those of before, or with the ``changed`` ones of now."""
+    saved = {name: tuple(slot) for name, slot in saved.items()}
+    differing = [
+        name
+        for name in {*saved, *slots}
+        if name not in saved or (saved[name] != tuple(slots.get(name, ())) and saved[name] not in changed)
+    ]
     if differing:
         raise SpftFileError(
             f"the optimizer state to resume from belongs to another mask than the adapter's ({len(differing)} modules "

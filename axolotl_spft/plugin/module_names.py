@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from axolotl_spft.errors import SpftConfigError
+from axolotl_spft.tuner.targets import problem_of_fused_experts
 
 # key: what comes before a name in the name of a module that it matches, by PEFT's rules
 _BEFORE = {"target_modules": ".", "modules_to_save": ""}
@@ -31,7 +32,8 @@ def check_module_names(options: Mapping[str, Any], model: nn.Module, allowed: Se
         if names is None or isinstance(names, str):
             continue
         problems += [
-            f"`{key}: {name}` matches no module of the {type(model).__name__}: correct the name, or leave it out"
+            (key == "target_modules" and problem_of_fused_experts(name, model))
+            or f"`{key}: {name}` matches no module of the {type(model).__name__}: correct the name, or leave it out"
             for name in names
             if not any(module.endswith(before + name) for module in modules)
             and not (key == "modules_to_save" and name in allowed)

@@ -11,7 +11,8 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import Mask
 from axolotl_spft.tuner.layer import SpftLinear
-from axolotl_spft.tuner.state import base_shapes_of, mask_checksum, slots_of, spft_layers
+from axolotl_spft.tuner.load import record_mask
+from axolotl_spft.tuner.state import mask_checksum, slots_of, spft_layers
 
 
 def adapted_layers(model: nn.Module) -> dict[str, SpftLinear]:
@@ -24,10 +25,7 @@ def install_masks(model: nn.Module, adapter_name: str, masks: Mapping[str, Mask]
     layers = adapted_layers(model)
     for name, mask in masks.items():
         layers[name].set_mask(adapter_name, mask)
-    config = model.peft_config[adapter_name]
-    config.nnz = sum(mask.nnz for mask in masks.values())
-    config.base_shapes = base_shapes_of({name: layers[name] for name in masks})
-    config.mask_source = dict(source)
+    record_mask(model.base_model, adapter_name, source)
     retire_empty_values(model)
 
 

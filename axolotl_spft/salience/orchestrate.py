@@ -26,6 +26,7 @@ from axolotl_spft.salience.report import MaskReport, report_masks
 from axolotl_spft.salience.sample_pass import summed_gradients
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import shapes_of
+from axolotl_spft.tuner.targets import check_is_peft_model
 
 
 @torch.inference_mode(False)
@@ -52,9 +53,11 @@ def select_mask(
         What was selected; ``str(report)`` is a table.
 
     Raises:
-        SpftError: the adapter has a mask already, there are no batches or no loss, a gradient is not finite.
+        SpftError: the model is no `PeftModel`, the adapter has a mask already, there are no batches or no loss, a
+            gradient is not finite.
         SpftFileError: the file at ``mask_path`` does not fit, or none can be written there.
     """
+    check_is_peft_model(model)
     adapter_name = adapter_name or model.active_adapter
     config: SpftConfig = model.peft_config[adapter_name]
     layers = {name: layer for name, layer in adapted_layers(model).items() if adapter_name in layer.spft_values}

@@ -7,12 +7,13 @@ from pathlib import Path
 from peft import PeftConfig
 from torch import nn
 
-from axolotl_spft.config import BUDGETS, RECORDED, SpftConfig
+from axolotl_spft.config import BUDGETS, SpftConfig
 from axolotl_spft.errors import SpftError
 from axolotl_spft.peft_type import SPFT
 from axolotl_spft.salience.install import adapted_layers, install_masks
 from axolotl_spft.salience.mask_file import load_masks
 from axolotl_spft.trainer.checkpoints import ADAPTER_FILE
+from axolotl_spft.tuner.load import record_mask
 from axolotl_spft.tuner.state import shapes_of
 
 # what a mask depends on beside the budget and the targeted modules
@@ -32,8 +33,7 @@ def copy_to_reference(model: nn.Module) -> None:
     trained = model.active_adapter
     for layer in adapted_layers(model).values():
         layer.set_mask(_REFERENCE, layer.mask(trained), layer.spft_values[trained].detach().clone())
-    for recorded in RECORDED:
-        setattr(model.peft_config[_REFERENCE], recorded, getattr(model.peft_config[trained], recorded))
+    record_mask(model.base_model, _REFERENCE, model.peft_config[trained].mask_source)
 
 
 def has_reference(model: nn.Module) -> bool:

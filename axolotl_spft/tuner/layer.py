@@ -21,6 +21,7 @@ from axolotl_spft.ops.mask.csr import Mask, empty_mask, mask_from_positions, pos
 from axolotl_spft.ops.mask.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.base_weight import BaseWeight, keep_dequantizable
+from axolotl_spft.tuner.held_values import hold_values
 from axolotl_spft.tuner.offloading import execution_device, is_offloaded, keep_resident, kept_quant_state, tensor_in
 from axolotl_spft.tuner.shared_input import SharedInput
 
@@ -135,10 +136,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         return execution_device(base_layer) or device, dtype
 
     def set_mask(self, adapter_name: str, mask: Mask, values: Tensor | None = None) -> None:
-        """Give an adapter new positions, with the given values (nnz) or zeros.
-
-        This makes a new parameter: call it before the optimizer is made.
-        """
+        """Give an adapter new positions, with the given values (nnz) or zeros; see `hold_values`."""
         if self.merged:
             raise SpftError("the mask cannot change while an adapter is merged: call unmerge_adapter() first")
         self.revert()
@@ -148,9 +146,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if values is None:
             values = torch.zeros(mask.nnz, dtype=old.dtype)
-        # new ones, and empty ones that were retired, do not say whether these are trained
-        trained = old.requires_grad if isinstance(old, nn.Parameter) else adapter_name in self.active_adapters
-        self.spft_values[adapter_name] = nn.Parameter(values.to(device), requires_grad=trained)
+        hold_values(self, adapter_name, values.to(device))
         mask = Mask(*(tensor.to(device) for tensor in mask))
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
         self._forget_derived()
@@ -178,8 +174,8 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
                 delattr(self.spft_values, adapter_name)
                 self.spft_values.register_buffer(adapter_name, values.detach())
 
-    def take_mask(self, adapter_name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Install the mask of a checked ``state_dict`` where it differs from the adapter's own."""
+    def take_mask(self, adapter_name: str, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+        """Install the mask of a checked ``state_dict`` where it differs from the adapter's own; whether it did."""
         columns, row_offsets = (
             state_dict[f"{prefix}{tensor}.{adapter_name}"] for tensor in ("spft_columns", "spft_row_offsets")
         )
@@ -190,6 +186,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         )
         if not same:
             self.set_mask(adapter_name, Mask(columns.clone(), row_offsets.clone()))
+        return not same
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         # as PEFT's, past torch's look-ups and assignments: hundreds of layers do this when an adapter is chosen

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
@@ -17,13 +18,15 @@ from torch.utils.hooks import RemovableHandle
 
 from axolotl_spft.budget import layer_budgets
 from axolotl_spft.config import RECORDED, SpftConfig
-from axolotl_spft.engine.zero3 import is_partitioned
-from axolotl_spft.errors import SpftError, SpftFileError
+from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.load import record_mask, take_state
+from axolotl_spft.tuner.record import NAME as RECORD
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
-from axolotl_spft.tuner.state import TENSORS, base_shapes_of, check_state, shapes_of, spft_layers
-from axolotl_spft.tuner.targets import check_target
+from axolotl_spft.tuner.state import TENSORS, shapes_of, spft_layers
+from axolotl_spft.tuner.targets import check_target, problem_of_fused_experts, renamed_targets
+from axolotl_spft.tuner.without_mask import refuse_training_without_mask
 from axolotl_spft.tuner.write_ahead import WriteAhead
 
 # options that say how many values an adapter has, and where
@@ -42,6 +45,7 @@ class SpftModel(BaseTuner):
     tuner_layer_cls = SpftLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
     _handles: Sequence[RemovableHandle] = ()
+    _guards: Sequence[RemovableHandle] = ()
     _ahead: WriteAhead | None = None
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
@@ -94,8 +98,8 @@ class SpftModel(BaseTuner):
             summed[name] = summed.get(name, 0.0) + weight
         for layer in layers.values():
             layer.add_up(adapter_name, summed)
-        config.nnz = config.num_values = sum(layer.mask(adapter_name).nnz for layer in layers.values())
-        config.base_shapes, config.mask_source = base_shapes_of(layers), {"sum of": summed}
+        config.num_values = sum(layer.mask(adapter_name).nnz for layer in layers.values())
+        record_mask(self, adapter_name, {"sum of": summed})
 
     def _problem_of_sum(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
@@ -122,24 +126,34 @@ class SpftModel(BaseTuner):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         # read by DistributedDataParallel, which would broadcast every buffer before each forward pass, and cannot for
         # uint16; the names are those in the PeftModel around this one
-        return [
+        return [f"base_model.{RECORD}.{name}" for name in self.spft_record] + [
             f"base_model.model.{name}"
             for name, _ in self.model.named_buffers()
             if any(part in name for part in _SAME_ON_ALL_RANKS)
         ]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if RECORD not in self._modules:
+            # persistent, so that state dicts, checkpoints of every engine and an adapter's file carry it
+            self.spft_record = BufferDict(persistent=True)
         # the caller may use the object again, for another adapter or another model: what is recorded of one is not true
         # of the other
         self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
         if not config.is_saved:
             for name in RECORDED:
                 setattr(config, name, None)
+        if not isinstance(config.target_modules, str):
+            if config.is_saved:
+                config.target_modules = renamed_targets(config.target_modules, model)
+            problems = [problem_of_fused_experts(name, model) for name in config.target_modules]
+            if any(problems):
+                raise SpftError("; ".join(filter(None, problems)))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _mark_shared_weights(model)
         _mark_shared_inputs(model)
         self._write_ahead(model)
-        if not config.init_weights:
+        self._refuse_training_without_mask(model)
+        if not config.init_weights and not config.is_saved:
             self._fill_randomly(adapter_name, config)
 
     def _check_target_module_exists(self, peft_config: SpftConfig, key: str) -> Any:
@@ -172,6 +186,7 @@ class SpftModel(BaseTuner):
             raise SpftError(f"adapter `{adapter_name}` is merged: call unmerge_adapter() before delete_adapter()")
         super().delete_adapter(adapter_name)
         self._has_dtype.discard(adapter_name)
+        self.spft_record._buffers.pop(adapter_name, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # as PEFT has it since 0.21: the model's own hooks run whichever way leads to it
@@ -193,6 +208,12 @@ class SpftModel(BaseTuner):
         for handle in self._handles:
             handle.remove()
         self._handles, self._ahead = [], None
+
+    def _refuse_training_without_mask(self, model: nn.Module) -> None:
+        for handle in self._guards:
+            handle.remove()
+        # PEFT calls, depending on the task, one or the other
+        self._guards = [module.register_forward_pre_hook(refuse_training_without_mask) for module in (self, model)]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         layers = None if self._ahead is None else self._ahead.layers
@@ -246,10 +267,12 @@ class SpftModel(BaseTuner):
             at = torch.randperm(layer.out_features * layer.in_features)[:count].sort().values
             mask = mask_from_positions(at, layer.out_features, layer.in_features)
             layer.set_mask(adapter_name, mask, torch.randn(count, dtype=layer.spft_values[adapter_name].dtype))
-        config.nnz, config.base_shapes = sum(counts), base_shapes_of(layers)
+        record_mask(self, adapter_name, None)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._stop_writing_ahead()
+        for handle in self._guards:
+            handle.remove()
         for layer in spft_layers(self.model).values():
             layer.revert()
         return super()._unload_and_optionally_merge(*args, **kwargs)
@@ -262,36 +285,10 @@ class SpftModel(BaseTuner):
         endings = tuple(f".{tensor}" for tensor in TENSORS)
         return {f"{key}.{adapter_name}" if key.endswith(endings) else key: value for key, value in remapped.items()}
 
-    def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
-        """Install the masks that ``state_dict`` brings, so that its values fit; torch then copies the values.
-
-        Raises:
-            SpftFileError: anything does not fit. An adapter that was just made for this file is removed again.
-        """
-        layers = spft_layers(self.model)
-        base = f"{prefix}model."
-        for adapter_name, config in list(self.peft_config.items()):
-            ending = f".spft_values.{adapter_name}"
-            if not any(key.startswith(prefix) and key.endswith(ending) for key in state_dict):
-                continue
-            mine = {name: layer for name, layer in layers.items() if adapter_name in layer.spft_values}
-            if any(is_partitioned(layer.spft_values[adapter_name]) for layer in mine.values()):
-                # DeepSpeed's own checkpoint: it restores the values of each rank's part and holds none of them here
-                continue
-            try:
-                check_state(state_dict, mine, base, adapter_name, config.nnz, config.base_shapes)
-            except SpftFileError:
-                if not any(layer.mask(adapter_name).nnz for layer in mine.values()):
-                    self._remove(adapter_name)
-                raise
-            for name, layer in mine.items():
-                layer.take_mask(adapter_name, state_dict, f"{base}{name}.")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _remove(self, adapter_name: str) -> None:
-        self.delete_adapter(adapter_name)
-        if not self.peft_config:
-            self.unload()
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:
+        """As torch's, after `take_state`; see there for what it raises."""
+        take_state(self, state_dict, prefix, local_metadata.get("assign_to_params_buffers", False))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def _mark_shared_weights(model: nn.Module) -> None:

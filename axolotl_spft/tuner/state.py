@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftFileError, first_of
-from axolotl_spft.ops.mask.csr import Mask, problems_of
+from axolotl_spft.ops.mask.csr import Mask, problems_of, slot_of
 from axolotl_spft.tuner.layer import SpftLinear
 
 TENSORS = ("spft_values", "spft_columns", "spft_row_offsets")
@@ -38,15 +38,9 @@ def base_shapes_of(layers: Mapping[str, SpftLinear]) -> str:
 
 def slots_of(layers: Mapping[str, SpftLinear], adapter_name: str) -> dict[str, tuple[int, str]]:
     """What each layer's values stand for: name -> (nnz, SHA-256 of the mask's columns and row offsets)."""
-    slots = {}
-    for name, layer in layers.items():
-        if adapter_name in layer.spft_values:
-            mask = layer.mask(adapter_name)
-            digest = hashlib.sha256()
-            for tensor in mask:
-                digest.update(tensor.cpu().to(torch.int64).numpy().tobytes())
-            slots[name] = (mask.nnz, digest.hexdigest())
-    return slots
+    return {
+        name: slot_of(layer.mask(adapter_name)) for name, layer in layers.items() if adapter_name in layer.spft_values
+    }
 
 
 def mask_checksum(slots: Mapping[str, tuple[int, str]]) -> str:
@@ -62,6 +56,8 @@ def check_state(
     adapter_name: str,
     nnz: int | None,
     base_shapes: str | None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    renamed: bool = False,
 ) -> None:
     """Check all sparse tensors of one adapter in ``state_dict`` against the layers that shall take them.
 
@@ -70,6 +66,8 @@ def check_state(
         layers: the sparse layers that hold the adapter, by name.
         nnz: how many values the adapter's config records, if it does.
         base_shapes: the fingerprint that the adapter's config records, if it does.
+        shapes: (out_features, in_features) of each module that the file records, if it does: by the names of then.
+        renamed: whether modules may have had other names then, which no fingerprint can be compared with.
 
     Raises:
         SpftFileError: with all problems; nothing has been changed.
@@ -94,11 +92,34 @@ def check_state(
             f"{total} values in the file, but the adapter's config records nnz: {nnz} (if that is another adapter of "
             f"the same name, delete_adapter({adapter_name!r}) first)"
         )
-    if not problems and base_shapes is not None and base_shapes != base_shapes_of(layers):
-        problems.append("the targeted modules' names or shapes are not those that the adapter's config records")
+    if not problems and shapes is not None:
+        problems = _problems_of_shapes(shapes, shapes_of(layers))
+    elif not problems and base_shapes not in (None, base_shapes_of(layers)):
+        if renamed:
+            warnings.warn(
+                f"adapter `{adapter_name}`: its file is an older one, and the model's modules were renamed since: "
+                "whether their in_features are those of then cannot be checked",
+                stacklevel=2,
+            )
+        else:
+            problems = ["the targeted modules' names or shapes are not those that the adapter's config records"]
     if problems:
         raise SpftFileError(
             f"adapter `{adapter_name}`: its file is damaged or belongs to another base model: "
             f"{first_of(problems, '; ')}. Load it on the base model it was trained on, "
             "with an intact copy of the file"
         )
+
+
+def _problems_of_shapes(recorded: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> list[str]:
+    recorded = {name: tuple(shape) for name, shape in recorded.items()}
+    if recorded.keys() == own.keys():
+        return [
+            f"{name}: trained on a weight of shape {recorded[name]}, but this model's has {tuple(own[name])}"
+            for name in own
+            if recorded[name] != tuple(own[name])
+        ]
+    # modules were renamed since: PEFT has found each one's tensors a place, and their shapes are left to compare
+    if sorted(recorded.values()) != sorted(map(tuple, own.values())):
+        return ["the targeted modules' shapes are not those that the file records"]
+    return []

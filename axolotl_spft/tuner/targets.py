@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
+
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from axolotl_spft.errors import SpftError
+
 # subclasses of torch.nn.Linear whose own forward differs in its rounding only
 _SAME_FORWARD = ("FalconLinear",)
+
+
+def check_is_peft_model(model: nn.Module) -> None:
+    """Check that a model is one of `peft.get_peft_model`.
+
+    Raises:
+        SpftError: it is not.
+    """
+    if isinstance(model, PeftModel):
+        return
+    injected = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    how = ", which add_adapter() or inject_adapter_in_model() has put sparse layers into," if injected else ""
+    raise SpftError(
+        f"select_mask needs a PeftModel, but was given a {type(model).__name__}{how} where nothing records, saves or "
+        "loads a mask: give the base model without adapters to `peft.get_peft_model(model, SpftConfig(...))`, and its "
+        "result to select_mask"
+    )
 
 
 def check_target(target: nn.Module, name: str, quantization: dict) -> None:
@@ -43,6 +66,40 @@ def check_target(target: nn.Module, name: str, quantization: dict) -> None:
             f"Target module `{name}` needs a weight of 16 bits or more that is a parameter itself, but its is {found}: "
             "remove the parametrization, load the model in bf16, or name the module in `exclude_modules`"
         )
+
+
+def problem_of_fused_experts(name: str, model: nn.Module) -> str | None:
+    """What to say of a name in ``target_modules`` that is no module's, but that of experts in one 3-D parameter."""
+    if any(f".{module}".endswith(f".{name}") for module, _ in model.named_modules()):
+        return None
+    for full_name, parameter in model.named_parameters():
+        if f".{full_name}".endswith(f".{name}") and parameter.ndim == 3:
+            kind = type(model.get_submodule(full_name.rpartition(".")[0])).__name__
+            return (
+                f"`target_modules: {name}` matches no module of the {type(model).__name__}: {full_name} is one "
+                f"parameter of three dimensions, {tuple(parameter.shape)}, which holds all experts of a {kind}, and a "
+                "sparse delta needs a matrix: leave the name out (`target_modules: all-linear` takes every linear "
+                "layer, the shared experts among them), and the experts stay as they are"
+            )
+    return None
+
+
+def renamed_targets(names: Iterable[str], model: nn.Module) -> set[str]:
+    """The target modules that a saved adapter's config lists, by the names that they have in the model now.
+
+    PEFT renames the tensors of a file as the model's ``_checkpoint_conversion_mapping`` says (the first regular
+    expression that matches), but not the targets.
+    """
+    renames: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    renamed = set()
+    for name in names:
+        now = name
+        if not any(module.endswith(f".{name}") for module in modules):
+            each = (re.subn(pattern, text, name) for pattern, text in renames.items())
+            now = next((new for new, count in each if count), name)
+        renamed.add(now)
+    return renamed
 
 
 def _multiplies_by_its_weight(module: nn.Module) -> bool:

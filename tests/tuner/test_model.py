@@ -228,7 +228,8 @@ def test_a_plain_stack_of_layers():
     x = torch.randn(4, 5)
     expected = stack(x)
     model = get_peft_model(stack, SpftConfig(target_modules=["0", "2"], num_values=7))
-    assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
     select_mask(model, [{"input": x}], lambda model, batch: model(batch["input"]).square().sum())
     assert sum(layer.mask("default").nnz for layer in adapted_layers(model).values()) == 7
 

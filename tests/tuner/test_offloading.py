@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from axolotl_spft.salience.install import adapted_layers
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import mask_from_positions
+from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner.state import spft_layers
 from tests.models import logits, tiny_gpt2, tiny_llama, tiny_qwen2, token_batch, with_adapter
 

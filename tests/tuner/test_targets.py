@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from axolotl_spft import SpftConfig
-from tests.models import tiny_llama
+from axolotl_spft import SpftConfig, select_mask
+from axolotl_spft.errors import SpftConfigError, SpftError
+from axolotl_spft.plugin.module_names import check_module_names
+from tests.models import tiny_llama, tiny_moe, token_batch
 
 
 class Scaled(nn.Linear):
@@ -53,3 +55,33 @@ def test_a_layer_of_another_adapter_is_refused_by_name():
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).base_model.model
     with pytest.raises(TypeError, match=r"q_proj` is adapted by a peft\.tuners\.lora\.layer\.Linear already: merge"):
         get_peft_model(model, SpftConfig(target_modules=["q_proj"]))
+
+
+def test_experts_in_one_parameter_are_named_with_what_to_do():
+    said = (
+        r"`target_modules: gate_up_proj` matches no module of the Qwen2MoeForCausalLM: "
+        r"model\.layers\.0\.mlp\.experts\.gate_up_proj is one parameter of three dimensions, \(3, 36, 28\), .*leave "
+    )
+    for targets in (["gate_up_proj"], ["q_proj", "experts.gate_up_proj"]):
+        with pytest.raises(SpftError, match=said.replace("gate_up_proj`", f"{targets[-1]}`")):
+            get_peft_model(tiny_moe(), SpftConfig(target_modules=targets))
+    with pytest.raises(SpftConfigError, match=said):
+        check_module_names({"target_modules": ["q_proj", "gate_up_proj"]}, tiny_moe())
+    # the shared expert's is a module
+    get_peft_model(tiny_moe(), SpftConfig(target_modules=["down_proj"]))
+
+
+@pytest.mark.parametrize("how", ["inject", "add_adapter", "none"])
+def test_a_model_that_is_no_peft_model_is_told_how_to_become_one(how):
+    model, config = tiny_llama(), SpftConfig(target_modules=["q_proj"])
+    if how == "inject":
+        model = inject_adapter_in_model(config, model)
+    elif how == "add_adapter":
+        model.add_adapter(config)
+    with pytest.raises(
+        SpftError, match=r"needs a PeftModel, but was given a LlamaForCausalLM.*peft.get_peft_model\("
+    ) as got:
+        select_mask(model, [token_batch()])
+    assert ("inject_adapter_in_model() has put" in str(got.value)) == (how != "none")
+    with pytest.raises(SpftError, match="needs a PeftModel"):
+        select_mask(nn.Linear(3, 2), None)

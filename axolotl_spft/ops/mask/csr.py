@@ -8,6 +8,7 @@ else with nnz numbers is kept of a mask: what an operation needs is worked out w
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,14 @@ def used_columns(mask: Mask, in_features: int) -> Tensor:
     seen = torch.zeros(in_features, dtype=torch.bool, device=mask.columns.device)
     seen[mask.columns.to(torch.int64)] = True
     return seen.nonzero().squeeze(1)
+
+
+def slot_of(mask: Mask) -> tuple[int, str]:
+    """What values on this mask stand for: (nnz, SHA-256 of its columns and row offsets)."""
+    digest = hashlib.sha256()
+    for tensor in mask:
+        digest.update(tensor.cpu().to(torch.int64).numpy().tobytes())
+    return mask.nnz, digest.hexdigest()
 
 
 def problems_of(mask: Mask, values: Tensor, out_features: int, in_features: int) -> list[str]:

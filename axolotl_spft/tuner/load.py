@@ -1,0 +1,133 @@
+"""What a state dict brings of an adapter: its mask is installed, and what is recorded is what is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from axolotl_spft.config import mask_option_names
+from axolotl_spft.engine.zero3 import is_partitioned
+from axolotl_spft.errors import SpftError, SpftFileError
+from axolotl_spft.optim.mask_changes import note_replacement
+from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.record import NAME, make_record, record_from_tensor, record_to_tensor
+from axolotl_spft.tuner.state import base_shapes_of, check_state, shapes_of, spft_layers
+
+
+def record_mask(tuner: nn.Module, adapter_name: str, source: Mapping | None) -> None:
+    """Record the mask that an adapter holds now, in its config and in the tensor that its file will carry.
+
+    Args:
+        tuner: the `SpftModel`.
+        source: salience, scope, samples read and seed that made it; None where nothing is known of it.
+    """
+    layers, config = _layers_of(tuner, adapter_name), tuner.peft_config[adapter_name]
+    config.nnz = sum(layer.mask(adapter_name).nnz for layer in layers.values())
+    config.base_shapes = base_shapes_of(layers)
+    config.mask_source = None if source is None else dict(source)
+    record = record_to_tensor(make_record(config, shapes_of(layers), source))
+    device = next((layer.spft_columns[adapter_name].device for layer in layers.values()), None)
+    tuner.spft_record[adapter_name] = record.to(device)
+
+
+def take_state(tuner: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, assign: bool) -> None:
+    """Install the masks that ``state_dict`` brings, so that its values fit; torch then copies the values.
+
+    Args:
+        tuner: the `SpftModel`.
+        prefix: what its keys begin with.
+        assign: whether torch will put tensors of the dict in the places of the model's parameters.
+
+    Raises:
+        SpftFileError: anything does not fit. An adapter that was just made for this file is removed again.
+    """
+    for adapter_name in list(tuner.peft_config):
+        ending = f".spft_values.{adapter_name}"
+        if any(key.startswith(prefix) and key.endswith(ending) for key in state_dict):
+            _take_adapter(tuner, adapter_name, state_dict, prefix, assign)
+
+
+def _take_adapter(
+    tuner: nn.Module, adapter_name: str, state_dict: MutableMapping[str, Tensor], prefix: str, assign: bool
+) -> None:
+    layers, config = _layers_of(tuner, adapter_name), tuner.peft_config[adapter_name]
+    base, record_key = f"{prefix}model.", f"{prefix}{NAME}.{adapter_name}"
+    if any(is_partitioned(layer.spft_values[adapter_name]) for layer in layers.values()):
+        # DeepSpeed's own checkpoint: it restores the values of each rank's part and holds none of them here
+        _check_same_masks(layers, state_dict, base, adapter_name)
+        _keep_own_record(tuner, adapter_name, state_dict, record_key)
+        return
+    held = sum(layer.mask(adapter_name).nnz for layer in layers.values())
+    try:
+        record = _given_record(state_dict, record_key)
+        renamed = bool(getattr(tuner.model, "_checkpoint_conversion_mapping", None))
+        shapes = (record or {}).get("shapes") or None
+        check_state(state_dict, layers, base, adapter_name, config.nnz, config.base_shapes, shapes, renamed)
+    except SpftFileError:
+        if not held:
+            _remove(tuner, adapter_name)
+        raise
+    if assign:
+        for layer in layers.values():
+            if layer.mask(adapter_name).nnz:
+                note_replacement(layer.spft_values[adapter_name], adapter_name)
+    changed = [layer.take_mask(adapter_name, state_dict, f"{base}{name}.") for name, layer in layers.items()]
+    source = config.mask_source
+    if record is not None and "mask_source" in record:
+        source = record["mask_source"]
+        options = record.get("options", {})
+        for name in set(mask_option_names()) & set(options):
+            setattr(config, name, options[name])
+    elif held and any(changed):
+        # an older file, which says nothing of its mask, over an adapter whose mask came from elsewhere
+        source = None
+    if any(layer.mask(adapter_name).nnz for layer in layers.values()):
+        record_mask(tuner, adapter_name, source)
+    _keep_own_record(tuner, adapter_name, state_dict, record_key)
+
+
+def _layers_of(tuner: nn.Module, adapter_name: str) -> dict[str, SpftLinear]:
+    return {name: layer for name, layer in spft_layers(tuner.model).items() if adapter_name in layer.spft_values}
+
+
+def _given_record(state_dict: Mapping[str, Tensor], record_key: str) -> dict[str, Any] | None:
+    return record_from_tensor(state_dict[record_key]) if record_key in state_dict else None
+
+
+def _keep_own_record(
+    tuner: nn.Module, adapter_name: str, state_dict: MutableMapping[str, Tensor], record_key: str
+) -> None:
+    """Give torch, which copies what the dict holds, the record of the model, whose length may be another."""
+    if adapter_name in tuner.spft_record:
+        state_dict[record_key] = tuner.spft_record[adapter_name]
+    else:
+        state_dict.pop(record_key, None)
+
+
+def _check_same_masks(
+    layers: Mapping[str, SpftLinear], state_dict: Mapping[str, Tensor], base: str, adapter_name: str
+) -> None:
+    for name, layer in layers.items():
+        for tensor, own in zip(("spft_columns", "spft_row_offsets"), layer.mask(adapter_name)):
+            given = state_dict.get(f"{base}{name}.{tensor}.{adapter_name}", own)
+            if not torch.equal(given.to("cpu", torch.int64), own.to("cpu", torch.int64)):
+                raise SpftError(
+                    f"the checkpoint holds another mask of adapter `{adapter_name}` than this run ({name} differs), "
+                    "and DeepSpeed's engine is made already: load the checkpoint's adapter before the engine is made"
+                )
+
+
+def _remove(tuner: nn.Module, adapter_name: str) -> None:
+    tuner.delete_adapter(adapter_name)
+    if tuner.peft_config:
+        return
+    for module in list(tuner.model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, AuxiliaryTrainingWrapper):
+                # PEFT's own unloading would put the deleted adapter's copy in its place
+                setattr(module, name, child.original_module)
+    tuner.unload()

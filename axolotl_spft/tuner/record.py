@@ -1,0 +1,75 @@
+"""The record of a mask that travels in the adapter's file, beside its tensors.
+
+It is one tensor, the bytes of a JSON object: a state dict, a checkpoint of any engine and a safetensors file all carry
+it, and whatever installs the mask finds with it where the mask came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axolotl_spft.config import SpftConfig, check_options, mask_option_names
+from axolotl_spft.errors import SpftFileError
+
+NAME = "spft_record"
+# in an adapter's file, which names no adapter
+FILE_KEY = f"base_model.{NAME}"
+
+
+def make_record(config: SpftConfig, shapes: Mapping[str, tuple[int, int]], source: Mapping | None) -> dict[str, Any]:
+    """What is to be known of a mask.
+
+    Args:
+        config: the adapter's, whose options made the mask.
+        shapes: (out_features, in_features) of each targeted module, in module order.
+        source: salience, scope, samples read and seed; None where nothing is known of it.
+
+    Returns:
+        ``mask_source``, ``options`` (those of `mask_option_names`) and ``shapes``.
+    """
+    return {
+        "mask_source": None if source is None else dict(source),
+        "options": {name: getattr(config, name) for name in mask_option_names()},
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+    }
+
+
+def record_to_tensor(record: Mapping[str, Any]) -> Tensor:
+    """The record as bytes: (length) uint8."""
+    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+
+
+def record_from_tensor(tensor: Tensor) -> dict[str, Any]:
+    """The record of `record_to_tensor`; what other tools have written may lack some of its parts.
+
+    Raises:
+        SpftFileError: the tensor holds something else.
+    """
+    try:
+        record = json.loads(bytes(tensor.cpu().tolist()))
+        options, shapes, source = record.get("options", {}), record.get("shapes", {}), record.get("mask_source")
+        known = {name: value for name, value in options.items() if name in mask_option_names()}
+        whole = all(len(shape) == 2 and all(isinstance(size, int) for size in shape) for shape in shapes.values())
+        if not whole or not isinstance(source, (dict, type(None))) or check_options(known):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SpftFileError(
+            f"the adapter's record ({NAME}) is damaged: load an intact copy of the file, or remove this tensor from it"
+        ) from error
+    return record
+
+
+def record_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The record in the tensors of an adapter's file; empty for a file without one, as older ones are.
+
+    ``record_of(tensors).get("shapes", {})`` gives [out_features, in_features] of each targeted module.
+
+    Raises:
+        SpftFileError: the record is damaged.
+    """
+    return record_from_tensor(tensors[FILE_KEY]) if FILE_KEY in tensors else {}

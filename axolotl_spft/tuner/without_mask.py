@@ -1,0 +1,44 @@
+"""Training an adapter that has no mask trains nothing: the first forward pass that is about to says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from axolotl_spft.errors import SpftError
+from axolotl_spft.tuner.layer import SpftLinear
+
+HOW_TO_SELECT = "call select_mask(model, batches) first"
+
+
+def refuse_training_without_mask(module: nn.Module, *_: Any) -> None:
+    """A forward pre-hook of a model with sparse layers.
+
+    A forward pass trains when the model is in train mode, gradients are on, and the active adapter is enabled, not
+    merged and not frozen. Whatever else is trained, modules of ``modules_to_save`` say, is no excuse. Evaluation, a
+    pass without gradients and the salience pass, which freezes all, run an empty adapter as the base model.
+
+    Raises:
+        SpftError: an adapter that is about to be trained has no values in any layer.
+    """
+    if not module.training or not torch.is_grad_enabled():
+        return
+    waiting: set[str] = set()
+    filled: set[str] = set()
+    for layer in module.modules():
+        if not isinstance(layer, SpftLinear):
+            continue
+        if layer.disable_adapters or layer.merged:
+            return
+        active = set(layer.active_adapters)
+        filled.update(layer._filled_active_adapters())
+        # by the mask: values that ZeRO-3 has partitioned have no entries of their own
+        if active <= filled:
+            return
+        waiting.update(
+            name for name in active - filled if name in layer.spft_values and layer.spft_values[name].requires_grad
+        )
+    for name in sorted(waiting - filled):
+        raise SpftError(f"adapter `{name}` has no mask: {HOW_TO_SELECT}")
