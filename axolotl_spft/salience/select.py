@@ -21,13 +21,12 @@ def top_k(
 ) -> list[Tensor]:
     """The positions of the ``k`` highest scores over several matrices together.
 
-    The k-th highest score is found from two histograms over the halves of the float's bits, which for scores of at
-    least 0 order like the scores themselves; so each matrix is looked at four times and nothing is
-    sorted.
+    The k-th highest score is found from two histograms over the halves of the float's bits, turned so that they order
+    like the scores themselves; so each matrix is looked at four times and nothing is sorted.
 
     Args:
-        score_of: gives this rank's rows of the score matrix of an index (rows, in_features), float32, at least 0 and
-            finite.
+        score_of: gives this rank's rows of the score matrix of an index (rows, in_features), float32 and finite, of
+            any sign.
         shapes: (out_features, in_features) of each matrix.
         k: how many positions are selected, at most the number of entries.
         ranks: the processes that share the matrices' rows.
@@ -38,7 +37,8 @@ def top_k(
     if k == 0:
         return [torch.empty(0, dtype=torch.int64) for _ in shapes]
     count = len(shapes)
-    high, above = _histogram_bin(score_of, count, k, lambda bits: bits >> 16, 2**15, ranks)
+    high, above = _histogram_bin(score_of, count, k, lambda bits: (bits >> 16) + 2**15, 2**16, ranks)
+    high -= 2**15
     low, above_low = _histogram_bin(
         score_of, count, k - above, lambda bits: bits[(bits >> 16) == high] & 0xFFFF, 2**16, ranks
     )
@@ -70,8 +70,11 @@ def _ties_of_this_rank(
 
 
 def _chunks(scores: Tensor) -> Iterator[Tensor]:
-    # adding 0 turns -0.0 into 0.0, whose bits are those of the smallest score
-    yield from (scores.to(torch.float32).contiguous().view(-1) + 0.0).view(torch.int32).split(CHUNK_ENTRIES)
+    for part in scores.to(torch.float32).contiguous().view(-1).split(CHUNK_ENTRIES):
+        # adding 0 turns -0.0 into 0.0, which is equal to it
+        bits = (part + 0.0).view(torch.int32)
+        # the bits of negative numbers ascend as these fall: all but the sign are flipped
+        yield torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _histogram_bin(
@@ -99,7 +102,7 @@ def top_k_per_row(scores: Tensor, shape: Shape, k: int, ranks: Ranks = _ONE_PROC
     Every row gets its k // out_features highest entries; the rest go to the rows whose next entry is highest.
 
     Args:
-        scores: this rank's rows (rows, in_features), float32, at least 0.
+        scores: this rank's rows (rows, in_features), float32 and finite, of any sign.
         shape: (out_features, in_features) of the matrix.
         ranks: the processes that share the matrix' rows.
 

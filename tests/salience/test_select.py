@@ -37,6 +37,10 @@ def score_matrices(kind: str) -> list[torch.Tensor]:
     matrices = [torch.randn(shape, generator=generator).abs() for shape in shapes]
     if kind == "ties":
         return [(matrix * 3).round() for matrix in matrices]
+    if kind == "signed":
+        return [torch.randn(shape, generator=generator) * 3 for shape in shapes]
+    if kind == "negative":
+        return [-(matrix * 3).round() for matrix in matrices]
     if kind == "equal":
         return [torch.full(shape, 0.25) for shape in shapes]
     if kind == "zeros":
@@ -48,7 +52,7 @@ def score_matrices(kind: str) -> list[torch.Tensor]:
     return matrices
 
 
-KINDS = ["random", "ties", "equal", "zeros", "extreme", "close"]
+KINDS = ["random", "ties", "equal", "zeros", "extreme", "close", "signed", "negative"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
