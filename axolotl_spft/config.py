@@ -65,6 +65,9 @@ class SpftConfig(PeftConfig):
     salience: str = _option(
         "gradient", f"Score of a weight's importance: one of {', '.join(METRICS)}, or package.module:function."
     )
+    lift_rank: int = _option(
+        128, "Rank of the approximation that salience 'lift' reads; at most half the smaller side."
+    )
     scope: str = _option(
         "layer", "Where scores compete: inside each matrix (layer), over all (global), in each output row (row)."
     )
@@ -205,6 +208,7 @@ _RULES = {
         "must be a list of module names",
     ),
     "salience": (is_salience, f"must be one of {', '.join(METRICS)}, or your own package.module:function"),
+    "lift_rank": (lambda v: _is_int(v) and v >= 1, "must be a whole number of at least 1"),
     "scope": (lambda v: v in SCOPES, f"must be one of {', '.join(SCOPES)}"),
     "pattern": (lambda v: v in PATTERNS, f"must be one of {', '.join(PATTERNS)}"),
     "block_size": (

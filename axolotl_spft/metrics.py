@@ -8,7 +8,14 @@ import re
 METRICS = {
     "gradient": "axolotl_spft.salience.metrics.gradient:score",
     "balanced": "axolotl_spft.salience.metrics.balanced:score",
+    "snip": "axolotl_spft.salience.metrics.snip:score",
+    "force": "axolotl_spft.salience.metrics.force:score",
+    "taylor_fo": "axolotl_spft.salience.metrics.taylor_fo:score",
+    "fisher": "axolotl_spft.salience.metrics.fisher:score",
     "magnitude": "axolotl_spft.salience.metrics.magnitude:score",
+    "synflow": "axolotl_spft.salience.metrics.synflow:score",
+    "grasp": "axolotl_spft.salience.metrics.grasp:score",
+    "lift": "axolotl_spft.salience.metrics.lift:score",
     "random": "axolotl_spft.salience.metrics.random:score",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.ops.backends.products import matmul
+from axolotl_spft.salience.examples import Tokens
+from axolotl_spft.salience.metrics.statistics import GRADIENT, INPUT_SQUARES, SQUARED_GRADIENT
 from axolotl_spft.tuner.offloading import execution_device
 
 _ONE_PROCESS = Ranks()
@@ -40,6 +42,11 @@ def fits(entries: int, device: torch.device) -> bool:
     return device.type != "cuda" or 4 * entries <= torch.cuda.mem_get_info(device)[0] // 2
 
 
+def experts_of(names: Iterable[str]) -> list[str]:
+    """The layers that are modules of an expert, which not every batch reaches."""
+    return [name for name in names if _EXPERT.search(name)]
+
+
 def should_share_rows(layers: Mapping[str, nn.Module], ranks: Ranks) -> bool:
     """Whether each rank should accumulate its own rows only, by the memory of this one.
 
@@ -47,7 +54,7 @@ def should_share_rows(layers: Mapping[str, nn.Module], ranks: Ranks) -> bool:
     gradients to it.
     """
     # a rank that routes nothing to an expert would not take part in sending its gradient
-    if ranks.world == 1 or any(_EXPERT.search(name) for name in layers):
+    if ranks.world == 1 or experts_of(layers):
         return False
     entries = sum(layer.out_features * layer.in_features for layer in layers.values())
     return not all(fits(entries, device) for device in _devices_of(layers))
@@ -57,7 +64,24 @@ def should_share_rows(layers: Mapping[str, nn.Module], ranks: Ranks) -> bool:
 def gathered_gradients(
     model: nn.Module, layers: Mapping[str, nn.Module], ranks: Ranks = _ONE_PROCESS, sharded: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """Within the block, every backward pass adds dW = dY^T X of each layer to its accumulator.
+    """`gathered_sums` of the gradient alone: yields name -> accumulator."""
+    with gathered_sums(model, layers, (GRADIENT,), Tokens({}), ranks, sharded) as sums:
+        yield sums[GRADIENT]
+
+
+@contextmanager
+def gathered_sums(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    needs: Collection[str],
+    tokens: Tokens,
+    ranks: Ranks = _ONE_PROCESS,
+    sharded: bool = False,
+) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Within the block, every backward pass adds to the accumulators of each layer, with x its input and y its output.
+
+    ``gradient``: dW = dY^T X. ``squared_gradient``: the sum over examples of (dY_e^T X_e)^2 with an example's own rows
+    of dY and X. ``input_squares``: the sum of x_j^2 over the tokens that are no padding.
 
     No weight is made to require a gradient, so quantized ones take part too. Alive at a time are the accumulators and
     one layer's dense gradient, of which a sharded pass makes one rank's rows at a time.
@@ -66,26 +90,42 @@ def gathered_gradients(
         model: owner of the layers; its input embeddings' output is made to require a gradient, as gradient
             checkpointing with re-entrance needs.
         layers: linear layers by name, with ``in_features`` and ``out_features``.
+        needs: which of the three are gathered.
+        tokens: of the batch that runs; its owner writes each batch's into it.
         ranks: the processes that share the sample.
         sharded: whether a rank accumulates its own rows only. Every backward pass then sends gradients, and all ranks
             must run the same layers; otherwise nothing is sent before `reduce_to_shards`.
 
     Yields:
-        name -> accumulator, float32: (out_features, in_features), or this rank's rows of it.
+        need -> name -> accumulator, float32: (out_features, in_features), or this rank's rows of it; of
+        ``input_squares`` (in_features).
     """
-    sums: dict[str, Tensor] = {}
-    shapes = {}
-    for name, layer in layers.items():
-        rows = ranks.rows(layer.out_features) if sharded else slice(0, layer.out_features)
-        shapes[name] = rows.stop - rows.start, layer.in_features
-    entries = sum(n_rows * in_features for n_rows, in_features in shapes.values())
+    sums: dict[str, dict[str, Tensor]] = {need: {} for need in needs}
+    rows_of = {
+        name: ranks.rows(layer.out_features) if sharded else slice(0, layer.out_features)
+        for name, layer in layers.items()
+    }
+    matrices = [need for need in needs if need != INPUT_SQUARES]
+    entries = sum((rows.stop - rows.start) * layers[name].in_features for name, rows in rows_of.items())
     # before any is made, which leaves less free memory for the next
-    placed = {device: device if fits(entries, device) else torch.device("cpu") for device in _devices_of(layers)}
+    placed = {
+        device: device if fits(entries * len(matrices), device) else torch.device("cpu")
+        for device in _devices_of(layers)
+    }
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            sums[name] = torch.zeros(shapes[name], dtype=torch.float32, device=placed[_device_of(layer)])
-            add = _adder_to_shard(sums[name], layer.out_features, ranks) if sharded else _adder(sums[name])
-            hooks.callback(layer.register_forward_hook(_gathering_hook(add)).remove)
+            rows, device, adders = rows_of[name], _device_of(layer), []
+            for need in needs:
+                shape = (layer.in_features,) if need == INPUT_SQUARES else (rows.stop - rows.start, layer.in_features)
+                total = torch.zeros(shape, dtype=torch.float32, device=placed[device] if need in matrices else device)
+                sums[need][name] = total
+                if need == INPUT_SQUARES:
+                    adders.append(_adder_of_squares(total, tokens))
+                else:
+                    part = _PARTS[need](name, tokens)
+                    of_rows = (part, total, layer.out_features, ranks)
+                    adders.append(_adder_to_shard(*of_rows) if sharded else _adder(part, total))
+            hooks.callback(layer.register_forward_hook(_gathering_hook(adders)).remove)
         embeddings = _input_embeddings(model)
         if embeddings is not None:
             hooks.callback(embeddings.register_forward_hook(_require_grad).remove)
@@ -109,25 +149,62 @@ def _devices_of(layers: Mapping[str, nn.Module]) -> set[torch.device]:
     return {_device_of(layer) for layer in layers.values()}
 
 
-def _adder(total: Tensor) -> Callable[[Tensor, Tensor], None]:
-    def add(grad_rows: Tensor, x_rows: Tensor) -> None:
-        total.add_(matmul(grad_rows.t(), x_rows).to(total.device))
+# of x and dY of a layer, each (..., features), this rows' part of what is added up
+_Part = Callable[[Tensor, Tensor, slice], Tensor]
+
+
+def _gradient_part(name: str, tokens: Tokens) -> _Part:
+    def part(grad_y: Tensor, x: Tensor, rows: slice) -> Tensor:
+        return matmul(_flat(grad_y)[:, rows].t(), _flat(x))
+
+    return part
+
+
+def _squares_part(name: str, tokens: Tokens) -> _Part:
+    def part(grad_y: Tensor, x: Tensor, rows: slice) -> Tensor:
+        grad_rows, x_rows, total = _flat(grad_y)[:, rows], _flat(x), None
+        for example in tokens.examples(x, name):
+            gradient = matmul(grad_rows[example].t(), x_rows[example]).to(torch.float32)
+            total = gradient.square_() if total is None else total.addcmul_(gradient, gradient)
+        return total
+
+    return part
+
+
+_PARTS: dict[str, Callable[[str, Tokens], _Part]] = {GRADIENT: _gradient_part, SQUARED_GRADIENT: _squares_part}
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _adder(part: _Part, total: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def add(grad_y: Tensor, x: Tensor) -> None:
+        total.add_(part(grad_y, x, slice(None)).to(total.device))
 
     return add
 
 
-def _adder_to_shard(total: Tensor, out_features: int, ranks: Ranks) -> Callable[[Tensor, Tensor], None]:
-    def add(grad_rows: Tensor, x_rows: Tensor) -> None:
+def _adder_to_shard(part: _Part, total: Tensor, out_features: int, ranks: Ranks) -> Callable[[Tensor, Tensor], None]:
+    def add(grad_y: Tensor, x: Tensor) -> None:
         for rank in range(ranks.world):
-            part = matmul(grad_rows[:, ranks.rows(out_features, rank)].t(), x_rows).to(torch.float32)
-            ranks.sum_to_(part, rank)
+            of_rank = part(grad_y, x, ranks.rows(out_features, rank)).to(torch.float32)
+            ranks.sum_to_(of_rank, rank)
             if rank == ranks.rank:
-                total.add_(part.to(total.device))
+                total.add_(of_rank.to(total.device))
 
     return add
 
 
-def _gathering_hook(add: Callable[[Tensor, Tensor], None]):
+def _adder_of_squares(total: Tensor, tokens: Tokens) -> Callable[[Tensor, Tensor], None]:
+    def add(_: Tensor, x: Tensor) -> None:
+        rows, counted = _flat(x), tokens.counted(x)
+        total.add_((rows if counted is None else rows[counted]).to(torch.float32).square().sum(0))
+
+    return add
+
+
+def _gathering_hook(adders: Sequence[Callable[[Tensor, Tensor], None]]):
     def forward_hook(_, args: tuple, y: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
@@ -135,7 +212,9 @@ def _gathering_hook(add: Callable[[Tensor, Tensor], None]):
 
         def gather(grad_y: Tensor) -> None:
             with torch.no_grad():
-                add(grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1]).to(grad_y.dtype))
+                inputs = x.to(grad_y.dtype)
+                for add in adders:
+                    add(grad_y, inputs)
 
         probed = _probed(y)
         probed.register_hook(gather)

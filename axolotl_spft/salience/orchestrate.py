@@ -19,11 +19,12 @@ from axolotl_spft.salience.choose import choose_positions
 from axolotl_spft.salience.examples import Batch
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, install_masks
 from axolotl_spft.salience.mask_file import check_mask_path, load_masks, save_masks
-from axolotl_spft.salience.metrics.metric import FROM_SAMPLE, GRADIENT, load_metric
-from axolotl_spft.salience.metrics.statistics import Statistics
+from axolotl_spft.salience.metrics.metric import load_metric
 from axolotl_spft.salience.release import give_back_memory
 from axolotl_spft.salience.report import MaskReport, report_masks
-from axolotl_spft.salience.sample_pass import summed_gradients
+from axolotl_spft.salience.sample_pass import collect_statistics
+from axolotl_spft.salience.scores import check_base, scorer
+from axolotl_spft.salience.untouched import untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import shapes_of
 from axolotl_spft.tuner.targets import check_is_peft_model
@@ -38,14 +39,14 @@ def select_mask(
 ) -> MaskReport:
     """Choose the positions that an empty adapter trains, and put values of 0 there.
 
-    The adapter's `SpftConfig` says how: salience, scope, budget, samples, seed, mask_path. The salience ``gradient``
-    sums the gradient of the loss over batches until ``samples`` examples are read. Nothing else is changed: random
+    The adapter's `SpftConfig` says how: salience, scope, budget, samples, seed, mask_path. Most saliences sum what they
+    need of the loss' gradients over batches until ``samples`` examples are read. Nothing else is changed: random
     generators, gradients, modes, hooks and ``requires_grad`` are afterwards as before. Make the optimizer afterwards.
 
     Args:
         model: a `PeftModel` with an SPFT adapter.
         batches: dicts for ``model(**batch)`` on the model's device; not read (and may be None) where the salience
-            needs no gradient or ``mask_path`` names a file.
+            needs none or ``mask_path`` names a file. The salience ``grasp`` reads them twice.
         loss_fn: the loss of (model, batch), a scalar; ``model(**batch).loss`` by default.
         adapter_name: the active adapter by default.
 
@@ -54,7 +55,7 @@ def select_mask(
 
     Raises:
         SpftError: the model is no `PeftModel`, the adapter has a mask already, there are no batches or no loss, a
-            gradient is not finite.
+            gradient or score is not finite, the salience does not suit the model.
         SpftFileError: the file at ``mask_path`` does not fit, or none can be written there.
     """
     check_is_peft_model(model)
@@ -90,7 +91,8 @@ def select_mask(
     else:
         if path is not None:
             on_every_rank(lambda: check_mask_path(path) if ranks.rank == 0 else None, ranks)
-        masks, source["samples"] = _computed_masks(model, config, layers, batches, loss_fn, ranks)
+        masks, found = _computed_masks(model, config, layers, batches, loss_fn, ranks)
+        source |= found
         give_back_memory()
         origin = _describe(source)
         if path is not None and ranks.rank == 0:
@@ -140,28 +142,15 @@ def _computed_masks(
     batches: Iterable[Batch] | None,
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
     ranks: Ranks,
-) -> tuple[dict[str, Mask], int]:
-    """The masks, and the examples read for them."""
+) -> tuple[dict[str, Mask], dict]:
+    """The masks, and what their record says of the pass."""
     metric = load_metric(config.salience)
-    collected, read = {}, 0
-    if metric.needs & FROM_SAMPLE:
-        collected[GRADIENT], read = summed_gradients(model, layers, batches, loss_fn, config.samples, ranks)
+    check_base(metric, layers)
+    found = collect_statistics(model, layers, metric.needs, batches, loss_fn, config.samples, ranks)
+    score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank)
     names, shapes = list(layers), list(shapes_of(layers).values())
-
-    def score(index: int) -> Tensor:
-        """This rank's rows of a matrix' scores."""
-        name = names[index]
-        return metric.score(
-            Statistics(
-                name=name,
-                shape=shapes[index],
-                index=index,
-                seed=config.seed or 0,
-                ranks=ranks,
-                collected={need: sums[name] for need, sums in collected.items()},
-                read_weight=layers[name].read_weight,
-            )
-        )
-
-    chosen = choose_positions(config, names, shapes, score, ranks)
-    return {name: mask_from_positions(positions, *shape) for name, positions, shape in zip(names, chosen, shapes)}, read
+    # a function of the user's own may draw numbers
+    with untouched_rng():
+        chosen = choose_positions(config, names, shapes, score_of, ranks)
+    masks = {name: mask_from_positions(positions, *shape) for name, positions, shape in zip(names, chosen, shapes)}
+    return masks, {"samples": found.read, **found.notes}

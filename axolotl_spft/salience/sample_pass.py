@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,50 +14,164 @@ from tqdm import tqdm
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import gathered_while_used, is_partitioned
 from axolotl_spft.errors import SpftError, first_of
-from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards, should_share_rows
-from axolotl_spft.salience.examples import Batch, count_examples
+from axolotl_spft.salience.collect import experts_of, gathered_sums, reduce_to_shards, should_share_rows
+from axolotl_spft.salience.data_free import synaptic_flow
+from axolotl_spft.salience.examples import Batch, Tokens, count_examples
+from axolotl_spft.salience.hessian import hessian_products
+from axolotl_spft.salience.metrics.metric import GATHERED
+from axolotl_spft.salience.metrics.statistics import (
+    GRADIENT,
+    HESSIAN_GRADIENT,
+    INPUT_SQUARES,
+    SQUARED_GRADIENT,
+    SYNAPTIC_FLOW,
+)
 from axolotl_spft.salience.untouched import untouched_model, untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
+
+LossFn = Callable[[nn.Module, Batch], Tensor]
+
+
+class Collected(NamedTuple):
+    """What the pass found.
+
+    Attributes:
+        sums: need -> name of the layer -> this rank's rows of the sum over the batches of all ranks, float32.
+        read: the examples read.
+        notes: what the mask's record says of how it was done.
+    """
+
+    sums: dict[str, dict[str, Tensor]]
+    read: int
+    notes: dict[str, str]
+
+
+def collect_statistics(
+    model: nn.Module,
+    layers: Mapping[str, SpftLinear],
+    needs: Collection[str],
+    batches: Iterable[Batch] | None,
+    loss_fn: LossFn | None,
+    samples: int,
+    ranks: Ranks,
+) -> Collected:
+    """All of ``needs`` that a pass has to find: from the sample, or from the weights alone.
+
+    Raises:
+        SpftError: there are no batches or no loss, a gradient is not finite, the model does not suit a need.
+    """
+    sums: dict[str, dict[str, Tensor]] = {}
+    read, notes = 0, {}
+    if SYNAPTIC_FLOW in needs:
+        sums[SYNAPTIC_FLOW] = synaptic_flow(model, layers, ranks)
+    gathered = [need for need in GATHERED if need in needs or (need == GRADIENT and HESSIAN_GRADIENT in needs)]
+    if not gathered:
+        return Collected(sums, read, notes)
+    experts = experts_of(layers)
+    if experts and (SQUARED_GRADIENT in needs or (HESSIAN_GRADIENT in needs and ranks.world > 1)):
+        raise SpftError(
+            f"this salience cannot be computed for experts that are modules ({first_of(experts, ', ')}), whose inputs "
+            "have lost their example: name them in `exclude_modules`, or use `salience: gradient`"
+        )
+    sample = _Sample(batches, loss_fn, samples, ranks, twice=HESSIAN_GRADIENT in needs)
+    found, read = summed(model, layers, gathered, sample, ranks)
+    sums |= found
+    if HESSIAN_GRADIENT in needs:
+        with _quiet(model), untouched_rng():
+            sums[HESSIAN_GRADIENT], notes["hessian"] = hessian_products(
+                model, layers, sums[GRADIENT], sample.losses("Hessian"), ranks
+            )
+    return Collected(sums, read, notes)
 
 
 def summed_gradients(
     model: nn.Module,
     layers: Mapping[str, SpftLinear],
     batches: Iterable[Batch] | None,
-    loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
+    loss_fn: LossFn | None,
     samples: int,
     ranks: Ranks,
 ) -> tuple[dict[str, Tensor], int]:
     """This rank's rows of each layer's gradient, summed over the batches of all ranks; and the examples read."""
-    read = 0
+    found, read = summed(model, layers, (GRADIENT,), _Sample(batches, loss_fn, samples, ranks), ranks)
+    return found[GRADIENT], read
+
+
+def summed(
+    model: nn.Module, layers: Mapping[str, SpftLinear], needs: Collection[str], sample: _Sample, ranks: Ranks
+) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """This rank's rows of what `gathered_sums` gathers, summed over the batches of all ranks; the examples read."""
     # where the weights are partitioned, whole accumulators would not fit beside them
     partitioned = ranks.world > 1 and any(is_partitioned(parameter) for parameter in model.parameters())
     # all ranks or none
     sharded = partitioned or ranks.sum_numbers(int(should_share_rows(layers, ranks)))[0] > 0
+    read = 0
     with (
         untouched_rng(),
-        untouched_model(model),
-        gathered_while_used(model),
-        gathered_gradients(model, layers, ranks, sharded) as sums,
-        tqdm(total=samples, desc="Salience", unit="example", disable=ranks.rank != 0) as bar,
-        _uncompiled(model),
-        torch.enable_grad(),
+        _quiet(model),
+        gathered_sums(model, layers, needs, sample.tokens, ranks, sharded) as sums,
     ):
-        for batch, count in _batches_of_all_ranks(batches or (), ranks):
-            loss = loss_fn(model, batch) if loss_fn else model(**batch).loss
-            if loss is None:
-                raise SpftError("the model gave no loss: put `labels` into the batches, or pass `loss_fn`")
-            loss.backward()
+        for loss_of, count in sample.losses("Salience"):
+            loss_of(model).backward()
             read += count
-            bar.update(min(count, samples - bar.n))
-            if read >= samples:
-                break
-        if not sharded:
-            reduce_to_shards(sums, ranks)
+        for need, of_layers in sums.items():
+            if need == INPUT_SQUARES:
+                for total in of_layers.values():
+                    ranks.sum_(total)
+            elif not sharded:
+                reduce_to_shards(of_layers, ranks)
     if not read:
         raise SpftError("the salience pass found no batches: give at least one, or use `salience: magnitude`")
-    _check_gradients(sums, ranks)
+    for of_layers in sums.values():
+        _check_sums(of_layers, ranks)
     return sums, read
+
+
+class _Sample:
+    """The batches that the pass reads, and the loss of each.
+
+    Args:
+        twice: whether `losses` is asked for again; the batches of an iterator are then kept.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Batch] | None,
+        loss_fn: LossFn | None,
+        samples: int,
+        ranks: Ranks,
+        twice: bool = False,
+    ):
+        self.batches, self.loss_fn, self.samples, self.ranks = batches or (), loss_fn, samples, ranks
+        self.tokens = Tokens({})
+        self._kept: list[Batch] | None = [] if twice and iter(self.batches) is self.batches else None
+
+    def losses(self, title: str) -> Iterator[tuple[Callable[[nn.Module], Tensor], int]]:
+        """For each batch the function that gives its loss, and the examples of all ranks in it."""
+        read, batches = 0, self._kept or self.batches
+        with tqdm(total=self.samples, desc=title, unit="example", disable=self.ranks.rank != 0) as bar:
+            for batch, count in _batches_of_all_ranks(batches, self.ranks):
+                if self._kept is not None and batches is not self._kept:
+                    self._kept.append(batch)
+                self.tokens.read(batch)
+                yield lambda model, batch=batch: self._loss(model, batch), count
+                read += count
+                bar.update(min(count, self.samples - bar.n))
+                if read >= self.samples:
+                    break
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = self.loss_fn(model, batch) if self.loss_fn else model(**batch).loss
+        if loss is None:
+            raise SpftError("the model gave no loss: put `labels` into the batches, or pass `loss_fn`")
+        return loss
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """What every pass runs in: a model that is as before afterwards, whole where it runs, and not compiled."""
+    with untouched_model(model), gathered_while_used(model), _uncompiled(model), torch.enable_grad():
+        yield
 
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager:
@@ -67,7 +182,7 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def _check_gradients(sums: Mapping[str, Tensor], ranks: Ranks) -> None:
+def _check_sums(sums: Mapping[str, Tensor], ranks: Ranks) -> None:
     finite = ranks.sum_numbers(*(int(torch.isfinite(total).all()) for total in sums.values()))
     reached = ranks.sum_numbers(*(int(total.any()) for total in sums.values()))
     for name, count in zip(sums, finite):

@@ -12,15 +12,23 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.metrics import METRICS
 from axolotl_spft.salience.metrics.statistics import (
     GRADIENT,
+    HESSIAN_GRADIENT,
+    INPUT_SQUARES,
+    SQUARED_GRADIENT,
+    SYNAPTIC_FLOW,
     WEIGHT,
     Statistics,
 )
 
 Score = Callable[[Statistics], Tensor]
 
-NEEDS = (GRADIENT, WEIGHT)
+# what a backward pass over the sample gathers
+GATHERED = (GRADIENT, SQUARED_GRADIENT, INPUT_SQUARES)
+NEEDS = (*GATHERED, WEIGHT, SYNAPTIC_FLOW, HESSIAN_GRADIENT)
 # what the sample must be run through the model for
-FROM_SAMPLE = frozenset({GRADIENT})
+FROM_SAMPLE = frozenset({*GATHERED, HESSIAN_GRADIENT})
+# what cannot be had of a weight that cannot be read
+OF_WEIGHT = frozenset({WEIGHT, SYNAPTIC_FLOW})
 
 
 @dataclass(frozen=True)
