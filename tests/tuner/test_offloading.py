@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from axolotl_spft.salience.prepare import adapted_layers
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import mask_from_positions
+from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner.state import spft_layers
 from tests.models import logits, tiny_gpt2, tiny_llama, tiny_qwen2, token_batch, with_adapter
 
@@ -36,15 +36,9 @@ def offload(model: nn.Module, kind: str, folder) -> nn.Module:
 
 
 def _parts(model: nn.Module, prefix: str = ""):
-    """Modules that cover the model: the layers of module lists by themselves."""
+    """Modules that cover the model, one for each layer."""
     for name, child in model.named_children():
-        if (
-            isinstance(child, nn.ModuleList)
-            or any(isinstance(m, nn.ModuleList) for m in child.children())
-            or isinstance(child, (nn.Sequential,))
-            or hasattr(child, "layers")
-            or hasattr(child, "model")
-        ):
+        if any(isinstance(module, nn.ModuleList) for module in child.modules()):
             yield from _parts(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
