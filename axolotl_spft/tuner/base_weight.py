@@ -246,6 +246,11 @@ class BaseWeight:
         merge = self._merge_in_place if self.in_place else self._merge_by_replacing
         self._undo_merge.append(merge(deltas, check_finite))
 
+    def refuse_if_merged(self, adapter_name: str) -> None:
+        """Raise where deleting the adapter would leave its S in the base weight for good."""
+        if adapter_name in self.merged_adapters:
+            raise SpftError(f"adapter `{adapter_name}` is merged: call unmerge_adapter() before delete_adapter()")
+
     def unmerge_deltas(self) -> None:
         """Undo every `merge_deltas`, bit for bit."""
         while self._undo_merge:

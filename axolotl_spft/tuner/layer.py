@@ -84,10 +84,8 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would cast the mask to the weight's dtype
         if adapter_name in self.spft_values:
-            values, device = (
-                self.values(adapter_name),
-                device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0],
-            )
+            values = self.values(adapter_name)
+            device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
             self.spft_values[adapter_name] = nn.Parameter(values.data.to(device), requires_grad=values.requires_grad)
             self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = (
                 tensor.to(device) for tensor in self.mask(adapter_name)
@@ -203,6 +201,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         super().enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self.refuse_if_merged(adapter_name)
         self.revert()
         self._forget_derived()
         super().delete_adapter(adapter_name)
@@ -262,8 +261,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
             return self._multiply(x.to(execution_device(base_layer)), base_layer, names)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._quant_state is None or not is_offloaded(self.get_base_layer()):
-            return self.base_layer(x, *args, **kwargs)
+        # accelerate's hook on the base layer does the same, but needs the scales of a 4-bit weight
         with self.brought_in():
             return self.base_layer(x, *args, **kwargs)
 

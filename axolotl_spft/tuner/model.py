@@ -182,8 +182,8 @@ class SpftModel(BaseTuner):
         Raises:
             SpftError: it is merged: the base weights would keep it.
         """
-        if any(adapter_name in layer.merged_adapters for layer in spft_layers(self.model).values()):
-            raise SpftError(f"adapter `{adapter_name}` is merged: call unmerge_adapter() before delete_adapter()")
+        for layer in spft_layers(self.model).values():
+            layer.refuse_if_merged(adapter_name)
         super().delete_adapter(adapter_name)
         self._has_dtype.discard(adapter_name)
         self.spft_record._buffers.pop(adapter_name, None)

@@ -57,9 +57,9 @@ def brought_in(module: nn.Module, quant_state: Any | None = None) -> Iterator[No
         module.weight.quant_state = _copied(quant_state)
     if _is_lost(getattr(module.weight, "quant_state", None)):
         raise SpftError(
-            "a 4-bit base layer was offloaded before it got its adapter, and bitsandbytes moves the scales of its weight "
-            "along with it, to the meta device: offload the model after get_peft_model() or PeftModel.from_pretrained(), "
-            "or keep its 4-bit layers on a device"
+            "a 4-bit base layer was offloaded before it got its adapter, and bitsandbytes moves the scales of its "
+            "weight along with it, to the meta device: offload the model after get_peft_model() or "
+            "PeftModel.from_pretrained(), or keep its 4-bit layers on a device"
         )
     hook.pre_forward(module)
     try:

@@ -36,15 +36,9 @@ def offload(model: nn.Module, kind: str, folder) -> nn.Module:
 
 
 def _parts(model: nn.Module, prefix: str = ""):
-    """Modules that cover the model: the layers of module lists by themselves."""
+    """Modules that cover the model, one for each layer."""
     for name, child in model.named_children():
-        if (
-            isinstance(child, nn.ModuleList)
-            or any(isinstance(m, nn.ModuleList) for m in child.children())
-            or isinstance(child, (nn.Sequential,))
-            or hasattr(child, "layers")
-            or hasattr(child, "model")
-        ):
+        if any(isinstance(module, nn.ModuleList) for module in child.modules()):
             yield from _parts(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
