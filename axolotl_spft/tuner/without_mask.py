@@ -10,7 +10,7 @@ from torch import nn
 from axolotl_spft.errors import SpftError
 from axolotl_spft.tuner.layer import SpftLinear
 
-HOW_TO_SELECT = "call select_mask(model, batches) first"
+HOW_TO_SELECT = "call select_mask(model, batches) first, or give the trainer an SpftCallback"
 
 
 def refuse_training_without_mask(module: nn.Module, *_: Any) -> None:
