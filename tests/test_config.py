@@ -36,11 +36,8 @@ def test_another_budget_replaces_the_default_density(budget):
         ({"num_values": 1.5}, ["`num_values: 1.5` must be a whole number"]),
         ({"match_lora_rank": 0}, ["`match_lora_rank: 0`"]),
         ({"samples": True}, ["`samples: True` must be a whole number"]),
-        (
-            {"salience": "fischer"},
-            ["`salience: fischer` must be one of gradient, balanced, snip, ", "(did you mean `fisher`?)"],
-        ),
-        ({"salience": "my module:score"}, ["`salience: my module:score` must be one of", "package.module:function"]),
+        ({"salience": "fischer"}, ["or your own package.module:function (did you mean `fisher`?)"]),
+        ({"salience": "my module:score"}, ["`salience: my module:score` must be one of gradient, balanced, snip, "]),
         ({"lift_rank": 0}, ["`lift_rank: 0` must be a whole number of at least 1"]),
         ({"salience": ["gradient"]}, ["`salience: ['gradient']`"]),
         ({"scope": "model"}, ["`scope: model` must be one of layer, global, row"]),

@@ -15,10 +15,16 @@ from torch import Tensor, nn
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Within the block every rank holds these parameters whole; they are partitioned again afterwards."""
     with ExitStack() as stack:
-        # one by one: gathering them together would read all with the dtype of the first
-        for parameter in parameters:
-            stack.enter_context(gather_params_ctx(parameter, modifier_rank=None))
-        yield
+        # DeepSpeed's own work on the parameters is nothing that a mode of the caller's should see
+        with torch._C.DisableTorchFunction():
+            # one by one: gathering them together would read all with the dtype of the first
+            for parameter in parameters:
+                stack.enter_context(gather_params_ctx(parameter, modifier_rank=None))
+        try:
+            yield
+        finally:
+            with torch._C.DisableTorchFunction():
+                stack.close()
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

@@ -24,15 +24,13 @@ from tests.tuner.test_quantized import quantize
 Chosen = dict[str, list[list[int]]]
 
 
-def positions_by_metric(base: str, partition=None) -> Chosen:
-    """Of each metric the positions in each matrix, of one pass for all; under ZeRO-3 in the model's parts."""
+def base_of(base: str):
+    return tiny_llama() if base == "float" else quantize(tiny_llama(), base)
+
+
+def positions_by_metric(model) -> Chosen:
+    """Of each metric the positions in each matrix, of one pass for all."""
     ranks, config = Ranks.current(), SpftConfig(density=0.03, seed=3, lift_rank=5)
-    if partition is not None and base == "float":
-        with partition():
-            model = tiny_llama()
-    else:
-        # transformers partitions no quantized model
-        model = tiny_llama() if base == "float" else quantize(tiny_llama(), base)
     model = get_peft_model(model, config).train()
     layers = adapted_layers(model)
     batches = [token_batch(rows=1, seed=seed) for seed in range(4)]
@@ -48,7 +46,7 @@ def positions_by_metric(base: str, partition=None) -> Chosen:
 
 def positions_by_engine() -> dict[str, dict[str, Chosen]]:
     """engine -> base -> the positions."""
-    found = {"DDP": {base: positions_by_metric(base) for base in BASES}}
+    found = {"DDP": {base: positions_by_metric(base_of(base)) for base in BASES}}
     # before deepspeed is imported: it would look for an accelerator
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(Ranks.current().rank)}
     import deepspeed
@@ -61,19 +59,20 @@ def positions_by_engine() -> dict[str, dict[str, Chosen]]:
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         }
+        # transformers partitions no quantized model
+        models = {base: base_of(base) for base in BASES if base != "float" or stage < 3}
         held = HfDeepSpeedConfig(config)
         assert held.is_zero3() == (stage == 3)
-
-        def partition(config: dict = config):
-            return deepspeed.zero.Init(config_dict_or_path=config)
-
-        found[f"ZeRO-{stage}"] = {base: positions_by_metric(base, partition if stage == 3 else None) for base in BASES}
+        if stage == 3:
+            with deepspeed.zero.Init(config_dict_or_path=config):
+                models["float"] = tiny_llama()
+        found[f"ZeRO-{stage}"] = {base: positions_by_metric(model) for base, model in models.items()}
     return found
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Chosen]:
-    return {base: positions_by_metric(base) for base in BASES}
+    return {base: positions_by_metric(base_of(base)) for base in BASES}
 
 
 @pytest.fixture(scope="module")

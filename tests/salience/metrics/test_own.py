@@ -49,7 +49,7 @@ def test_a_function_of_weights_and_inputs():
         ("not_finite", "is not finite everywhere"),
         ("raises", "failed: KeyError: 'another'"),
         ("no_tensor", "gave NoneType"),
-        ("undeclared", "reads `weight` without declaring it: write `@needs"),
+        ("undeclared", "the score reads `weight` without declaring it: write `@needs"),
     ],
 )
 def test_a_function_that_fails_is_one_error_that_changes_nothing(function, said, tmp_path):
