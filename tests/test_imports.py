@@ -13,8 +13,8 @@ import axolotl_spft
 
 ROOT = Path(axolotl_spft.__file__).parent
 # each part may import from itself and from the parts before it
-ORDER = ["errors", "files", "budget", "metrics", "peft_type", "config", "ops", "optim", "engine", "tuner", "salience",
-         "plugin", "bench", "tools", "__main__"]  # fmt: skip
+ORDER = ["errors", "files", "budget", "metrics", "peft_type", "config", "ops", "optim", "engine", "tuner",
+         "checkpoint", "salience", "plugin", "bench", "tools", "__main__"]  # fmt: skip
 FILES = sorted(
     path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.parent != ROOT
 )

@@ -1,0 +1,185 @@
+"""A saved adapter as plain tensors: ``adapter_config.json`` and ``adapter_model.safetensors``, without any model.
+
+Per targeted module the file holds a CSR matrix under ``base_model.model.<module>.spft_values``, ``.spft_columns`` and
+``.spft_row_offsets``, everything else that was trained (``modules_to_save``, biases) under the name of its parameter,
+and in ``base_model.spft_record`` a JSON object as bytes, which has the modules' shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from axolotl_spft.errors import SpftFileError, first_of
+from axolotl_spft.files import atomic_path, check_safetensors
+from axolotl_spft.ops.mask.csr import Mask, problems_of
+from axolotl_spft.peft_type import SPFT
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX, _RECORD = "base_model.model.", "base_model.spft_record"
+_VALUES, _COLUMNS, _ROW_OFFSETS = "spft_values", "spft_columns", "spft_row_offsets"
+
+
+@dataclass(frozen=True)
+class SavedDelta:
+    """A sparse S of one module: ``values`` (nnz), their ``mask``, and ``shape`` (out_features, in_features)."""
+
+    values: Tensor
+    mask: Mask
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A saved adapter.
+
+    Attributes:
+        config: what ``adapter_config.json`` says.
+        deltas: module name -> its delta, in the order of the modules in the model where the file tells it.
+        others: parameter name -> tensor, for what is trained whole (``modules_to_save``, biases).
+        record: what ``base_model.spft_record`` says; its shapes are those of the deltas.
+        has_shapes: whether the shapes are known. If not, in_features are the least that hold the columns.
+    """
+
+    config: dict
+    deltas: dict[str, SavedDelta]
+    others: dict[str, Tensor] = field(default_factory=dict)
+    record: dict = field(default_factory=dict)
+    has_shapes: bool = True
+
+    @property
+    def nnz(self) -> int:
+        return sum(delta.mask.nnz for delta in self.deltas.values())
+
+
+def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]] | None = None) -> SavedAdapter:
+    """Read and check a saved sparse adapter.
+
+    Args:
+        shapes: module name -> (out_features, in_features), for a file without shapes of its own. Must name every
+            module of the adapter.
+
+    Raises:
+        SpftFileError: a file is missing or damaged, belongs to another kind of adapter, or does not fit ``shapes``.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / WEIGHTS_FILE
+    check_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    record = _record_of(tensors.pop(_RECORD, None), path)
+    recorded = {name: tuple(shape) for name, shape in record.get("shapes", {}).items()} or shapes
+    strange = [key for key in tensors if not key.startswith(_PREFIX)]
+    problems = [f"{key}: no tensor of a saved adapter has such a name" for key in strange]
+    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items() if key not in strange}
+    deltas: dict[str, SavedDelta] = {}
+    for name in _module_names(tensors, recorded):
+        parts = [tensors.pop(f"{name}.{part}", None) for part in (_VALUES, _COLUMNS, _ROW_OFFSETS)]
+        absent = [part for part, tensor in zip((_VALUES, _COLUMNS, _ROW_OFFSETS), parts) if tensor is None]
+        if absent:
+            problems.append(f"{name}: {', '.join(absent)} missing")
+            continue
+        values, mask = parts[0], Mask(*parts[1:])
+        if recorded is not None and name not in recorded:
+            problems.append(f"{name}: the base model has no such module")
+            continue
+        shape = recorded[name] if recorded is not None else _least_shape(mask)
+        problems += [f"{name}: {problem}" for problem in problems_of(mask, values, *shape)]
+        deltas[name] = SavedDelta(values, mask, shape)
+    adapter = SavedAdapter(config, deltas, tensors, record, recorded is not None)
+    if not problems and not deltas:
+        problems.append("it holds no sparse values")
+    if not problems and config.get("nnz") not in (None, adapter.nnz):
+        problems.append(f"{adapter.nnz} values, but adapter_config.json records nnz: {config['nnz']}")
+    if problems:
+        raise SpftFileError(
+            f"{path} is damaged or belongs to another base model: {first_of(problems, '; ')}. Take an intact copy of "
+            "the file, with the base model that it was trained on"
+        )
+    return adapter
+
+
+def read_config(folder: str | os.PathLike) -> dict:
+    """``adapter_config.json`` of a saved sparse adapter.
+
+    Raises:
+        SpftFileError: it is missing, no JSON object, or that of another kind of adapter.
+    """
+    path = Path(folder) / CONFIG_FILE
+    config = read_json_object(path, "name the folder of a saved sparse adapter")
+    if config.get("peft_type") != SPFT:
+        raise SpftFileError(f"{path}: `peft_type: {config.get('peft_type')}` must be SPFT: name a sparse adapter")
+    return config
+
+
+def read_json_object(path: Path, remedy: str) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        SpftFileError: there is none; ``remedy`` is the last part of the message.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpftFileError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    except ValueError as error:
+        raise SpftFileError(f"{path} is not JSON ({error}): {remedy}") from error
+    if not isinstance(found, dict):
+        raise SpftFileError(f"{path} must hold a JSON object: {remedy}")
+    return found
+
+
+def write_adapter(folder: str | os.PathLike, adapter: SavedAdapter) -> None:
+    """Write an adapter that PEFT loads. Both of its files appear complete or, on any error, neither."""
+    folder = Path(folder)
+    tensors = {_PREFIX + name: tensor for name, tensor in adapter.others.items()}
+    for name, delta in adapter.deltas.items():
+        for part, tensor in zip((_VALUES, _COLUMNS, _ROW_OFFSETS), (delta.values, *delta.mask)):
+            tensors[f"{_PREFIX}{name}.{part}"] = tensor.detach().cpu().contiguous()
+    record = dict(adapter.record)
+    if adapter.has_shapes:
+        record["shapes"] = {name: list(delta.shape) for name, delta in adapter.deltas.items()}
+    if record:
+        tensors[_RECORD] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+    config = {**adapter.config, "nnz": adapter.nnz}
+    with atomic_path(folder / CONFIG_FILE) as config_path, atomic_path(folder / WEIGHTS_FILE) as weights_path:
+        save_file(tensors, weights_path, metadata={"format": "pt"})
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _record_of(tensor: Tensor | None, path: Path) -> dict:
+    if tensor is None:
+        return {}
+    try:
+        record = json.loads(bytes(tensor.tolist()))
+        shapes = record.get("shapes", {})
+        fit = all(len(shape) == 2 and all(type(size) is int for size in shape) for shape in shapes.values())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SpftFileError(f"{path}: its record is damaged ({error}); take an intact copy of the file") from error
+    if not fit:
+        raise SpftFileError(f"{path}: `shapes` of its record must be pairs of whole numbers; take an intact copy")
+    return record
+
+
+def _module_names(tensors: Mapping[str, Tensor], shapes: Mapping | None) -> list[str]:
+    """The modules with sparse tensors, in the order of ``shapes``, then of the file."""
+    endings = tuple(f".{part}" for part in (_VALUES, _COLUMNS, _ROW_OFFSETS))
+    found = dict.fromkeys(key.rpartition(".")[0] for key in tensors if key.endswith(endings))
+    known = [name for name in shapes or () if name in found]
+    return known + [name for name in found if name not in set(known)]
+
+
+def _least_shape(mask: Mask) -> tuple[int, int]:
+    """(out_features, in_features), where the file does not say how many columns there are."""
+    least = 2**16 + 1 if mask.columns.dtype == torch.int32 else 1
+    widest = int(mask.columns.to(torch.int64).max()) + 1 if mask.nnz else 0
+    return max(mask.row_offsets.numel() - 1, 0), max(least, widest)
