@@ -1,0 +1,114 @@
+"""The unquantized weights of a model, read from its checkpoint one matrix at a time by the module's name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from axolotl_spft.checkpoint.keys import KeyMap
+from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
+from axolotl_spft.errors import SpftFileError
+
+_QUANTIZED = (".quant_state.", ".absmax", ".SCB", ".qweight", ".weight_scale", ".weight_packed")
+
+
+class BaseCheckpoint:
+    """A checkpoint with the names that a model has for its modules.
+
+    Symbols: W of a module is (out_features, in_features), whichever way its class stores it.
+
+    Args:
+        name: a local folder, or a model of the hub.
+        model: the transformers model that the checkpoint belongs to, on any device, quantized or not. Only names and
+            classes of its modules are read.
+
+    Raises:
+        SpftFileError: there is no such checkpoint, or it was saved quantized.
+    """
+
+    def __init__(self, name: str | os.PathLike, model: nn.Module, revision: str | None = None):
+        self.shards = Shards(find_checkpoint(name, revision))
+        check_unquantized(self.shards)
+        keys = self.shards.file_of
+        self.keys = KeyMap(model, keys, {key: self.shards.shape(key) for key in keys})
+        self.transposed = transposed_modules(model)
+
+    def has(self, module: str) -> bool:
+        """Whether the checkpoint holds the weight of ``module``."""
+        return self._parameter(module) is not None
+
+    def missing(self, modules: Iterable[str]) -> list[str]:
+        """Those of ``modules`` whose weight the checkpoint does not hold."""
+        return [module for module in modules if not self.has(module)]
+
+    def _parameter(self, module: str) -> str | None:
+        # a parameter of three dimensions, as stacked experts are, has a name without `weight`
+        for name in (f"{module}.weight", module):
+            name = self.keys.tied.get(name, name)
+            if name in self.keys.group_of:
+                return name
+        return None
+
+    def parameter(self, module: str) -> str:
+        """The parameter that is the weight of ``module``, or that it is tied to.
+
+        Raises:
+            SpftFileError: the checkpoint does not hold it.
+        """
+        name = self._parameter(module)
+        if name is None:
+            raise SpftFileError(
+                f"{self.shards.folder} holds no weight for the module {module}: name the base model that was trained"
+            )
+        return name
+
+    def read_parameter(self, name: str) -> Tensor:
+        """A parameter as the model stores it, in the dtype of the checkpoint."""
+        group = self.keys.group_of[name]
+        return group.convert({key: self.shards.read(key) for key in group.keys}, self.keys.config)[name]
+
+    def read_matrix(self, module: str) -> Tensor:
+        """W of a module; of stacked experts (experts x out_features, in_features)."""
+        weight = self.read_parameter(self.parameter(module))
+        return weight.t().contiguous() if module in self.transposed else weight.flatten(0, -2)
+
+    def read_rows(self, module: str, first: int, last: int) -> Tensor:
+        """Rows ``first`` to ``last`` (exclusive) of W.
+
+        Nothing else is read, unless the module stores its weight transposed or transformers makes it from several.
+        """
+        name = self.parameter(module)
+        group = self.keys.group_of[name]
+        (key, *_) = group.keys
+        if group.converter is None and module not in self.transposed and len(self.shards.shape(key)) == 2:
+            return self.shards.read_rows(key, first, last)
+        return self.read_matrix(module)[first:last].clone()
+
+
+def check_unquantized(shards: Shards) -> None:
+    """Check that a checkpoint holds weights of 16 bits or more.
+
+    Raises:
+        SpftFileError: it was saved quantized.
+    """
+    found = [key for key in shards.file_of if any(part in key for part in _QUANTIZED)]
+    found += [key for key in shards.file_of if key.endswith(".weight") and shards.dtype(key).itemsize < 2]
+    if found:
+        raise SpftFileError(
+            f"{shards.folder} was saved quantized ({found[0]}): name the folder of the model before it was quantized"
+        )
+
+
+def transposed_modules(model: nn.Module) -> set[str]:
+    """The modules that store W as (in_features, out_features): GPT-2's `Conv1D`, quantized or not."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = set()
+    for name, module in model.named_modules():
+        source = getattr(module, "source_cls", type(module))
+        if isinstance(source, type) and issubclass(source, Conv1D):
+            # a layer of PEFT keeps the module it adapts under this name
+            found.add(name.removesuffix(".base_layer"))
+    return found

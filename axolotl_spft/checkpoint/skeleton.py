@@ -1,0 +1,90 @@
+"""A model on the meta device: names, classes and shapes of its modules, without any weight."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from axolotl_spft.errors import SpftFileError
+
+_BY_TASK = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
+_HEADS = ("score.weight", "classifier.weight")
+_GENERAL = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel")
+
+
+def skeleton(
+    folder: Path,
+    modules: Collection[str] = (),
+    task_type: str | None = None,
+    labels: int | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model of the ``config.json`` in a folder, on the meta device.
+
+    Args:
+        modules: names that it must have; of the classes that the config can be loaded as, the first with all of them
+            is taken.
+        task_type: PEFT's, of the adapter.
+        labels: how many outputs a classifier has.
+
+    Raises:
+        SpftFileError: the config cannot be read, or no class has these modules.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SpftFileError(f"{folder}: its config cannot be read ({str(error).splitlines()[0]})") from error
+    if labels is not None:
+        config.num_labels = labels
+    missing, reason = list(modules), None
+    for kind in _kinds(config, task_type):
+        try:
+            model = _on_meta(getattr(transformers, kind), config, trust_remote_code)
+        except (ValueError, AttributeError, ImportError) as error:
+            reason = reason or str(error).splitlines()[0]
+            continue
+        names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+        missing = [name for name in modules if name not in names]
+        if not missing:
+            return model
+        reason = f"{type(model).__name__} has no module {missing[0]}"
+    raise SpftFileError(f"{folder} is not the model that the adapter belongs to ({reason}): name that base model")
+
+
+def _kinds(config, task_type: str | None) -> list[str]:
+    named = list(config.architectures or ())
+    return list(
+        dict.fromkeys([*([_BY_TASK[task_type]] if task_type in _BY_TASK else []), *_GENERAL[:1], *named, *_GENERAL])
+    )
+
+
+def _on_meta(kind: type, config, trust_remote_code: bool) -> nn.Module:
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with torch.device("meta"):
+            if kind.__name__.startswith("Auto"):
+                return kind.from_config(config, trust_remote_code=trust_remote_code)
+            return kind(config)
+    finally:
+        logger.setLevel(level)
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear module, in the order of the modules."""
+    from transformers.pytorch_utils import Conv1D
+
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            shapes[name] = (module.nf, module.nx)
+    return shapes
