@@ -18,7 +18,7 @@ from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta
 from axolotl_spft.checkpoint.base import BaseCheckpoint
 from axolotl_spft.checkpoint.keys import Group
 from axolotl_spft.checkpoint.quantized import Quantizer
-from axolotl_spft.errors import SpftFileError, first_of
+from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.ops.weight.scatter import rounded_sum
 
@@ -100,7 +100,6 @@ class MergedWeights:
             else:
                 untied[own] = module
         self._whole = {name: tensor for name, tensor in others.items() if name in keys.group_of}
-        self._check_whole()
         quantized = quantizer.modules if quantizer is not None and onto_quantized else ()
         for module in quantized:
             if base.has(module):
@@ -113,14 +112,6 @@ class MergedWeights:
             if name not in keys.group_of and not self._is_tied_copy(name, tensor, others):
                 self.additional[name] = tensor.to(_dtype_of(base))
 
-    def _check_whole(self) -> None:
-        wrong = [name for name in self._whole if not self._base.keys.is_plain(name)]
-        if wrong:
-            raise SpftFileError(
-                f"{first_of(wrong, ', ')}: transformers makes it from several tensors of the base checkpoint, so that "
-                "it cannot be replaced there: load the model and merge in memory (merge_and_unload())"
-            )
-
     def _is_tied_copy(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> bool:
         other = others.get(self._base.keys.tied.get(name, ""))
         return other is not None and other.shape == tensor.shape and torch.equal(other, tensor)
@@ -130,7 +121,7 @@ class MergedWeights:
         names = self._base.keys.parameters_of.get(key, ())
         if not any(name in self._deltas or name in self._whole or name in self._round for name in names):
             return None
-        whole = self._whole.get(names[0], self._given.get(names[0]))
+        whole = self._whole.get(names[0], self._given.get(names[0])) if self._base.keys.is_plain(names[0]) else None
         shape = self._base.shards.shape(key) if whole is None else tuple(whole.shape)
         return self._base.shards.dtype(key), shape
 
@@ -158,7 +149,7 @@ class MergedWeights:
         tensors = {key: shards.read(key) for key in group.keys}
         flat = torch.cat([tensors[key].flatten() for key in group.keys])
         for name, places in keys.places(group).items():
-            if name in self._deltas or name in self._round:
+            if name in self._deltas or name in self._whole or name in self._round:
                 flat[places.flatten().to(torch.int64)] = self._parameter(name).flatten().to(flat.dtype)
         return {key: flat[first:last].view(shards.shape(key)) for key, (first, last) in keys.offsets(group).items()}
 

@@ -96,3 +96,8 @@ def module_shapes(model: nn.Module, modules: Collection[str]) -> dict[str, tuple
         if name in modules and parameter.ndim == 3:
             shapes[name] = (parameter.shape[0] * parameter.shape[1], parameter.shape[2])
     return shapes
+
+
+def shapes_in(folder: Path, modules: Collection[str], trust_remote_code: bool = False) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of some modules of the model in a folder, by its config alone."""
+    return module_shapes(skeleton(folder, modules, trust_remote_code=trust_remote_code), modules)

@@ -14,6 +14,12 @@ import click
 from axolotl_spft import tools
 
 
+class Mistake(click.ClickException):
+    """A command that was called wrongly or given a wrong file: one line, and click's exit status for that."""
+
+    exit_code = 2
+
+
 class CommandFiles(click.Group):
     """A group whose commands are the files of a package; a file is imported when its command is looked up."""
 
@@ -32,7 +38,11 @@ class CommandFiles(click.Group):
             return super().invoke(ctx)
         except SpftError as error:
             # a mistake of the user's, not of the program's: the sentence without the traceback
-            raise click.ClickException(str(error)) from error
+            raise Mistake(str(error)) from error
+        except click.UsageError as error:
+            # without click's lines about the usage around the sentence
+            command = (error.ctx or ctx).command_path
+            raise Mistake(f"{error.format_message().rstrip('.')} (`{command} --help` tells the options)") from error
 
 
 @click.group(cls=CommandFiles)
