@@ -144,16 +144,28 @@ def write_adapter(folder: str | os.PathLike, adapter: SavedAdapter) -> None:
     tensors = {_PREFIX + name: tensor for name, tensor in adapter.others.items()}
     for name, delta in adapter.deltas.items():
         for part, tensor in zip((_VALUES, _COLUMNS, _ROW_OFFSETS), (delta.values, *delta.mask)):
-            tensors[f"{_PREFIX}{name}.{part}"] = tensor.detach().cpu().contiguous()
+            tensors[f"{_PREFIX}{name}.{part}"] = tensor
     record = dict(adapter.record)
     if adapter.has_shapes:
         record["shapes"] = {name: list(delta.shape) for name, delta in adapter.deltas.items()}
     if record:
         tensors[_RECORD] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+    tensors = _apart(tensors)
     config = {**adapter.config, "nnz": adapter.nnz}
     with atomic_path(folder / CONFIG_FILE) as config_path, atomic_path(folder / WEIGHTS_FILE) as weights_path:
         save_file(tensors, weights_path, metadata={"format": "pt"})
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: on the CPU, contiguous, none in the memory of another."""
+    seen, apart = set(), {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def _record_of(tensor: Tensor | None, path: Path) -> dict:

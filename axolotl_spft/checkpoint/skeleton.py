@@ -12,7 +12,6 @@ from torch import nn
 from axolotl_spft.errors import SpftFileError
 
 _BY_TASK = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
-_HEADS = ("score.weight", "classifier.weight")
 _GENERAL = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
@@ -88,3 +87,17 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         elif isinstance(module, Conv1D):
             shapes[name] = (module.nf, module.nx)
     return shapes
+
+
+def module_shapes(model: nn.Module, modules: Collection[str]) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of some modules, in the model's order; of stacked experts (experts x out, in)."""
+    shapes = {name: shape for name, shape in linear_shapes(model).items() if name in modules}
+    for name, parameter in model.named_parameters():
+        if name in modules and parameter.ndim == 3:
+            shapes[name] = (parameter.shape[0] * parameter.shape[1], parameter.shape[2])
+    return shapes
+
+
+def shapes_in(folder: Path, modules: Collection[str], trust_remote_code: bool = False) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of some modules of the model in a folder, by its config alone."""
+    return module_shapes(skeleton(folder, modules, trust_remote_code=trust_remote_code), modules)

@@ -75,6 +75,12 @@ class SpftPlugin(BasePlugin):
             if mask_path and not cfg.lora_model_dir and first:
                 check_mask_path(Path(mask_path).expanduser())
             make_exceptions(cfg)
+            if cfg.merge_lora:
+                from axolotl_spft.plugin.streamed_merge import merge_instead
+
+                if merge_instead(cfg):
+                    # Axolotl has no hook in place of its merge; this one is before the model loads
+                    raise SystemExit(0)
 
     def post_model_build(self, cfg: Any, model: nn.Module) -> None:
         if cfg.adapter == ADAPTER:

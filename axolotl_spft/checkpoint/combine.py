@@ -1,0 +1,132 @@
+"""Weighted sums of sparse adapters on the union of their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta
+from axolotl_spft.checkpoint.adapter_config import config_of
+from axolotl_spft.checkpoint.largest import taken, threshold
+from axolotl_spft.errors import SpftFileError
+from axolotl_spft.ops.mask.csr import mask_from_positions, positions
+
+METHODS = ("linear", "ties")
+
+
+def combine(
+    adapters: Sequence[SavedAdapter],
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    method: str = "linear",
+) -> tuple[SavedAdapter, dict[str, Any]]:
+    """One adapter out of several of the same base.
+
+    ``linear``: S = sum over i of w_i S_i. ``ties``: at each position the sign of that sum is elected, and S is the mean
+    of those w_i S_i that have it (TIES, Yadav et al., NeurIPS 2023, arXiv 2306.01708, without its trimming, for which
+    the masks stand).
+
+    Args:
+        weights: one of each; 1 by default.
+        density: share of each matrix that is kept, the largest |S|; by default all of the union.
+
+    Returns:
+        the adapter; and for each module type how many positions are in how many adapters, and at how many of those in
+        several the signs of w_i S_i differ.
+
+    Raises:
+        SpftFileError: they cannot be combined.
+    """
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    _check(adapters, weights, density, method)
+    modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.deltas))
+    deltas, table = {}, {}
+    for module in modules:
+        given = [(a.deltas[module], w) for a, w in zip(adapters, weights) if module in a.deltas]
+        shape = _shape(module, adapters)
+        at, values, counts, conflicts = _union([(*_entries(delta, shape[1]), w) for delta, w in given], method)
+        row = table.setdefault(module.rpartition(".")[2], {"positions": 0, "shared": 0, "conflicts": 0, "kept": 0})
+        row["positions"] += len(at)
+        row["shared"] += int((counts > 1).sum())
+        row["conflicts"] += int(conflicts.sum())
+        if density is not None:
+            wanted = max(1, round(density * shape[0] * shape[1]))
+            if wanted < len(at):
+                kept, _ = taken(values, threshold(lambda v=values: [v], wanted))
+                at, values = at[kept], values[kept]
+        row["kept"] += len(at)
+        dtype = given[0][0].values.dtype
+        for delta, _ in given[1:]:
+            dtype = torch.promote_types(dtype, delta.values.dtype)
+        deltas[module] = SavedDelta(values.to(dtype), mask_from_positions(at, *shape), shape)
+    known = all(any(a.has_shapes for a in adapters if module in a.deltas) for module in modules)
+    first = adapters[0].config
+    source = {"sum of": [a.config.get("mask_source") or {} for a in adapters], "weights": weights, "method": method}
+    config = config_of(
+        deltas,
+        source if len(adapters) > 1 else (first.get("mask_source") or {}),
+        first.get("base_model_name_or_path"),
+        task_type=first.get("task_type"),
+        modules_to_save=first.get("modules_to_save") or (),
+    )
+    if list(deltas) == list(adapters[0].deltas):
+        config["base_shapes"] = first.get("base_shapes")
+    return SavedAdapter(config, deltas, adapters[0].others, adapters[0].record, known), {
+        "values": sum(delta.mask.nnz for delta in deltas.values()),
+        "modules": table,
+    }
+
+
+def _check(adapters: Sequence[SavedAdapter], weights: Sequence[float], density: float | None, method: str) -> None:
+    if len(weights) != len(adapters):
+        raise SpftFileError(f"there are {len(adapters)} adapters, but {len(weights)} weights: give one for each")
+    if method not in METHODS:
+        raise SpftFileError(f"`method {method}` must be one of {', '.join(METHODS)}")
+    if density is not None and not 0 < density <= 1:
+        raise SpftFileError(f"`density {density}` must be in (0, 1]")
+    if len(adapters) > 1 and any(adapter.others for adapter in adapters):
+        raise SpftFileError(
+            "an adapter holds modules that were trained whole (`modules_to_save`), which are no differences and cannot "
+            "be added up: merge one of the adapters into the base model instead"
+        )
+    if any(adapter.config.get("repair") for adapter in adapters[1:]):
+        raise SpftFileError(
+            "several of the adapters may repair the base's quantization, which must not be added twice: combine a "
+            "repaired adapter with ones that are not, and name it first"
+        )
+
+
+def _shape(module: str, adapters: Sequence[SavedAdapter]) -> tuple[int, int]:
+    known = {a.deltas[module].shape for a in adapters if module in a.deltas and a.has_shapes}
+    guessed = [a.deltas[module].shape for a in adapters if module in a.deltas and not a.has_shapes]
+    rows = {shape[0] for shape in (*known, *guessed)}
+    if len(known) > 1 or len(rows) > 1:
+        raise SpftFileError(f"{module} has the shapes {sorted(known) or sorted(guessed)}: combine adapters of one base")
+    columns = next(iter(known))[1] if known else max(shape[1] for shape in guessed)
+    if any(shape[1] > columns for shape in guessed):
+        raise SpftFileError(f"{module} has more columns in one adapter than in another: combine adapters of one base")
+    return rows.pop(), columns
+
+
+def _entries(delta: SavedDelta, in_features: int) -> tuple[Tensor, Tensor]:
+    return positions(delta.mask, in_features), delta.values.double()
+
+
+def _union(given: list[tuple[Tensor, Tensor, float]], method: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positions of all (positions, values, weight), what they become, how many had each, and where signs differ."""
+    at, inverse = torch.cat([positions for positions, _, _ in given]).unique(return_inverse=True)
+    parts = torch.cat([values * weight for _, values, weight in given])
+
+    def summed(values: Tensor) -> Tensor:
+        return torch.zeros(len(at), dtype=torch.float64).index_add_(0, inverse, values)
+
+    counts = summed(torch.ones_like(parts))
+    total = summed(parts)
+    conflicts = (summed((parts > 0).double()) > 0) & (summed((parts < 0).double()) > 0)
+    if method == "ties":
+        agree = (parts.sign() == total.sign()[inverse]) & (parts != 0)
+        total = summed(parts * agree) / summed(agree.double()).clamp(min=1)
+    return at, total, counts, conflicts

@@ -1,0 +1,204 @@
+"""Merging a saved adapter into a base checkpoint, file by file: no weights of a model are loaded as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, read_adapter, read_config
+from axolotl_spft.checkpoint.base import BaseCheckpoint
+from axolotl_spft.checkpoint.companions import CONFIG, copy_companions, merged_config, write_json
+from axolotl_spft.checkpoint.merged_weights import MergedWeights, total
+from axolotl_spft.checkpoint.quantized import Quantizer
+from axolotl_spft.checkpoint.shard_writer import is_written, write_shard
+from axolotl_spft.checkpoint.shards import INDEX_FILE, NAMES, Shards, find_checkpoint, size_bytes
+from axolotl_spft.checkpoint.skeleton import module_shapes, skeleton
+from axolotl_spft.errors import SpftFileError
+
+STAGING, MARK = ".spft-merge", "spft_merge"
+_THREADS, _PIECE_BYTES, _PIECES = 4, 4096, 64
+
+
+def merge(
+    adapter_folder: str | os.PathLike,
+    output: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    onto: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write the merged model; what a killed run has finished is not written again.
+
+    Args:
+        adapter_folder: a saved sparse adapter.
+        output: the folder of the merged model. An earlier merge there stays as it is until the new one is complete.
+        base: the unquantized base model, a folder or a name of the hub; by default the one that the adapter records.
+        onto: ``base``: W + S, in the dtype of the base. ``quantized``: Q(W) + S, what training on a quantized base
+            computed with, stored in the dtype of the base. By default ``quantized`` where ``quantization`` is given.
+        quantization: settings of the ``BitsAndBytesConfig`` that the base had in training.
+        dtype: that the base was loaded in for training, where that is not its own.
+
+    Returns:
+        what was written, and how exact it is.
+
+    Raises:
+        SpftFileError: anything does not fit, or cannot be written.
+    """
+    adapter_folder, output = Path(adapter_folder), Path(output)
+    config = read_config(adapter_folder)
+    onto = onto or ("quantized" if quantization else "base")
+    if quantization is None and (onto == "quantized" or config.get("repair")):
+        raise SpftFileError(
+            f"{adapter_folder} was trained on a quantized base, of which nothing here tells the settings: name the "
+            "run's configuration file instead of the adapter, or add `--quantization nf4`"
+            if onto == "base"
+            else "`--onto quantized` needs to know how the base was quantized: name the run's configuration file "
+            "instead of the adapter, or add `--quantization nf4`"
+        )
+    base_name = base or config.get("base_model_name_or_path")
+    if not base_name:
+        raise SpftFileError(f"{adapter_folder / CONFIG_FILE} does not say its base model: add `--base`")
+    base_folder = find_checkpoint(base_name, revision)
+    for name, folder in (("base model", base_folder), ("adapter", adapter_folder)):
+        if output.resolve() == folder.resolve():
+            raise SpftFileError(f"the output {output} is the folder of the {name}: name another one")
+    adapter, model = read_for(adapter_folder, base_folder, trust_remote_code)
+    checkpoint = BaseCheckpoint(base_folder, model)
+    quantizer = Quantizer(quantization, model, dtype) if quantization else None
+    merged = MergedWeights(checkpoint, adapter, quantizer, onto == "quantized", bool(config.get("repair")))
+    mark = {MARK: _fingerprint(adapter_folder, checkpoint.shards, onto, quantization, dtype)}
+    written = _write_files(checkpoint.shards, merged, output, mark)
+    _finish(checkpoint, merged, adapter, model, adapter_folder, output)
+    return {
+        "output": str(output),
+        "onto": onto,
+        "files": list(checkpoint.shards.headers),
+        "files_written": written,
+        "matrices": len(adapter.deltas),
+        "matrices_measured": len(merged.exactness),
+        "trained_on_quantized": quantization is not None,
+        **total(merged.exactness).summary(),
+    }
+
+
+def read_for(adapter_folder: Path, base_folder: Path, trust_remote_code: bool = False):
+    """An adapter with its shapes, and the model of its base on the meta device."""
+    adapter = read_adapter(adapter_folder)
+    head = next(
+        (adapter.others[name] for name in ("score.weight", "classifier.weight") if name in adapter.others), None
+    )
+    model = skeleton(
+        base_folder,
+        adapter.deltas,
+        adapter.config.get("task_type"),
+        None if head is None else len(head),
+        trust_remote_code,
+    )
+    if not adapter.has_shapes:
+        adapter = read_adapter(adapter_folder, module_shapes(model, adapter.deltas))
+    return adapter, model
+
+
+def _write_files(shards: Shards, merged: MergedWeights, output: Path, mark: Mapping[str, str]) -> list[str]:
+    """Write every file that is not there yet; the names of those."""
+    staging, written = output / STAGING, []
+    total_bytes = sum(
+        entry.stop - entry.start for header in shards.headers.values() for entry in header.entries.values()
+    )
+    last = list(shards.headers)[-1]
+    with (
+        ThreadPoolExecutor(_THREADS) as pool,
+        tqdm(total=total_bytes, desc="Merging", unit="B", unit_scale=True, unit_divisor=1024) as bar,
+    ):
+        for name, header in shards.headers.items():
+            own_bytes = sum(entry.stop - entry.start for entry in header.entries.values())
+            if is_written(staging / name, mark) or is_written(output / name, mark):
+                bar.update(own_bytes)
+                continue
+            changed = {key: found for key in header.entries if (found := merged.changed(key)) is not None}
+            new = {key: (NAMES[dtype], shape) for key, (dtype, shape) in changed.items()}
+            if name == last:
+                new |= {key: (NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in merged.additional.items()}
+            metadata = {"format": "pt", **header.metadata, **mark}
+            write_shard(
+                staging / name, shards.folder / name, header.entries, new, merged.make, metadata, pool, bar.update
+            )
+            written.append(name)
+    return written
+
+
+def _finish(
+    checkpoint: BaseCheckpoint,
+    merged: MergedWeights,
+    adapter: SavedAdapter,
+    model: torch.nn.Module,
+    adapter_folder: Path,
+    output: Path,
+) -> None:
+    """Put everything in its place; from here on nothing needs room on the disk."""
+    staging, shards = output / STAGING, checkpoint.shards
+    try:
+        names = copy_companions(shards.folder, adapter_folder, staging)
+        shapes = {name: tuple(tensor.shape) for name, tensor in (adapter.others | merged.additional).items()}
+        tied = set(merged.additional) & set(checkpoint.keys.tied)
+        config = merged_config(shards.folder, model, shapes, bool(tied), set(merged.additional) - tied)
+        write_json(staging / CONFIG, config)
+        if shards.has_index:
+            write_json(staging / INDEX_FILE, _index(shards, merged))
+    except OSError as error:
+        raise SpftFileError(
+            f"{staging} cannot be written ({error.strerror or error}): what was in {output} is as it was"
+        ) from error
+    weights = [*shards.headers, *([INDEX_FILE] if shards.has_index else [])]
+    for name in [*weights, *names, CONFIG]:
+        if (staging / name).exists():
+            os.replace(staging / name, output / name)
+    # what an earlier merge of another layout has left would be loaded first
+    for path in [*output.glob("model*.safetensors"), output / INDEX_FILE]:
+        if path.name not in weights:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _index(shards: Shards, merged: MergedWeights) -> dict:
+    last = list(shards.headers)[-1]
+    weight_map = dict(shards.file_of) | dict.fromkeys(merged.additional, last)
+    total_size = sum(
+        size_bytes(*(merged.changed(key) or (shards.dtype(key), shards.shape(key)))) for key in shards.file_of
+    ) + sum(tensor.nbytes for tensor in merged.additional.values())
+    return {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _fingerprint(
+    adapter_folder: Path, shards: Shards, onto: str, quantization: Mapping | None, dtype: torch.dtype | None
+) -> str:
+    """SHA-256 over all that a merge depends on; of the base, the headers and samples of the data."""
+    digest = hashlib.sha256(json.dumps([1, onto, str(dtype), _plain(quantization)]).encode())
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with (adapter_folder / name).open("rb") as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
+    for name, header in shards.headers.items():
+        digest.update(json.dumps([name, [[key, vars(entry)] for key, entry in header.entries.items()]]).encode())
+        path = shards.folder / name
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for part in range(_PIECES + 1):
+                file.seek(max(0, (size - _PIECE_BYTES) * part // _PIECES))
+                digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def _plain(settings: Mapping | None) -> Any:
+    return None if settings is None else sorted((key, str(value)) for key, value in settings.items())

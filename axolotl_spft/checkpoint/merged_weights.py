@@ -1,0 +1,222 @@
+"""What a merge makes of the tensors of a base checkpoint, and how exact it is.
+
+Symbols: W is a weight of the base, Q(W) what a quantized base holds of it, S the adapter's sparse delta. Training
+computed with W + S, or with Q(W) + S on a quantized base.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta
+from axolotl_spft.checkpoint.base import BaseCheckpoint
+from axolotl_spft.checkpoint.keys import Group
+from axolotl_spft.checkpoint.quantized import Quantizer
+from axolotl_spft.errors import SpftFileError
+from axolotl_spft.ops.mask.csr import positions
+from axolotl_spft.ops.weight.scatter import rounded_sum
+
+
+@dataclass
+class Exactness:
+    """Sums over the matrices of a merge; squares are of Frobenius norms.
+
+    Attributes:
+        values: of the adapter.
+        without_effect: values other than 0 that rounding to the dtype of the base leaves without effect.
+        delta: square of S.
+        rounding: square of what rounding changed at the positions of S.
+        trained: square of the weights that training computed with.
+        from_trained: square of the difference between the merged weights and those.
+    """
+
+    values: int = 0
+    without_effect: int = 0
+    delta: float = 0.0
+    rounding: float = 0.0
+    trained: float = 0.0
+    from_trained: float = 0.0
+
+    def add(self, other: Exactness) -> None:
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+    def summary(self) -> dict[str, float | int]:
+        """Counts, and the relative errors ||rounding|| / ||S|| and ||merged - trained|| / ||trained||."""
+        return {
+            "values": self.values,
+            "without_effect": self.without_effect,
+            "rounding_error": sqrt(self.rounding / self.delta) if self.delta else 0.0,
+            "difference_from_trained": sqrt(self.from_trained / self.trained) if self.trained else 0.0,
+        }
+
+
+class MergedWeights:
+    """The tensors of a merged checkpoint by their keys in the base checkpoint.
+
+    Args:
+        quantizer: what training quantized the base with, if it did.
+        onto_quantized: whether the merged weights are Q(W) + S instead of W + S.
+        repaired: whether the values started at W - Q(W): then S adds to Q(W) at its positions in either case.
+
+    Attributes:
+        additional: key -> tensor, which the base checkpoint does not have: heads, and weights that were tied.
+        exactness: of each parameter with a delta that was made so far.
+
+    Raises:
+        SpftFileError: the adapter's modules or their shapes are not those of the base.
+    """
+
+    def __init__(
+        self,
+        base: BaseCheckpoint,
+        adapter: SavedAdapter,
+        quantizer: Quantizer | None = None,
+        onto_quantized: bool = False,
+        repaired: bool = False,
+    ):
+        self._base, self._quantizer, self._onto_quantized, self._repaired = base, quantizer, onto_quantized, repaired
+        self.exactness: dict[str, Exactness] = {}
+        self._lock, self._made = threading.Lock(), None
+        keys = base.keys
+        # PEFT saves the weights of embeddings that are targeted, which may have grown
+        given = {name: tensor for name, tensor in adapter.others.items() if ".base_layer." in name}
+        self._given = {name.replace(".base_layer.", "."): tensor for name, tensor in given.items()}
+        others = {name: tensor for name, tensor in adapter.others.items() if name not in given}
+        self._deltas: dict[str, SavedDelta] = {}
+        self._module_of: dict[str, str] = {}
+        untied: dict[str, str] = {}
+        for module, delta in adapter.deltas.items():
+            own = next((name for name in (f"{module}.weight", module) if name in keys.tied), None)
+            if own is None:
+                self._deltas[base.parameter(module)] = delta
+                self._module_of[base.parameter(module)] = module
+            else:
+                untied[own] = module
+        self._whole = {name: tensor for name, tensor in others.items() if name in keys.group_of}
+        quantized = quantizer.modules if quantizer is not None and onto_quantized else ()
+        for module in quantized:
+            if base.has(module):
+                self._module_of.setdefault(base.parameter(module), module)
+        self._round = {base.parameter(module) for module in quantized if base.has(module)}
+        self.additional = {
+            name: self._merged(keys.tied[name], name, module, adapter.deltas[module]) for name, module in untied.items()
+        }
+        for name, tensor in others.items():
+            if name not in keys.group_of and not self._is_tied_copy(name, tensor, others):
+                self.additional[name] = tensor.to(_dtype_of(base))
+
+    def _is_tied_copy(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> bool:
+        other = others.get(self._base.keys.tied.get(name, ""))
+        return other is not None and other.shape == tensor.shape and torch.equal(other, tensor)
+
+    def changed(self, key: str) -> tuple[torch.dtype, tuple[int, ...]] | None:
+        """Dtype and shape of the tensor under ``key``, if the merge changes it."""
+        names = self._base.keys.parameters_of.get(key, ())
+        if not any(name in self._deltas or name in self._whole or name in self._round for name in names):
+            return None
+        whole = self._whole.get(names[0], self._given.get(names[0])) if self._base.keys.is_plain(names[0]) else None
+        shape = self._base.shards.shape(key) if whole is None else tuple(whole.shape)
+        return self._base.shards.dtype(key), shape
+
+    def make(self, key: str) -> Tensor:
+        """The merged tensor under ``key``."""
+        if key in self.additional:
+            return self.additional[key]
+        group = self._base.keys.group_of[self._base.keys.parameters_of[key][0]]
+        if group.converter is None:
+            return self._parameter(group.first_name).to(self._base.shards.dtype(key))
+        with self._lock:
+            # the tensors of one group follow each other in the files
+            if self._made is None or self._made[0] is not group:
+                self._made = (group, self._take_apart(group))
+            return self._made[1][key]
+
+    def _parameter(self, name: str) -> Tensor:
+        if name in self._whole:
+            return self._whole[name]
+        return self._merged(name, name, self._module_of[name], self._deltas.get(name))
+
+    def _take_apart(self, group: Group) -> dict[str, Tensor]:
+        """The tensors of the checkpoint that become the merged parameters of a group."""
+        keys, shards = self._base.keys, self._base.shards
+        tensors = {key: shards.read(key) for key in group.keys}
+        flat = torch.cat([tensors[key].flatten() for key in group.keys])
+        for name, places in keys.places(group).items():
+            if name in self._deltas or name in self._whole or name in self._round:
+                flat[places.flatten().to(torch.int64)] = self._parameter(name).flatten().to(flat.dtype)
+        return {key: flat[first:last].view(shards.shape(key)) for key, (first, last) in keys.offsets(group).items()}
+
+    def _merged(self, name: str, own_name: str, module: str, delta: SavedDelta | None) -> Tensor:
+        """The merged parameter ``own_name``, made from the parameter ``name``, as the checkpoint stores it."""
+        stored = self._given.get(own_name)
+        if stored is None:
+            stored = self._base.read_parameter(name)
+        transposed = module in self._base.transposed
+        weight = stored.t().contiguous() if transposed else stored.flatten(0, -2)
+        if delta is not None and tuple(weight.shape) != delta.shape:
+            raise SpftFileError(
+                f"{module} is {tuple(weight.shape)} in {self._base.shards.folder}, but {delta.shape} in the adapter: "
+                "name the base model that was trained"
+            )
+        rounded = None
+        if self._quantizer is not None and module in self._quantizer.modules:
+            rounded = self._quantizer.round_trip(weight)
+        merged = weight if rounded is None or not self._onto_quantized else rounded.clone()
+        if delta is not None:
+            start = weight if rounded is None else rounded
+            own = rounded if self._repaired and rounded is not None else merged
+            at = positions(delta.mask, weight.shape[1])
+            before = own.view(-1)[at]
+            trained = rounded_sum(start.view(-1)[at], delta.values)
+            result = rounded_sum(before, delta.values).to(weight.dtype)
+            exactness = _rounding(before, delta.values, result)
+            merged = merged.clone() if merged is weight else merged
+            merged.view(-1)[at] = result.to(merged.dtype)
+            if rounded is not None:
+                # the buffer of Q(W) becomes what training computed with
+                rounded.view(-1)[at] = trained
+                _compare(exactness, merged.to(weight.dtype), rounded)
+            self.exactness[own_name] = exactness
+        merged = merged.to(weight.dtype)
+        return merged.t().contiguous() if transposed else merged.view(stored.shape)
+
+
+def _dtype_of(base: BaseCheckpoint) -> torch.dtype:
+    """The dtype of most of the base, for tensors that it does not have."""
+    dtypes = [base.shards.dtype(key) for key in base.shards.file_of]
+    return max((dtype for dtype in set(dtypes) if dtype.is_floating_point), key=dtypes.count)
+
+
+def _rounding(before: Tensor, values: Tensor, result: Tensor) -> Exactness:
+    exact = before.double() + values.double()
+    idle = (result.double() == before.double()) & (values != 0)
+    return Exactness(
+        values=values.numel(),
+        without_effect=int(idle.sum()),
+        delta=float(values.double().square().sum()),
+        rounding=float((result.double() - exact).square().sum()),
+    )
+
+
+def _compare(exactness: Exactness, merged: Tensor, trained: Tensor) -> None:
+    for part, reference in zip(merged.split(_ROWS), trained.split(_ROWS)):
+        exactness.trained += float(reference.double().square().sum())
+        exactness.from_trained += float((part.double() - reference.double()).square().sum())
+
+
+_ROWS = 1024
+
+
+def total(exactness: Mapping[str, Exactness]) -> Exactness:
+    """The sum over all parameters, in the order of their names."""
+    result = Exactness()
+    for name in sorted(exactness):
+        result.add(exactness[name])
+    return result

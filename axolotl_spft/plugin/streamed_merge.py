@@ -1,0 +1,104 @@
+"""What an Axolotl configuration says about the merge of its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+
+from axolotl_spft.checkpoint.adapter import read_json_object
+from axolotl_spft.checkpoint.base import check_unquantized
+from axolotl_spft.checkpoint.companions import CONFIG
+from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
+from axolotl_spft.errors import SpftFileError
+from axolotl_spft.plugin.args import ADAPTER
+from axolotl_spft.plugin.quantization import make_exceptions, request_quantization
+
+LOG = get_logger(__name__)
+
+
+def merge_arguments(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The arguments of `axolotl_spft.checkpoint.merge.merge` for the adapter that a run has trained.
+
+    Args:
+        cfg: an Axolotl configuration, as its file has it.
+        source: how to name it in an error.
+
+    Raises:
+        SpftFileError: it is that of no sparse fine-tuning, or does not say the adapter's folder or the base model.
+    """
+    if cfg.get("adapter") != ADAPTER:
+        raise SpftFileError(
+            f"{source}: `adapter: {cfg.get('adapter')}` must be {ADAPTER}: name a run with that adapter"
+        )
+    if not cfg.get("base_model"):
+        raise SpftFileError(f"{source}: `base_model` is missing: name the model that was trained")
+    folder = cfg.get("lora_model_dir") or cfg.get("output_dir")
+    if not folder:
+        raise SpftFileError(f"{source}: neither `lora_model_dir` nor `output_dir` says where the adapter is")
+    quantization = _quantization(cfg)
+    return {
+        "adapter_folder": folder,
+        "output": Path(cfg.get("output_dir") or folder) / "merged",
+        "base": cfg["base_model"],
+        "quantization": quantization,
+        "dtype": _dtype(cfg) if quantization else None,
+        "revision": cfg.get("revision_of_model"),
+        "trust_remote_code": bool(cfg.get("trust_remote_code")),
+    }
+
+
+def _quantization(cfg: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings that the plugin asks transformers for; see `request_quantization`."""
+    asked = dict(cfg)
+    request_quantization(asked)
+    settings = (asked.get("model_kwargs") or {}).get("quantization_config")
+    if not settings:
+        return None
+    settings = dict(settings)
+    base = read_json_object(find_checkpoint(cfg["base_model"], cfg.get("revision_of_model")) / CONFIG, "copy it again")
+    make_exceptions(
+        SimpleNamespace(
+            overrides_of_model_kwargs={"quantization_config": settings},
+            model_config_type=base.get("model_type"),
+            bnb_config_kwargs=cfg.get("bnb_config_kwargs"),
+            deepspeed=cfg.get("deepspeed"),
+        )
+    )
+    settings.pop("quant_method", None)
+    return settings
+
+
+def _dtype(cfg: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that the run loaded its base in; `bf16: auto` is true on the GPUs that 4-bit training runs on."""
+    if cfg.get("bfloat16") or cfg.get("bf16", "auto") in (True, "full"):
+        return torch.bfloat16
+    if cfg.get("fp16") or cfg.get("float16"):
+        return torch.float16
+    if cfg.get("bf16", "auto") == "auto":
+        return torch.bfloat16
+    return torch.float32
+
+
+def merge_instead(cfg: Any) -> bool:
+    """Do the merge of ``axolotl merge-lora`` as ``axolotl spft merge`` does, before any model loads.
+
+    Returns:
+        False where the base can only be merged in memory: files of another format, or a base that was saved quantized.
+    """
+    from axolotl_spft.checkpoint.merge import merge
+    from axolotl_spft.checkpoint.report import describe_merge
+
+    try:
+        check_unquantized(Shards(find_checkpoint(cfg.base_model, cfg.revision_of_model)))
+    except SpftFileError as error:
+        LOG.warning("Merging in memory: %s", error)
+        return False
+    # Axolotl has put these off for its merge in memory
+    put_off = {"load_in_4bit": bool(cfg.get("_original_load_in_4bit"))}
+    LOG.info("%s", describe_merge(merge(**merge_arguments({**cfg, **put_off}, "the configuration"))))
+    return True

@@ -1,0 +1,81 @@
+"""``axolotl spft merge``: the adapter into the weights of its base model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import click
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_SETTINGS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@click.command()
+@click.argument("source", metavar="CONFIG_OR_ADAPTER", type=click.Path(exists=True, path_type=Path))
+@click.option("--base", help="The unquantized base model: a folder, or a name of the hub. The adapter records one.")
+@click.option("--output", type=_FOLDER, help="Folder of the merged model. By default `merged` in the adapter's folder.")
+@click.option(
+    "--onto",
+    type=click.Choice(["base", "quantized"]),
+    help="base: onto the base as it is. quantized: onto the base as training on 4 or 8 bits saw it, which is what was "
+    "trained. By default quantized where the run was, else base.",
+)
+@click.option(
+    "--quantization",
+    type=click.Choice(list(_SETTINGS)),
+    help="How training quantized the base, where CONFIG_OR_ADAPTER is an adapter, which does not say it.",
+)
+@click.option(
+    "--double-quantization/--no-double-quantization",
+    default=True,
+    show_default=True,
+    help="Whether `--quantization nf4` or fp4 quantized the scales too, as Axolotl does.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run the code that the base model brings.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")
+def command(source, base, output, onto, quantization, double_quantization, trust_remote_code, as_json) -> None:
+    """Merge an adapter into its base model, file by file.
+
+    CONFIG_OR_ADAPTER is the configuration file of a run, or a saved adapter's folder. No model is loaded and no GPU is
+    needed; four tensors are in memory at a time. The output has the files of the base under the names of the base, with
+    its config, tokenizer and chat template. A command that was interrupted goes on where it was. For example:
+
+    \b
+      axolotl spft merge config.yml
+      axolotl spft merge outputs/run --base models/base --output outputs/merged
+      axolotl spft merge outputs/run --quantization nf4 --onto base
+    """
+    with redirect_stdout(sys.stderr):
+        from axolotl_spft.checkpoint.merge import merge
+        from axolotl_spft.checkpoint.report import describe_merge
+
+        arguments = {"adapter_folder": source, "output": source / "merged"} if source.is_dir() else _of_run(source)
+        if quantization:
+            double = {"bnb_4bit_use_double_quant": double_quantization} if quantization != "int8" else {}
+            arguments["quantization"] = _SETTINGS[quantization] | double
+        arguments["trust_remote_code"] = trust_remote_code or arguments.get("trust_remote_code", False)
+        given = {"base": base, "output": output, "onto": onto}
+        report = merge(**arguments | {key: value for key, value in given.items() if value is not None})
+    click.echo(json.dumps(report, indent=1) if as_json else describe_merge(report))
+
+
+def _of_run(path: Path) -> dict:
+    import yaml
+
+    from axolotl_spft.errors import SpftFileError
+    from axolotl_spft.plugin.streamed_merge import merge_arguments
+
+    try:
+        cfg = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpftFileError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(cfg, dict):
+        raise SpftFileError(f"{path} must be an Axolotl configuration, or name the folder of an adapter")
+    return merge_arguments(cfg, str(path))

@@ -1,0 +1,252 @@
+"""Merges that stream a checkpoint, against merges in memory."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaModel
+
+from axolotl_spft.checkpoint.adapter import CONFIG_FILE, read_adapter
+from axolotl_spft.checkpoint.base import BaseCheckpoint
+from axolotl_spft.checkpoint.merge import STAGING, merge, read_for
+from axolotl_spft.checkpoint.shards import INDEX_FILE, Shards
+from axolotl_spft.errors import SpftFileError
+from axolotl_spft.ops.mask.csr import positions
+from axolotl_spft.tuner.state import spft_layers
+from tests.checkpoint.saved import BASES, contents, merged_in_memory, save_adapter, save_base
+from tests.models import tiny_gpt2, tiny_llama
+
+
+def _equal(folder, expected):
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert state.keys() == expected.keys()
+    assert [name for name in state if state[name].dtype != expected[name].dtype] == []
+    assert [name for name in state if not torch.equal(state[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("layout", ["20KB", "5GB"])
+def test_a_streamed_merge_is_the_merge_in_memory(tmp_path, name, layout):
+    base = save_base(tmp_path / "base", BASES[name], max_shard_size=layout)
+    targets = {"target_modules": ["lm_head", "q_proj", "down_proj"]} if name == "tied" else {}
+    adapter = save_adapter(tmp_path / "adapter", base, **targets)
+    report = merge(adapter, tmp_path / "merged", base)
+    _equal(tmp_path / "merged", merged_in_memory(base, adapter))
+    old, new = Shards(base), Shards(tmp_path / "merged")
+    assert list(new.headers) == list(old.headers) and (len(old.headers) > 1) == (layout == "20KB")
+    assert new.file_of.keys() - old.file_of.keys() == ({"lm_head.weight"} if name == "tied" else set())
+    assert report["matrices"] == report["matrices_measured"] and report["values"] == read_adapter(adapter).nnz
+    if layout == "20KB":
+        index = json.loads((tmp_path / "merged" / INDEX_FILE).read_text())
+        data = sum(e.stop - e.start for h in new.headers.values() for e in h.entries.values())
+        assert index["metadata"]["total_size"] == data and index["weight_map"].keys() == new.file_of.keys()
+    config = json.loads((base / "config.json").read_text())
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert merged == config | ({"tie_word_embeddings": False} if name == "tied" else {})
+    for file in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "merged" / file).read_bytes() == (base / file).read_bytes()
+    assert not (tmp_path / "merged" / STAGING).exists()
+
+
+def test_a_base_without_the_prefix_of_its_head(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "whole")
+    adapter = save_adapter(tmp_path / "adapter", tmp_path / "whole", target_modules="all-linear")
+    LlamaModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "base")
+    assert "layers.0.mlp.up_proj.weight" in Shards(tmp_path / "base").file_of
+    merge(adapter, tmp_path / "merged", tmp_path / "base")
+    assert Shards(tmp_path / "merged").file_of.keys() == Shards(tmp_path / "base").file_of.keys()
+    _equal(tmp_path / "merged", merged_in_memory(tmp_path / "whole", adapter))
+
+
+def test_whole_modules_and_a_tokenizer_of_the_adapter(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    adapter = save_adapter(tmp_path / "adapter", base, modules_to_save=["lm_head"], target_modules=["q_proj"])
+    (adapter / "tokenizer_config.json").write_text('{"of": "adapter"}')
+    merge(adapter, tmp_path / "merged", base)
+    expected = merged_in_memory(base, adapter)
+    expected["lm_head.weight"] = read_adapter(adapter).others["lm_head.weight"].to(torch.bfloat16)
+    _equal(tmp_path / "merged", expected)
+    assert json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text()) == {"of": "adapter"}
+    assert not (tmp_path / "merged" / "chat_template.jinja").exists()
+
+
+_NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+_FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+_INT8 = {"load_in_8bit": True}
+
+
+@pytest.mark.parametrize("make, settings", [(tiny_llama, _NF4), (tiny_gpt2, _FP4), (tiny_llama, _INT8)])
+def test_a_merge_onto_the_quantized_base_is_what_training_computed_with(tmp_path, make, settings):
+    base = save_base(tmp_path / "base", make)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    loaded = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**settings))
+    model = PeftModel.from_pretrained(loaded, adapter)
+    expected = {}
+    for name, layer in spft_layers(model.base_model.model).items():
+        values, delta = layer.spft_values["default"], layer.mask("default")
+        weight = layer.read_weight().clone()
+        weight.view(-1)[positions(delta, layer.in_features)] += values.detach()
+        expected[name] = weight.to(torch.bfloat16)
+    onto_quantized = merge(adapter, tmp_path / "quantized", base, quantization=settings)
+    onto_base = merge(adapter, tmp_path / "plain", base, onto="base", quantization=settings)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    for name, weight in expected.items():
+        found = merged.get_submodule(name).weight
+        assert torch.equal(found.t() if make is tiny_gpt2 else found, weight), name
+    _equal(tmp_path / "plain", merged_in_memory(base, adapter))
+    # rounding to the dtype of the base, which fp32 differences of 8 bits do not survive
+    assert onto_quantized["difference_from_trained"] <= (2**-8 if settings is _INT8 else 0)
+    assert onto_base["difference_from_trained"] > 2 * onto_quantized["difference_from_trained"]
+
+
+def test_a_repaired_adapter_adds_to_what_it_was_trained_on(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    config = json.loads((adapter / CONFIG_FILE).read_text())
+    (adapter / CONFIG_FILE).write_text(json.dumps(config | {"repair": 0.5}))
+    with pytest.raises(SpftFileError, match=r"trained on a quantized base.*--quantization"):
+        merge(adapter, tmp_path / "merged", base)
+    for onto in ("base", "quantized"):
+        merge(adapter, tmp_path / f"merged-{onto}", base, onto, _NF4)
+    merged, weights = BaseCheckpoint(tmp_path / "merged-base", tiny_llama()), {}
+    for name in ("merged-quantized", "base"):
+        weights[name] = BaseCheckpoint(tmp_path / name, tiny_llama())
+    for module, delta in read_for(adapter, base)[0].deltas.items():
+        inside = torch.zeros(delta.shape, dtype=torch.bool)
+        inside.view(-1)[positions(delta.mask, delta.shape[1])] = True
+        found, quantized, original = (each.read_matrix(module) for each in (merged, *weights.values()))
+        assert torch.equal(found, torch.where(inside, quantized, original))
+        assert not torch.equal(found, quantized) and not torch.equal(found, original)
+
+
+def _in_a_fork(target, *args) -> int:
+    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _with_a_full_disk(arguments, message):
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, soft[1]))
+    try:
+        merge(*arguments)
+    except SpftFileError as error:
+        message.write_text(str(error))
+        sys.exit(1)
+
+
+def _killed_at_the_third_file(arguments):
+    replace, left = os.replace, [3]
+
+    def killing(*paths):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    os.replace = killing
+    merge(*arguments)
+
+
+def test_a_killed_merge_goes_on_and_a_full_disk_leaves_the_one_before(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    first, second = (save_adapter(tmp_path / name, base, seed) for seed, name in enumerate(("first", "second")))
+    merge(second, tmp_path / "whole", base)
+    merge(first, tmp_path / "output", base)
+    before = contents(tmp_path / "output")
+    arguments = [tmp_path / name for name in ("second", "output", "base")]
+    assert _in_a_fork(_with_a_full_disk, arguments, tmp_path / "message") == 1
+    message = (tmp_path / "message").read_text()
+    assert "cannot be written (File too large): what was there is as it was" in message
+    assert contents(tmp_path / "output") == before
+    assert _in_a_fork(_killed_at_the_third_file, arguments) == -signal.SIGKILL
+    now = contents(tmp_path / "output")
+    finished = [name for name in now if name.startswith(f"{STAGING}/model") and name.endswith(".safetensors")]
+    assert len(finished) == 2 and before.items() <= now.items()
+    # a file of the right name alone is not enough
+    damaged = tmp_path / "output" / finished[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    report = merge(second, tmp_path / "output", base)
+    assert len(report["files_written"]) == len(report["files"]) - 1
+    assert contents(tmp_path / "output") == contents(tmp_path / "whole")
+    assert merge(second, tmp_path / "output", base)["files_written"] == []
+    assert contents(tmp_path / "output") == contents(tmp_path / "whole")
+
+
+def test_another_layout_leaves_nothing_of_the_one_before(tmp_path):
+    many, one = (save_base(tmp_path / layout, tiny_llama, max_shard_size=layout) for layout in ("20KB", "5GB"))
+    adapter = save_adapter(tmp_path / "adapter", one)
+    for base in (many, one, many):
+        merge(adapter, tmp_path / "merged", base)
+        assert list(Shards(tmp_path / "merged").headers) == list(Shards(base).headers)
+        _equal(tmp_path / "merged", merged_in_memory(base, adapter))
+
+
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
+    code = (
+        "import resource, sys, torch\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta, write_adapter\n"
+        "from axolotl_spft.checkpoint.merge import merge\n"
+        "from axolotl_spft.ops.mask.csr import mask_from_positions\n"
+        "def run(layers):\n"
+        "    folder = f'{sys.argv[1]}/{layers}'\n"
+        "    config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=layers,\n"
+        "                         num_attention_heads=4, num_key_value_heads=4, vocab_size=64)\n"
+        "    with torch.device('meta'):\n"
+        "        model = LlamaForCausalLM(config).to(torch.bfloat16)\n"
+        "    model.to_empty(device='cpu').save_pretrained(folder, max_shard_size='9MB')\n"
+        "    del model\n"
+        "    mask = mask_from_positions(torch.arange(0, 2048 * 512, 200), 2048, 512)\n"
+        "    delta = SavedDelta(torch.ones(mask.nnz), mask, (2048, 512))\n"
+        "    write_adapter(folder + '-adapter', SavedAdapter({'peft_type': 'SPFT'},\n"
+        "        {f'model.layers.{i}.mlp.up_proj': delta for i in range(layers)}))\n"
+        "    return folder\n"
+        "def peak():\n"
+        "    return int(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1]) / 1024\n"
+        "few, many = run(3), run(30)\n"
+        "def of(folder):\n"
+        "    open('/proc/self/clear_refs', 'w').write('5')\n"
+        "    files = merge(folder + '-adapter', folder + '-merged', folder)['files']\n"
+        "    print(len(files), peak())\n"
+        "of(few); of(few); of(many)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (few, _), (_, small), (many, big) = (map(float, line.split()) for line in done.stdout.splitlines()[-3:])
+    assert few == 3 and many == 30
+    assert big - small < 24
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"base": "other"}, "name that base model|name the base model"),
+        ({"base": "nowhere"}, "neither a folder nor a model"),
+        ({"output": "base"}, "is the folder of the base model"),
+        ({"output": "adapter"}, "is the folder of the adapter"),
+        ({"onto": "quantized"}, "needs to know how the base was quantized"),
+        ({"adapter_folder": "base"}, "adapter_config.json"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_error(tmp_path, change, message):
+    base = save_base(tmp_path / "base", tiny_llama)
+    save_base(tmp_path / "other", tiny_gpt2)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    arguments = {"adapter_folder": adapter, "output": tmp_path / "merged", "base": base}
+    arguments |= {key: value if key == "onto" else str(tmp_path / value) for key, value in change.items()}
+    before = contents(tmp_path)
+    with pytest.raises(SpftFileError, match=message):
+        merge(**arguments)
+    assert contents(tmp_path) == before
