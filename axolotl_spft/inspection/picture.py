@@ -51,6 +51,17 @@ def draw(inspection: Inspection, path: Path) -> None:
             each.set_axis_off()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100, format=path.suffix.lstrip("."))
+        if path.suffix == ".png":
+            _shrink(temporary)
+
+
+def _shrink(path: Path) -> None:
+    """Store a PNG with a palette: a third of the bytes, and the eye sees no difference."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        smaller = image.convert("RGB").quantize(256)
+    smaller.save(path, format="PNG", optimize=True)
 
 
 def _draw(panel: HeatMap | Curves | Histogram, axes: Any) -> None:

@@ -62,7 +62,7 @@ def runs(folder):
             # these last: DeepSpeed and transformers partition every later model of the process
             case("plain", "zero3", spft={**mask, "mask_path": str(folder / "zero3_mask.safetensors")}),
             case("from_file", "zero3", spft={**mask, "mask_path": str(folder / "zero3_mask.safetensors")}),
-            case("mask", "zero3", spft={"density": 0.05, "samples": 16}),
+            case("alone", "zero3", spft={"density": 0.05, "samples": 16}),
             case("few", "zero3", spft=FEW),
             case("head", "zero3", spft=WITH_HEAD),
             case("continued", "zero3", **saved),
@@ -71,7 +71,7 @@ def runs(folder):
         ]
 
     sharded = cases("zero")
-    alone = {config: folder / f"{config.stem}.safetensors" for config in sharded if config.stem == "zero3_mask"}
+    alone = {config: folder / f"{config.stem}.safetensors" for config in sharded if config.stem == "zero3_alone"}
     return train_all(cases("single", 1), 1) | train_all(cases("ddp"), RANKS) | train_all(sharded, RANKS, masks=alone)
 
 
@@ -105,6 +105,14 @@ def test_salience_pass_leaves_no_trace(folder, runs, engine):
     one, other = (folder / f"{engine}_{name}" / f"checkpoint-{STEPS}" for name in ("plain", "from_file"))
     assert same_state(one, other)
     assert figures(folder, f"{engine}_plain").losses == figures(folder, f"{engine}_from_file").losses
+
+
+def test_the_mask_command_makes_the_mask_of_the_run_on_all_ranks_and_nothing_else(folder, runs):
+    assert (runs["zero3_alone"], runs["zero3_plain"]) == (None, None)
+    alone, of_run = (load_file(folder / f"zero3_{name}.safetensors") for name in ("alone", "mask"))
+    assert alone.keys() == of_run.keys()
+    assert all(torch.equal(alone[key].int(), of_run[key].int()) for key in alone)
+    assert not (folder / "zero3_alone").exists()
 
 
 @pytest.mark.parametrize("name", ["ddp_eight_bit_base", "zero2_eight_bit_base"])
