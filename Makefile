@@ -28,7 +28,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart/report.py $(CONFIG)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 bench: $(VENV)/installed
 	$(BIN)/python -m axolotl_spft bench

@@ -21,3 +21,8 @@ def on_device() -> Iterator[None]:
     torch.set_default_device(DEVICE)
     yield
     torch.set_default_device(None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes come first, so that several workers end together."""
+    items.sort(key=lambda item: (not item.get_closest_marker("engine"), not item.get_closest_marker("e2e")))

@@ -1,0 +1,1 @@
+"""What the project was tested with: environments of old and new releases, and their record."""
