@@ -17,6 +17,7 @@ from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards, 
 from axolotl_spft.salience.examples import Batch, count_examples
 from axolotl_spft.salience.untouched import untouched_model, untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.without_mask import choosing_a_mask
 
 
 def summed_gradients(
@@ -36,6 +37,7 @@ def summed_gradients(
     with (
         untouched_rng(),
         untouched_model(model),
+        choosing_a_mask(),
         gathered_while_used(model),
         gathered_gradients(model, layers, ranks, sharded) as sums,
         tqdm(total=samples, desc="Salience", unit="example", disable=ranks.rank != 0) as bar,
