@@ -140,8 +140,8 @@ class SpftConfig(PeftConfig):
         say_how_to_load(weights.parent)
         if not count_entries(weights, ".spft_values"):
             warnings.warn(
-                f"the adapter saved in {save_directory} holds no values: call select_mask(model, batches), or give the trainer an SpftCallback, before "
-                "training",
+                f"the adapter saved in {save_directory} holds no values: call select_mask(model, batches), or give the "
+                "trainer an SpftCallback, before training",
                 stacklevel=2,
             )
 

@@ -28,6 +28,7 @@ from axolotl_spft.salience.metrics.statistics import (
 )
 from axolotl_spft.salience.untouched import untouched_model, untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.without_mask import choosing_a_mask
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 
@@ -170,7 +171,13 @@ class _Sample:
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
     """What every pass runs in: a model that is as before afterwards, whole where it runs, and not compiled."""
-    with untouched_model(model), gathered_while_used(model), _uncompiled(model), torch.enable_grad():
+    with (
+        untouched_model(model),
+        choosing_a_mask(),
+        gathered_while_used(model),
+        _uncompiled(model),
+        torch.enable_grad(),
+    ):
         yield
 
 

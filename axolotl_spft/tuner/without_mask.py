@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,17 +15,34 @@ from axolotl_spft.tuner.layer import SpftLinear
 HOW_TO_SELECT = "call select_mask(model, batches) first, or give the trainer an SpftCallback"
 
 
+_choosing = False
+
+
+@contextmanager
+def choosing_a_mask() -> Iterator[None]:
+    """Within the block models run without a mask in train mode: the pass that chooses one does.
+
+    It freezes all parameters, but a trainer's loss may choose adapters, as DPO's does, which makes them trained again.
+    """
+    global _choosing
+    before, _choosing = _choosing, True
+    try:
+        yield
+    finally:
+        _choosing = before
+
+
 def refuse_training_without_mask(module: nn.Module, *_: Any) -> None:
     """A forward pre-hook of a model with sparse layers.
 
     A forward pass trains when the model is in train mode, gradients are on, and the active adapter is enabled, not
     merged and not frozen. Whatever else is trained, modules of ``modules_to_save`` say, is no excuse. Evaluation, a
-    pass without gradients and the salience pass, which freezes all, run an empty adapter as the base model.
+    pass without gradients and the salience pass run an empty adapter as the base model.
 
     Raises:
         SpftError: an adapter that is about to be trained has no values in any layer.
     """
-    if not module.training or not torch.is_grad_enabled():
+    if _choosing or not module.training or not torch.is_grad_enabled():
         return
     waiting: set[str] = set()
     filled: set[str] = set()
