@@ -86,8 +86,8 @@ def _plain_weight(module: nn.Module, name: str) -> Tensor:
     ):  # fmt: skip
         found = type(weight).__name__ if not isinstance(weight, Tensor) else f"{weight.dtype}, {tuple(weight.shape)}"
         raise SpftError(
-            f"{name} has no weight of 16 bits or more that a sparse adapter could be added to ({found}): serve the base "
-            "model unquantized, or merge the adapter before it is quantized"
+            f"{name} has no weight of 16 bits or more that a sparse adapter could be added to ({found}): serve the "
+            "base model unquantized, or merge the adapter before it is quantized"
         )
     return weight.data
 

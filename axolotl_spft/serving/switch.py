@@ -130,8 +130,8 @@ def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> 
             absent.append(name)
         elif parameter.shape != tensor.shape:
             raise SpftError(
-                f"{name} was trained whole, {tuple(tensor.shape)}, but is {tuple(parameter.shape)} here: an engine that "
-                "pads or divides it cannot switch it, so serve the merged model"
+                f"{name} was trained whole, {tuple(tensor.shape)}, but is {tuple(parameter.shape)} here: an engine "
+                "that pads or divides it cannot switch it, so serve the merged model"
             )
         else:
             writes.append(_Write(parameter.data, None, None, tensor.to(parameter)))
