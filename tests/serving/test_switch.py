@@ -170,9 +170,7 @@ def test_names_with_another_prefix_and_modules_that_were_trained_whole(folders, 
 def test_what_does_not_fit_changes_nothing(folders, tmp_path):
     other = tiny_qwen2()
     before = weights_of(other)
-    with pytest.raises(
-        SpftError, match=r"has a weight of \(28.* on rank 0 of 1, but the adapter was trained on"
-    ):
+    with pytest.raises(SpftError, match=r"has a weight of \(28.* on rank 0 of 1, but the adapter was trained on"):
         apply_adapter(other, folders / "all")
     assert same_weights(other, before)
     packed = engine_model(tiny_llama())
