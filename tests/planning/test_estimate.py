@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from axolotl_spft.salience.install import adapted_layers
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
@@ -18,6 +17,7 @@ from axolotl_spft.planning.advice import alternatives, changes_that_help
 from axolotl_spft.planning.estimate import GIB, base_bytes, estimate
 from axolotl_spft.planning.settings import Settings
 from axolotl_spft.planning.shapes import ModelShape, find_config, read_shape
+from axolotl_spft.salience.install import adapted_layers
 
 RESULTS = Path(__file__).parents[2] / "integration" / "bench" / "results"
 BASE = Settings(
