@@ -16,8 +16,8 @@ The exact statement of how counts are rounded, with n_i the entries of matrix i:
   that no key of ``density_pattern`` names, or to all where there are none; the total stays.
 - **Blocks.** Counts are of entries as above. A matrix takes its blocks from the highest score on while the next one
   fits into its count, and what is left of that goes on to the next matrix (under global scope without bounds: the
-  highest blocks of all matrices are taken while the next one fits). So nnz is never above the budget, and below it by less than
-  one block; with bounds or ``density_pattern`` under global scope by less than one block in each matrix.
+  highest blocks of all matrices are taken while the next one fits). So nnz is never above the budget, and below it by
+  less than one block; with bounds or ``density_pattern`` under global scope by less than one block in each matrix.
 """
 
 from __future__ import annotations
