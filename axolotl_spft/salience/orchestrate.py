@@ -13,21 +13,20 @@ from torch import Tensor, nn
 from axolotl_spft.config import SpftConfig
 from axolotl_spft.engine.ranks import Ranks, on_every_rank
 from axolotl_spft.errors import SpftError, SpftFileError
-from axolotl_spft.ops.mask.csr import Mask, mask_from_positions
+from axolotl_spft.ops.mask.csr import Mask
 from axolotl_spft.salience.blocks import is_of_blocks
-from axolotl_spft.salience.choose import choose_positions
+from axolotl_spft.salience.compute import compute_masks
 from axolotl_spft.salience.examples import Batch
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, install_masks
 from axolotl_spft.salience.mask_file import check_mask_path, load_masks, save_masks
-from axolotl_spft.salience.metrics.metric import load_metric
 from axolotl_spft.salience.release import give_back_memory
 from axolotl_spft.salience.report import MaskReport, report_masks
-from axolotl_spft.salience.sample_pass import collect_statistics
-from axolotl_spft.salience.scores import check_base, scorer
-from axolotl_spft.salience.untouched import untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import shapes_of
 from axolotl_spft.tuner.targets import check_is_peft_model
+
+# recorded where they are set
+_OF_SHARES = ("density_pattern", "min_density", "max_density", "score_after")
 
 
 @torch.inference_mode(False)
@@ -67,6 +66,7 @@ def select_mask(
             f"adapter `{adapter_name}` has a mask already: add a new adapter, or delete this one, to select another"
         )
     source = {"salience": config.salience, "scope": config.scope, "samples": 0, "seed": config.seed or 0}
+    source |= {name: getattr(config, name) for name in _OF_SHARES if getattr(config, name)}
     if config.block is not None:
         source["block_size"] = list(config.block)
     ranks = Ranks.current()
@@ -78,6 +78,8 @@ def select_mask(
             f"`mask_path: {config.mask_path}` exists for {found} of {ranks.world} ranks only: copy the file to every "
             "node, or delete it everywhere to compute the mask anew"
         )
+    notes: list[str] = []
+    untrained: list[str] = []
     if found:
         masks, source = on_every_rank(lambda: _masks_from_file(path, config, layers), ranks)
         origin = f"{config.mask_path} ({_describe(source)})"
@@ -91,8 +93,10 @@ def select_mask(
     else:
         if path is not None:
             on_every_rank(lambda: check_mask_path(path) if ranks.rank == 0 else None, ranks)
-        masks, found = _computed_masks(model, config, layers, batches, loss_fn, ranks)
-        source |= found
+        masks, record, notes, untrained = compute_masks(model, config, layers, adapter_name, batches, loss_fn, ranks)
+        source |= record
+        if notes and ranks.rank == 0:
+            warnings.warn(" ".join(notes), stacklevel=3)
         give_back_memory()
         origin = _describe(source)
         if path is not None and ranks.rank == 0:
@@ -100,8 +104,19 @@ def select_mask(
     install_masks(model, adapter_name, masks, source)
     check_same_mask(model, ranks, adapter_name)
     return report_masks(
-        {name: (masks[name], layer.in_features) for name, layer in layers.items()}, origin, source.get("samples", 0)
+        {name: (masks[name], layer.in_features) for name, layer in layers.items()},
+        origin,
+        source.get("samples", 0),
+        [*notes, *_notes_on_budget(config, layers, masks)],
+        untrained,
     )
+
+
+def _notes_on_budget(config: SpftConfig, layers: Mapping[str, SpftLinear], masks: Mapping[str, Mask]) -> list[str]:
+    held, asked = sum(mask.nnz for mask in masks.values()), config.allowed_counts(shapes_of(layers))[-1]
+    if held == asked:
+        return []
+    return [f"{asked - held:,} of the {asked:,} values of the budget are left, in which no whole block fits"]
 
 
 def _save(path: Path, masks: Mapping[str, Mask], shapes: Mapping[str, tuple[int, int]], source: Mapping) -> None:
@@ -133,24 +148,3 @@ def _masks_from_file(path: Path, config: SpftConfig, layers: Mapping[str, SpftLi
             "write the size it was made with, or name another `mask_path` to compute the mask anew"
         )
     return masks, source
-
-
-def _computed_masks(
-    model: nn.Module,
-    config: SpftConfig,
-    layers: Mapping[str, SpftLinear],
-    batches: Iterable[Batch] | None,
-    loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
-    ranks: Ranks,
-) -> tuple[dict[str, Mask], dict]:
-    """The masks, and what their record says of the pass."""
-    metric = load_metric(config.salience)
-    check_base(metric, layers)
-    found = collect_statistics(model, layers, metric.needs, batches, loss_fn, config.samples, ranks)
-    score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank)
-    names, shapes = list(layers), list(shapes_of(layers).values())
-    # a function of the user's own may draw numbers
-    with untouched_rng():
-        chosen = choose_positions(config, names, shapes, score_of, ranks)
-    masks = {name: mask_from_positions(positions, *shape) for name, positions, shape in zip(names, chosen, shapes)}
-    return masks, {"samples": found.read, **found.notes}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -191,20 +190,11 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager:
 
 def _check_sums(sums: Mapping[str, Tensor], ranks: Ranks) -> None:
     finite = ranks.sum_numbers(*(int(torch.isfinite(total).all()) for total in sums.values()))
-    reached = ranks.sum_numbers(*(int(total.any()) for total in sums.values()))
     for name, count in zip(sums, finite):
         if count < ranks.world:
             raise SpftError(
                 f"the gradient of {name} is not finite on the sample: check the data and the precision of the run"
             )
-    untouched = [name for name, count in zip(sums, reached) if not count]
-    if untouched and ranks.rank == 0:
-        warnings.warn(
-            f"no gradient reached {first_of(untouched, ', ')} on the sample, so their values may never be "
-            "trained: name modules whose weights are read without calling them (Mamba's dt_proj) in `exclude_modules`; "
-            "experts that no token came to may need more `samples`",
-            stacklevel=2,
-        )
 
 
 def _batches_of_all_ranks(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, int]]:

@@ -43,10 +43,6 @@ def score_matrices(kind: str) -> list[torch.Tensor]:
         return [torch.zeros(shape) * torch.where(torch.arange(shape[1]) % 2 == 0, 1.0, -1.0) for shape in shapes]
     if kind == "extreme":
         return [matrix * 10.0 ** torch.randint(-44, 38, matrix.shape, generator=generator) for matrix in matrices]
-    if kind == "signed":
-        return [torch.randn(shape, generator=generator) for shape in shapes]
-    if kind == "negative ties":
-        return [-(matrix * 2).round() for matrix in matrices]
     if kind == "close":  # differ in the low bits only
         return [1 + torch.randint(0, 40, m.shape, generator=generator) * torch.finfo(m.dtype).eps for m in matrices]
     return matrices

@@ -1,0 +1,71 @@
+"""The masks that an adapter's config asks for, computed from the model and its sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from axolotl_spft.config import SpftConfig
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.ops.mask.csr import Mask, mask_from_positions
+from axolotl_spft.salience.choose import choose_positions
+from axolotl_spft.salience.examples import Batch
+from axolotl_spft.salience.metrics.metric import load_metric
+from axolotl_spft.salience.metrics.statistics import INPUT_SQUARES
+from axolotl_spft.salience.sample_pass import collect_statistics
+from axolotl_spft.salience.scores import check_base, scorer
+from axolotl_spft.salience.untouched import untouched_rng
+from axolotl_spft.salience.untrained import frozen_by_the_run, never_called, notes_on, unreached_by
+from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.state import shapes_of
+
+
+class Computed(NamedTuple):
+    """What was computed.
+
+    Attributes:
+        masks: by the names of the layers.
+        record: what the mask's record says of the pass.
+        notes: sentences about what gets nothing.
+        untrained: the names of the layers that get nothing because no step could train them.
+    """
+
+    masks: dict[str, Mask]
+    record: dict
+    notes: list[str]
+    untrained: list[str]
+
+
+def compute_masks(
+    model: nn.Module,
+    config: SpftConfig,
+    layers: Mapping[str, SpftLinear],
+    adapter_name: str,
+    batches: Iterable[Batch] | None,
+    loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
+    ranks: Ranks,
+) -> Computed:
+    """The masks of the config's salience, scope and budget, of those layers that can be trained.
+
+    Raises:
+        SpftError: as `select_mask`.
+    """
+    metric = load_metric(config.salience)
+    check_base(metric, layers)
+    frozen = frozen_by_the_run(layers, adapter_name)
+    found = collect_statistics(model, layers, metric.needs, batches, loss_fn, config.samples, ranks)
+    # what reads inputs or weights alone knows only what the model's own structure tells
+    tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
+    unreached = unreached_by(tell, ranks) if tell else never_called(model, layers)
+    untrained = [name for name in layers if name in {*frozen, *unreached}]
+    score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank)
+    shapes = list(shapes_of(layers).values())
+    # a function of the user's own may draw numbers
+    with untouched_rng():
+        chosen = choose_positions(
+            config, list(layers), shapes, score_of, ranks, [name not in untrained for name in layers]
+        )
+    masks = {name: mask_from_positions(positions, *shape) for name, positions, shape in zip(layers, chosen, shapes)}
+    return Computed(masks, {"samples": found.read, **found.notes}, notes_on(unreached, frozen), untrained)
