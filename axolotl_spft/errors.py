@@ -23,6 +23,10 @@ class SpftFileError(SpftError):
     """An adapter or mask file that is damaged or belongs to another base model."""
 
 
+class SpftMemoryError(SpftError):
+    """The salience pass ran out of memory, on every rank of the run at once, so that it can be tried with less."""
+
+
 def first_of(items: Sequence[str], separator: str) -> str:
     """The first few items for a message, and how many more there are."""
     more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []

@@ -14,6 +14,7 @@ from axolotl_spft.salience.choose import choose_positions
 from axolotl_spft.salience.examples import Batch
 from axolotl_spft.salience.metrics.metric import load_metric
 from axolotl_spft.salience.metrics.statistics import INPUT_SQUARES
+from axolotl_spft.salience.out_of_memory import named_out_of_memory
 from axolotl_spft.salience.sample_pass import collect_statistics
 from axolotl_spft.salience.scores import check_base, scorer
 from axolotl_spft.salience.untouched import untouched_rng
@@ -55,7 +56,8 @@ def compute_masks(
     metric = load_metric(config.salience)
     check_base(metric, layers)
     frozen = frozen_by_the_run(layers, adapter_name)
-    found = collect_statistics(model, layers, metric.needs, batches, loss_fn, config.samples, ranks)
+    with named_out_of_memory(ranks):
+        found = collect_statistics(model, layers, metric.needs, batches, loss_fn, config.samples, ranks)
     # what reads inputs or weights alone knows only what the model's own structure tells
     tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
     unreached = unreached_by(tell, ranks) if tell else never_called(model, layers)

@@ -25,6 +25,7 @@ from axolotl_spft.salience.metrics.statistics import (
     SQUARED_GRADIENT,
     SYNAPTIC_FLOW,
 )
+from axolotl_spft.salience.out_of_memory import run_on_all_ranks
 from axolotl_spft.salience.untouched import untouched_model, untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.without_mask import choosing_a_mask
@@ -112,7 +113,7 @@ def summed(
         gathered_sums(model, layers, needs, sample.tokens, ranks, sharded) as sums,
     ):
         for loss_of, count in sample.losses("Salience"):
-            loss_of(model).backward()
+            run_on_all_ranks(lambda loss_of=loss_of: loss_of(model).backward(), ranks, sharded)
             read += count
         for need, of_layers in sums.items():
             if need == INPUT_SQUARES:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from axolotl_spft.errors import SpftMemoryError
 from axolotl_spft.salience import MaskReport, select_mask
+from axolotl_spft.salience.release import give_back_memory
 from axolotl_spft.salience.untouched import untouched_rng
 
 # keeps the gradients of a float16 run above its smallest number; a common factor does not change the order of scores
@@ -22,10 +25,44 @@ def select_mask_with_trainer(trainer: Any, model: nn.Module) -> MaskReport:
     Args:
         trainer: its dataloader, collator, batch counting, autocast and ``compute_loss`` are used.
         model: the trainer's `PeftModel`.
+
+    Raises:
+        SpftMemoryError: there is no room for a batch; with ``auto_find_batch_size`` not even for one row.
     """
+    rows = trainer._train_batch_size
+    while True:
+        try:
+            with _rows_per_batch(trainer, rows):
+                return _select_mask(trainer, model)
+        except SpftMemoryError:
+            if not trainer.args.auto_find_batch_size or rows == 1:
+                raise
+        # after the error is gone, and with it the frames that hold the accumulators
+        rows //= 2
+        give_back_memory()
+        warnings.warn(
+            f"the salience pass ran out of memory and starts anew with {rows} rows in a batch (`auto_find_batch_size`)",
+            stacklevel=2,
+        )
+
+
+def _select_mask(trainer: Any, model: nn.Module) -> MaskReport:
     sample = _TrainerSample(trainer)
     with untouched_rng(), _untouched_trainer(trainer), _training_mode(trainer, model):
         return select_mask(model, sample, sample.loss)
+
+
+@contextmanager
+def _rows_per_batch(trainer: Any, rows: int) -> Iterator[None]:
+    """Let the trainer's dataloader give batches of ``rows`` examples, or of as many tokens with sample packing."""
+    args, before = trainer.args, (trainer._train_batch_size, trainer.args.per_device_train_batch_size)
+    try:
+        if rows != trainer._train_batch_size:
+            # transformers reads the first, Axolotl's sampler of packed rows the second
+            trainer._train_batch_size = args.per_device_train_batch_size = rows
+        yield
+    finally:
+        trainer._train_batch_size, args.per_device_train_batch_size = before
 
 
 class _TrainerSample:
