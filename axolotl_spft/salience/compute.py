@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -12,13 +14,14 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.ops.mask.csr import Mask, mask_from_positions
 from axolotl_spft.salience.choose import choose_positions
 from axolotl_spft.salience.examples import Batch
-from axolotl_spft.salience.metrics.metric import load_metric
+from axolotl_spft.salience.metrics.metric import Metric, load_metric
 from axolotl_spft.salience.metrics.statistics import INPUT_SQUARES
 from axolotl_spft.salience.out_of_memory import named_out_of_memory
 from axolotl_spft.salience.sample_pass import collect_statistics
 from axolotl_spft.salience.scores import check_base, scorer
 from axolotl_spft.salience.untouched import untouched_rng
 from axolotl_spft.salience.untrained import frozen_by_the_run, never_called, notes_on, unreached_by
+from axolotl_spft.salience.warm_up import check_warm_up, repeatable, warmed_up, weight_with_values
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import shapes_of
 
@@ -47,6 +50,7 @@ def compute_masks(
     batches: Iterable[Batch] | None,
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
     ranks: Ranks,
+    learning_rate: float | None = None,
 ) -> Computed:
     """The masks of the config's salience, scope and budget, of those layers that can be trained.
 
@@ -56,13 +60,39 @@ def compute_masks(
     metric = load_metric(config.salience)
     check_base(metric, layers)
     frozen = frozen_by_the_run(layers, adapter_name)
+    with ExitStack() as stack:
+        read_weight = SpftLinear.read_weight
+        if config.score_after:
+            check_warm_up(model, metric, config.score_after, batches, learning_rate)
+            batches = repeatable(batches)
+            dead = {*frozen, *never_called(model, layers)}
+            able = [name not in dead for name in layers]
+            stack.enter_context(named_out_of_memory(ranks))
+            stack.enter_context(
+                warmed_up(model, config, layers, adapter_name, batches, loss_fn, learning_rate, able, ranks)
+            )
+            read_weight = partial(weight_with_values, adapter_name=adapter_name)
+        return _scored(model, config, layers, metric, frozen, batches, loss_fn, ranks, read_weight)
+
+
+def _scored(
+    model: nn.Module,
+    config: SpftConfig,
+    layers: Mapping[str, SpftLinear],
+    metric: Metric,
+    frozen: list[str],
+    batches: Iterable[Batch] | None,
+    loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
+    ranks: Ranks,
+    read_weight: Callable[[SpftLinear], Tensor],
+) -> Computed:
     with named_out_of_memory(ranks):
         found = collect_statistics(model, layers, metric.needs, batches, loss_fn, config.samples, ranks)
     # what reads inputs or weights alone knows only what the model's own structure tells
     tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
     unreached = unreached_by(tell, ranks) if tell else never_called(model, layers)
     untrained = [name for name in layers if name in {*frozen, *unreached}]
-    score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank)
+    score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank, read_weight)
     shapes = list(shapes_of(layers).values())
     # a function of the user's own may draw numbers
     with untouched_rng():

@@ -35,6 +35,7 @@ def select_mask(
     batches: Iterable[Batch] | None,
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None = None,
     adapter_name: str | None = None,
+    learning_rate: float | None = None,
 ) -> MaskReport:
     """Choose the positions that an empty adapter trains, and put values of 0 there.
 
@@ -48,6 +49,8 @@ def select_mask(
             needs none or ``mask_path`` names a file. The salience ``grasp`` reads them twice.
         loss_fn: the loss of (model, batch), a scalar; ``model(**batch).loss`` by default.
         adapter_name: the active adapter by default.
+        learning_rate: of the run; read by the warm-up of the option ``score_after``, which trains a step on each batch,
+            or on ``batches.batches_per_step`` of them where there is such an attribute.
 
     Returns:
         What was selected; ``str(report)`` is a table.
@@ -93,7 +96,9 @@ def select_mask(
     else:
         if path is not None:
             on_every_rank(lambda: check_mask_path(path) if ranks.rank == 0 else None, ranks)
-        masks, record, notes, untrained = compute_masks(model, config, layers, adapter_name, batches, loss_fn, ranks)
+        masks, record, notes, untrained = compute_masks(
+            model, config, layers, adapter_name, batches, loss_fn, ranks, learning_rate
+        )
         source |= record
         if notes and ranks.rank == 0:
             warnings.warn(" ".join(notes), stacklevel=3)

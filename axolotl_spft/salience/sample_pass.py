@@ -78,7 +78,7 @@ def collect_statistics(
     found, read = summed(model, layers, gathered, sample, ranks)
     sums |= found
     if HESSIAN_GRADIENT in needs:
-        with _quiet(model), untouched_rng():
+        with quiet(model), untouched_rng():
             sums[HESSIAN_GRADIENT], notes["hessian"] = hessian_products(
                 model, layers, sums[GRADIENT], sample.losses("Hessian"), ranks
             )
@@ -109,7 +109,7 @@ def summed(
     read = 0
     with (
         untouched_rng(),
-        _quiet(model),
+        quiet(model),
         gathered_sums(model, layers, needs, sample.tokens, ranks, sharded) as sums,
     ):
         for loss_of, count in sample.losses("Salience"):
@@ -151,7 +151,7 @@ class _Sample:
         """For each batch the function that gives its loss, and the examples of all ranks in it."""
         read, batches = 0, self._kept or self.batches
         with tqdm(total=self.samples, desc=title, unit="example", disable=self.ranks.rank != 0) as bar:
-            for batch, count in _batches_of_all_ranks(batches, self.ranks):
+            for batch, count in batches_of_all_ranks(batches, self.ranks):
                 if self._kept is not None and batches is not self._kept:
                     self._kept.append(batch)
                 self.tokens.read(batch)
@@ -169,7 +169,7 @@ class _Sample:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """What every pass runs in: a model that is as before afterwards, whole where it runs, and not compiled."""
     with (
         untouched_model(model),
@@ -198,7 +198,7 @@ def _check_sums(sums: Mapping[str, Tensor], ranks: Ranks) -> None:
             )
 
 
-def _batches_of_all_ranks(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, int]]:
+def batches_of_all_ranks(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, int]]:
     """Each batch with the examples of all ranks' batches of that turn, until one rank has no more."""
     iterator = iter(batches)
     while True:

@@ -37,11 +37,13 @@ def scorer(
     ranks: Ranks,
     seed: int = 0,
     lift_rank: int = 128,
+    read_weight: Callable[[SpftLinear], Tensor] = SpftLinear.read_weight,
 ) -> Callable[[int], Tensor]:
     """The function that scores the matrix of an index.
 
     Args:
         collected: need -> name of the layer -> what the pass found.
+        read_weight: gives a layer's whole weight (out_features, in_features).
 
     Returns:
         A function that gives this rank's rows (rows, in_features), float32 and finite; every rank must ask it for the
@@ -59,7 +61,7 @@ def scorer(
             ranks=ranks,
             lift_rank=lift_rank,
             collected={need: of_layer[name] for need, of_layer in collected.items() if need in metric.needs},
-            read_weight=layers[name].read_weight if metric.needs & OF_WEIGHT else None,
+            read_weight=(lambda: read_weight(layers[name])) if metric.needs & OF_WEIGHT else None,
         )
         return on_every_rank(lambda: _checked(metric, statistics), ranks)
 

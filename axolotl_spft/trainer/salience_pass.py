@@ -49,7 +49,7 @@ def select_mask_with_trainer(trainer: Any, model: nn.Module) -> MaskReport:
 def _select_mask(trainer: Any, model: nn.Module) -> MaskReport:
     sample = _TrainerSample(trainer)
     with untouched_rng(), _untouched_trainer(trainer), _training_mode(trainer, model):
-        return select_mask(model, sample, sample.loss)
+        return select_mask(model, sample, sample.loss, learning_rate=trainer.args.learning_rate)
 
 
 @contextmanager
@@ -70,6 +70,7 @@ class _TrainerSample:
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self.batches_per_step = trainer.args.gradient_accumulation_steps
         self.num_items_in_batch: Tensor | int | None = None
 
     def __iter__(self) -> Iterator[dict]:
