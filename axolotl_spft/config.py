@@ -77,7 +77,8 @@ class SpftConfig(PeftConfig):
     score_after: int = _option(0, "Optimizer steps of a throw-away warm-up before the salience is computed.")
     salience_memory_gib: float | None = _option(
         None,
-        "GiB that the salience pass may fill with what it sums up, on each device; half of what is free by default.",
+        "GiB of what the salience pass sums up at a time: more passes for more. By default all at once, on the device "
+        "where half of its free memory holds it, else on the host.",
     )
     seed: int | None = _option(None, "Seed of random choices; the run's seed under Axolotl, else 0.")
     mask_path: str | None = _option(None, "A saved mask: used when the file exists, else computed and saved there.")

@@ -51,17 +51,20 @@ def choose_positions(
         counts = bounded_counts(score_of, fewest, most, total, ranks)
     else:
         counts = layer_budgets(shapes, **config.budget(names), trainable=trainable)
-    chosen = []
-    for index, (shape, count) in enumerate(zip(shapes, counts)):
-        if not count:
-            chosen.append(torch.empty(0, dtype=torch.int64))
-            continue
-        scores = score_of(index)
-        if config.scope == "row":
-            chosen.append(top_k_per_row(scores, shape, count, ranks))
-        else:
-            chosen.extend(top_k(lambda _, scores=scores: scores, [shape], count, ranks))
-    return chosen
+    return [
+        choose_in_matrix(config.scope, shape, count, lambda index=index: score_of(index), ranks)
+        for index, (shape, count) in enumerate(zip(shapes, counts))
+    ]
+
+
+def choose_in_matrix(scope: str, shape: Shape, count: int, score: Callable[[], Tensor], ranks: Ranks) -> Tensor:
+    """The ``count`` positions of one matrix, whose scores are asked for only where there are any."""
+    if not count:
+        return torch.empty(0, dtype=torch.int64)
+    scores = score()
+    if scope == "row":
+        return top_k_per_row(scores, shape, count, ranks)
+    return top_k(lambda _: scores, [shape], count, ranks)[0]
 
 
 def _bounds(

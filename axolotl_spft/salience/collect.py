@@ -132,6 +132,15 @@ def gathered_sums(
         yield sums
 
 
+@contextmanager
+def probed_outputs(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block the outputs of these layers take part in every backward pass, though nothing is gathered."""
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_hook(_gathering_hook([])).remove)
+        yield
+
+
 def reduce_to_shards(sums: dict[str, Tensor], ranks: Ranks) -> None:
     """Replace each rank's own accumulators by its rows of their sum over the ranks, layer by layer."""
     if ranks.world > 1:

@@ -9,11 +9,14 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from axolotl_spft.budget import layer_budgets
 from axolotl_spft.config import SpftConfig
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.ops.mask.csr import Mask, mask_from_positions
-from axolotl_spft.salience.choose import choose_positions
+from axolotl_spft.salience.choose import choose_in_matrix, choose_positions
+from axolotl_spft.salience.collect import probed_outputs
 from axolotl_spft.salience.examples import Batch
+from axolotl_spft.salience.groups import check_groups, groups_of
 from axolotl_spft.salience.metrics.metric import Metric, load_metric
 from axolotl_spft.salience.metrics.statistics import INPUT_SQUARES
 from axolotl_spft.salience.out_of_memory import named_out_of_memory
@@ -86,6 +89,12 @@ def _scored(
     ranks: Ranks,
     read_weight: Callable[[SpftLinear], Tensor],
 ) -> Computed:
+    groups = groups_of(layers, metric.needs, config.salience_memory_gib)
+    if len(groups) > 1:
+        check_groups(config, metric, len(groups))
+        return _scored_in_groups(
+            model, config, layers, groups, metric, frozen, repeatable(batches or ()), loss_fn, ranks, read_weight
+        )
     with named_out_of_memory(ranks):
         found = collect_statistics(model, layers, metric.needs, batches, loss_fn, config.samples, ranks)
     # what reads inputs or weights alone knows only what the model's own structure tells
@@ -101,3 +110,46 @@ def _scored(
         )
     masks = {name: mask_from_positions(positions, *shape) for name, positions, shape in zip(layers, chosen, shapes)}
     return Computed(masks, {"samples": found.read, **found.notes}, notes_on(unreached, frozen), untrained)
+
+
+def _scored_in_groups(
+    model: nn.Module,
+    config: SpftConfig,
+    layers: Mapping[str, SpftLinear],
+    groups: list[dict[str, SpftLinear]],
+    metric: Metric,
+    frozen: list[str],
+    batches: Iterable[Batch],
+    loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
+    ranks: Ranks,
+    read_weight: Callable[[SpftLinear], Tensor],
+) -> Computed:
+    """The same masks from a pass over the same batches for each group, of which one has sums at a time."""
+    names, shapes = list(layers), shapes_of(layers)
+    unreached: list[str] = []
+    while True:
+        untrained = {*frozen, *unreached}
+        able = [name not in untrained for name in names]
+        counts = dict(zip(names, layer_budgets(list(shapes.values()), **config.budget(names), trainable=able)))
+        masks, found_unreached = {}, []
+        for group in groups:
+            found = None  # before the next sums are made
+            # so that the pass is the same one, and there is one where no gradient reaches the group
+            others = [layer for name, layer in layers.items() if name not in group]
+            with named_out_of_memory(ranks), probed_outputs(others):
+                found = collect_statistics(model, group, metric.needs, batches, loss_fn, config.samples, ranks)
+            tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
+            found_unreached += unreached_by(tell, ranks)
+            score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank, read_weight)
+            with untouched_rng():
+                for name in group:
+                    score = partial(score_of, names.index(name))
+                    at = choose_in_matrix(config.scope, shapes[name], counts[name], score, ranks)
+                    masks[name] = mask_from_positions(at, *shapes[name])
+            del score_of, score
+        if found_unreached == unreached:
+            break
+        # the budget of what turns out to get nothing goes to matrices that have been chosen in already
+        unreached = found_unreached
+    record = {"samples": found.read, **found.notes}
+    return Computed(masks, record, notes_on(unreached, frozen), [name for name in names if name in untrained])

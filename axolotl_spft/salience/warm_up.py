@@ -90,9 +90,9 @@ def warmed_up(
     """Within the block the model is what ``config.score_after`` optimizer steps have made of it.
 
     They train the values of a ``random`` mask of the config's own budget with `SparseAdamW` and the mean of the ranks'
-    gradients; a step is over after ``batches.batches_per_step`` batches (1 where there is no such attribute).
-    Afterwards the adapter is empty again, and random generators, gradients and flags are as before: bit for bit, since the base
-    weights are never changed.
+    gradients; a step is over after ``batches.batches_per_step`` batches (1 where there is no such attribute). At the
+    end the adapter is empty again, and random generators, gradients and flags are as before: bit for bit, since the
+    base weights are never changed.
     """
     before = {name: (layer.mask(adapter_name), layer.spft_values[adapter_name]) for name, layer in layers.items()}
     flags = {name: values.requires_grad for name, (_, values) in before.items()}

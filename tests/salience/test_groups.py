@@ -1,0 +1,67 @@
+"""Several passes over groups of modules give the mask of one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from axolotl_spft import SpftConfig, select_mask
+from axolotl_spft.errors import SpftError
+from axolotl_spft.salience import compute
+from axolotl_spft.salience.groups import groups_of
+from axolotl_spft.salience.install import adapted_layers
+from tests.models import ARCHITECTURES, tiny_llama, token_batch
+from tests.salience.test_untrained import Experts
+from tests.salience.test_warm_up import chosen
+
+BATCHES = [token_batch(rows=2, seed=seed) for seed in range(3)]
+GIB_OF_TWO_MATRICES = 4 * 2 * 50 * 36 / 2**30
+
+
+@pytest.mark.parametrize(("scope", "salience"), [("layer", "gradient"), ("row", "balanced"), ("layer", "snip")])
+@pytest.mark.parametrize("architecture", ["llama", "moe"])
+def test_the_mask_is_the_same_to_the_bit(monkeypatch, architecture, scope, salience):
+    passes = []
+    collect = compute.collect_statistics
+    monkeypatch.setattr(compute, "collect_statistics", lambda *args: passes.append(args[1]) or collect(*args))
+    masks = []
+    for memory in (None, GIB_OF_TWO_MATRICES):
+        config = SpftConfig(density=0.05, scope=scope, salience=salience, samples=4, salience_memory_gib=memory)
+        model = get_peft_model(ARCHITECTURES[architecture](attention_dropout=0.3), config)
+        model.train()
+        torch.manual_seed(5)
+        report = select_mask(model, iter(BATCHES))
+        assert report.samples == 4
+        masks.append(chosen(model))
+    assert masks[0] == masks[1]
+    assert len(passes) > 3
+
+
+def test_what_no_gradient_reaches_in_a_later_group():
+    masks = []
+    for memory in (None, 4 * 30 / 2**30):
+        torch.manual_seed(0)
+        config = SpftConfig(target_modules=r"experts\.\d", density=0.5, salience_memory_gib=memory)
+        model = get_peft_model(Experts(), config)
+        with pytest.warns(UserWarning, match="may need more `samples`"):
+            select_mask(model, [{"x": torch.ones(3, 6)}], lambda model, batch: model(**batch).square().sum())
+        masks.append(chosen(model))
+    assert masks[0] == masks[1] and [len(mask) for mask in masks[0]] == [23, 0, 22]
+
+
+def test_groups_hold_as_much_as_the_memory():
+    layers = adapted_layers(get_peft_model(tiny_llama(), SpftConfig()))
+    groups = groups_of(layers, {"gradient"}, GIB_OF_TWO_MATRICES)
+    assert [name for group in groups for name in group] == list(layers)
+    sizes = [sum(4 * layer.out_features * layer.in_features for layer in group.values()) for group in groups]
+    assert all(size <= GIB_OF_TWO_MATRICES * 2**30 for size in sizes) and len(groups) > 2
+    assert len(groups_of(layers, {"gradient"}, 1e-9)) == len(layers)
+    assert len(groups_of(layers, {"gradient"}, None)) == len(groups_of(layers, {"weight"}, 1e-9)) == 1
+
+
+@pytest.mark.parametrize("options", [{"scope": "global"}, {"pattern": "block"}, {"salience": "grasp"}], ids=str)
+def test_what_needs_all_scores_at_once_says_so(options):
+    model = get_peft_model(tiny_llama(), SpftConfig(salience_memory_gib=GIB_OF_TWO_MATRICES, **options))
+    with pytest.raises(SpftError, match=r"would take .* passes, but"):
+        select_mask(model, BATCHES)
