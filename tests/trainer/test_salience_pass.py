@@ -115,8 +115,8 @@ def test_auto_find_batch_size_halves_the_rows_of_the_pass_too(tmp_path, words):
 
 
 def test_the_accumulators_are_gone_before_the_pass_starts_anew(tmp_path, monkeypatch):
-    from axolotl_spft.trainer import salience_pass as trainer_pass
     from axolotl_spft.salience import sample_pass
+    from axolotl_spft.trainer import salience_pass as trainer_pass
 
     made, alive = [], []
     gathered = sample_pass.gathered_sums
