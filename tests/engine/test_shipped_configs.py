@@ -47,6 +47,13 @@ def test_axolotl_accepts_the_examples(path, monkeypatch):
     assert checked.spft["density"] == cfg.spft["density"]
 
 
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if "quickstart" not in path.parts], ids=lambda p: p.stem)
+def test_the_examples_say_how_they_are_launched_what_they_need_and_why_that_rate(path):
+    head = path.read_text().partition("base_model:")[0]
+    assert "accelerate launch" in head and f"examples/{path.parent.name}/{path.name}" in head
+    assert "# Memory per GPU of" in head and "axolotl spft plan" in head and "# Learning rate:" in head
+
+
 @pytest.mark.parametrize("path", DEEPSPEED, ids=names(DEEPSPEED))
 def test_deepspeed_accepts_its_configurations(path, tmp_path):
     from deepspeed.runtime.config import DeepSpeedConfig
