@@ -64,8 +64,8 @@ def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]
     """Read and check a saved sparse adapter.
 
     Args:
-        shapes: module name -> (out_features, in_features), for a file without shapes of its own. Must name every
-            module of the adapter.
+        shapes: module name -> (out_features, in_features) of the base model, every module of the adapter among them;
+            a file without shapes of its own needs them.
 
     Raises:
         SpftFileError: a file is missing or damaged, belongs to another kind of adapter, or does not fit ``shapes``.
@@ -89,10 +89,12 @@ def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]
             problems.append(f"{name}: {', '.join(absent)} missing")
             continue
         values, mask = parts[0], Mask(*parts[1:])
-        if recorded is not None and name not in recorded:
+        if (recorded is not None and name not in recorded) or (shapes is not None and name not in shapes):
             problems.append(f"{name}: the base model has no such module")
             continue
         shape = recorded[name] if recorded is not None else _least_shape(mask)
+        if shapes is not None and tuple(shapes[name]) != shape:
+            problems.append(f"{name}: {shape} in the adapter, {tuple(shapes[name])} in the base model")
         problems += [f"{name}: {problem}" for problem in problems_of(mask, values, *shape)]
         deltas[name] = SavedDelta(values, mask, shape)
     adapter = SavedAdapter(config, deltas, tensors, record, recorded is not None)

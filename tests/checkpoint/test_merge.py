@@ -129,8 +129,8 @@ def test_a_repaired_adapter_adds_to_what_it_was_trained_on(tmp_path):
         assert not torch.equal(found, quantized) and not torch.equal(found, original)
 
 
-def _in_a_fork(target, *args) -> int:
-    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+def _in_a_process(target, *args) -> int:
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
     process.start()
     process.join()
     return process.exitcode
@@ -166,11 +166,11 @@ def test_a_killed_merge_goes_on_and_a_full_disk_leaves_the_one_before(tmp_path):
     merge(first, tmp_path / "output", base)
     before = contents(tmp_path / "output")
     arguments = [tmp_path / name for name in ("second", "output", "base")]
-    assert _in_a_fork(_with_a_full_disk, arguments, tmp_path / "message") == 1
+    assert _in_a_process(_with_a_full_disk, arguments, tmp_path / "message") == 1
     message = (tmp_path / "message").read_text()
     assert "cannot be written (File too large): what was there is as it was" in message
     assert contents(tmp_path / "output") == before
-    assert _in_a_fork(_killed_at_the_third_file, arguments) == -signal.SIGKILL
+    assert _in_a_process(_killed_at_the_third_file, arguments) == -signal.SIGKILL
     now = contents(tmp_path / "output")
     finished = [name for name in now if name.startswith(f"{STAGING}/model") and name.endswith(".safetensors")]
     assert len(finished) == 2 and before.items() <= now.items()
