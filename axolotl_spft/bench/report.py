@@ -93,8 +93,8 @@ def _around_table(rows: Sequence[Row]) -> str:
     if not shown:
         return ""
     return _table(
-        ("before and after", "salience pass", "of gradient's", "selection", "peak MiB", "one token", "switch + one token",
-         "merge", "unmerge"),
+        ("before and after", "salience pass", "of gradient's", "selection", "peak MiB", "one token",
+         "switch + one token", "merge", "unmerge"),
         [
             (
                 row["method"],
