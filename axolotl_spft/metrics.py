@@ -16,6 +16,7 @@ METRICS = {
     "synflow": "axolotl_spft.salience.metrics.synflow:score",
     "grasp": "axolotl_spft.salience.metrics.grasp:score",
     "lift": "axolotl_spft.salience.metrics.lift:score",
+    "relative": "axolotl_spft.salience.metrics.relative:score",
     "random": "axolotl_spft.salience.metrics.random:score",
 }
 

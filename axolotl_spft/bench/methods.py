@@ -14,6 +14,7 @@ from axolotl_spft.bench.base import target_layers, target_modules
 from axolotl_spft.bench.masking import MaskCost, Masking, mask_model
 from axolotl_spft.budget import total_budget
 from axolotl_spft.errors import SpftError
+from axolotl_spft.metrics import METRICS
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.install import adapted_layers, install_masks
 from axolotl_spft.tuner import SpftConfig
@@ -139,6 +140,7 @@ class Entry(NamedTuple):
     not_on_4bit: str | None = None
 
 
+_LISTED = ("gradient", "balanced", "random")
 METHODS: Mapping[str, Entry] = {
     "limit": Entry(limit),
     "spft-gradient": Entry(_spft_of("gradient", "layer")),
@@ -150,6 +152,8 @@ METHODS: Mapping[str, Entry] = {
     "dora": Entry(_lora_of(use_dora=True)),
     "shira": Entry(shira, "PEFT's SHiRA adapts only unquantized torch.nn.Linear layers"),
     "full": Entry(full, "quantized weights take no gradient"),
+    # a row for each further salience: their passes differ
+    **{f"spft-{name}": Entry(_spft_of(name, "layer")) for name in METRICS if name not in _LISTED},
 }
 
 

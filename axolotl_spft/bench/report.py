@@ -93,12 +93,14 @@ def _around_table(rows: Sequence[Row]) -> str:
     if not shown:
         return ""
     return _table(
-        ("before and after", "salience pass", "selection", "peak MiB", "one token", "switch + one token", "merge",
-         "unmerge"),
+        ("before and after", "salience pass", "of gradient's", "selection", "peak MiB", "one token",
+         "switch + one token", "merge", "unmerge"),
         [
             (
                 row["method"],
-                *(_milliseconds((row["mask"] or {}).get(key)) for key in ("pass_seconds", "selection_seconds")),
+                _milliseconds((row["mask"] or {}).get("pass_seconds")),
+                _pass_ratio(rows, row),
+                _milliseconds((row["mask"] or {}).get("selection_seconds")),
                 _mib((row["mask"] or {}).get("peak_bytes")),
                 *(
                     _milliseconds((row["serving_seconds"] or {}).get(key))
@@ -149,6 +151,13 @@ def sweep_table(over: str, points: Sequence[tuple[float, list[Row], dict[str, st
 def _ratio(rows: Sequence[Row], row: Row, to: str) -> str:
     reference = next((other for other in rows if other["method"] == to), None)
     return "" if reference is None else f"{row['median_seconds'] / reference['median_seconds']:.2f}"
+
+
+def _pass_ratio(rows: Sequence[Row], row: Row) -> str:
+    of_gradient = next((other["mask"] for other in rows if other["method"] == "spft-gradient"), None)
+    if not of_gradient or not of_gradient["pass_seconds"] or not row["mask"]:
+        return ""
+    return f"{row['mask']['pass_seconds'] / of_gradient['pass_seconds']:.2f}"
 
 
 def _milliseconds(seconds: float | None) -> str:

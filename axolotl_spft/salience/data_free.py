@@ -151,11 +151,15 @@ def _absolute_layers(
                 stack.enter_context(_forward(module, _linear_of(module, module.read_weight, adapted[id(module)])))
             elif type(module).__module__ in _ACTIVATIONS and not isinstance(module, nn.MultiheadAttention):
                 stack.enter_context(_forward(module, lambda x, *_, **__: x))
-            elif _is_quantized(module):
-                backend = resolve_quantization_backend(module)
-                read = lambda module=module, backend=backend: backend.get_base_weight(module)  # noqa: E731
-                stack.enter_context(_forward(module, _linear_of(module, read, None)))
+            elif _is_quantized(module) or isinstance(module, nn.Linear):
+                # plain ones too: DeepSpeed puts a function of its own in the place of torch's
+                stack.enter_context(_forward(module, _linear_of(module, _reader(module), None)))
         yield
+
+
+def _reader(module: nn.Module) -> Callable[[], Tensor]:
+    backend = resolve_quantization_backend(module) if _is_quantized(module) else None
+    return lambda: module.weight if backend is None else backend.get_base_weight(module)
 
 
 def _is_quantized(module: nn.Module) -> bool:

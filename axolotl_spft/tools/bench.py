@@ -16,12 +16,15 @@ from axolotl_spft.bench.options import (
     default_mask,
 )
 from axolotl_spft.bench.shapes import DEFAULT_SHAPE, SHAPES
+from axolotl_spft.metrics import METRICS
 
 # spelled out, so that --help does not import torch
 METHODS = (
     "limit", "spft-gradient", "spft-gradient-row", "spft-balanced", "spft-random", "lora", "rslora", "dora", "shira",
     "full",
 )  # fmt: skip
+# their steps cost what those of the others do; their passes differ
+OF_SALIENCES = tuple(f"spft-{name}" for name in METRICS if f"spft-{name}" not in METHODS)
 SWEEP_METHODS = ("limit", "spft-gradient", "lora")
 SWEPT = ("tokens", "density", "width", "area")
 
@@ -31,8 +34,9 @@ SWEPT = ("tokens", "density", "width", "area")
     "--method",
     "methods",
     multiple=True,
-    type=click.Choice(METHODS),
-    help=f"A method to measure; may be repeated. All by default, in a sweep {', '.join(SWEEP_METHODS)}.",
+    type=click.Choice((*METHODS, *OF_SALIENCES)),
+    help="A method to measure; may be repeated. By default all but those of further saliences "
+    f"({', '.join(OF_SALIENCES)}), in a sweep {', '.join(SWEEP_METHODS)}.",
 )
 @click.option(
     "--model",

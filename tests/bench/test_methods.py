@@ -15,9 +15,10 @@ from axolotl_spft.bench.methods import METHODS, Budget
 from axolotl_spft.bench.shapes import model_config
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tools.bench import METHODS as COMMAND_METHODS
+from axolotl_spft.tools.bench import OF_SALIENCES
 
 CPU = torch.device("cpu")
-ADAPTERS = [name for name in METHODS if name not in ("limit", "full")]
+ADAPTERS = [name for name in COMMAND_METHODS if name not in ("limit", "full")]
 
 
 def contestant(options, name):
@@ -25,7 +26,7 @@ def contestant(options, name):
 
 
 def test_the_command_offers_every_method():
-    assert tuple(METHODS) == COMMAND_METHODS
+    assert tuple(METHODS) == COMMAND_METHODS + OF_SALIENCES
 
 
 @pytest.mark.parametrize("quantization", ["none", "4bit"])
@@ -62,7 +63,7 @@ def test_a_rank_and_a_density_set_each_methods_own_count(tiny_options):
     assert abs(trained["spft-gradient"] - share) <= len(layers)
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", COMMAND_METHODS)
 def test_a_round_trains_exactly_what_the_method_says(tiny_options, name):
     runner = contestant(tiny_options(serving=False), name)
     before = copy.deepcopy({key: value for key, value in runner.method.model.named_parameters()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from peft import get_peft_model
 
 from axolotl_spft import SpftConfig
@@ -17,7 +18,7 @@ from axolotl_spft.salience.sample_pass import collect_statistics
 from axolotl_spft.salience.scores import scorer
 from axolotl_spft.tuner.state import shapes_of
 from tests.engine.processes import on_ranks
-from tests.models import tiny_llama, token_batch
+from tests.models import tiny_llama, token_batch, weights_of
 from tests.salience.metrics.cases import BASES, ENGINES, TESTED
 from tests.tuner.test_quantized import quantize
 
@@ -39,7 +40,7 @@ def positions_by_metric(model) -> Chosen:
     for metric in METRICS:
         score = scorer(load_metric(metric), layers, found.sums, ranks, config.seed, config.lift_rank)
         chosen[metric] = [
-            at.tolist() for at in choose_positions(config, list(shapes_of(layers).values()), score, ranks)
+            at.tolist() for at in choose_positions(config, list(layers), list(shapes_of(layers).values()), score, ranks)
         ]
     return chosen
 
@@ -53,6 +54,7 @@ def positions_by_engine() -> dict[str, dict[str, Chosen]]:
     from transformers.integrations import HfDeepSpeedConfig
 
     deepspeed.init_distributed("gloo")
+    plain = weights_of(tiny_llama())
     # 3 last: DeepSpeed partitions every later model of the process
     for stage in (1, 2, 3):
         config = {
@@ -66,6 +68,10 @@ def positions_by_engine() -> dict[str, dict[str, Chosen]]:
         if stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=config):
                 models["float"] = tiny_llama()
+            for name, parameter in models["float"].named_parameters():
+                # whose initialization is another one
+                with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.copy_(plain[name])
         found[f"ZeRO-{stage}"] = {base: positions_by_metric(model) for base, model in models.items()}
     return found
 

@@ -116,6 +116,7 @@ class Textbook:
 FIRST_ORDER = {
     "gradient": lambda w, g: g.abs(),
     "snip": lambda w, g: (w * g).abs(),
+    "relative": lambda w, g: g.abs() / (w.abs() + 1e-8),
     "force": lambda w, g: -w * g,
     "taylor_fo": lambda w, g: (w * g) ** 2,
     "balanced": lambda w, g: g.abs() / ((g**2).mean(1, True).sqrt() * (g**2).mean(0, True).sqrt()).sqrt(),
