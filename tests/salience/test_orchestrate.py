@@ -16,11 +16,11 @@ from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.budget import layer_budgets, total_budget
 from axolotl_spft.errors import SpftConfigError, SpftError, SpftFileError
 from axolotl_spft.ops.mask.csr import positions
-from axolotl_spft.salience import mask_file, orchestrate
+from axolotl_spft.salience import compute, mask_file, orchestrate
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.salience.metrics.balanced import score as balanced_score
 from axolotl_spft.salience.metrics.statistics import Statistics
-from axolotl_spft.salience.sample_pass import summed_gradients
+from axolotl_spft.salience.sample_pass import collect_statistics, summed_gradients
 from tests.models import ARCHITECTURES, same_weights, tiny_llama, token_batch, weights_of, with_adapter
 from tests.salience.test_select import sorted_top_k, sorted_top_k_per_row
 
@@ -287,12 +287,12 @@ def test_random_adapters_keep_their_mask():
 def test_memory_is_given_back_once_the_accumulators_are_gone(monkeypatch):
     accumulators, alive = [], []
 
-    def summed(*args):
-        sums, read = summed_gradients(*args)
-        accumulators.extend(weakref.ref(total) for total in sums.values())
-        return sums, read
+    def collected(*args):
+        found = collect_statistics(*args)
+        accumulators.extend(weakref.ref(total) for sums in found.sums.values() for total in sums.values())
+        return found
 
-    monkeypatch.setattr(orchestrate, "summed_gradients", summed)
+    monkeypatch.setattr(compute, "collect_statistics", collected)
     monkeypatch.setattr(
         orchestrate, "give_back_memory", lambda: alive.append(sum(total() is not None for total in accumulators))
     )
