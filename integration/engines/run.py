@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from integration.launch import crash, warm
-from integration.launch.cpu_ranks import WORKER, environment, worker_arguments
+from integration.launch import crash
+from integration.launch.cpu_ranks import command, environment
 
 
 class TrainingFailed(RuntimeError):
@@ -58,9 +60,16 @@ def _run(
     masks: Mapping[Path, Path] | None = None,
 ) -> str:
     names = ", ".join(config.name for config in configs)
-    status, log = warm.run(WORKER, worker_arguments(configs, ranks, masks), own, Path.cwd(), "", timeout_seconds)
-    if status is None:
-        raise TrainingFailed(f"{names} did not end in {timeout_seconds:.0f} s:\n{log[-6000:]}")
-    if status != expected:
-        raise TrainingFailed(f"{names} ended with {status}:\n{log[-6000:]}")
+    started = subprocess.Popen(
+        command(configs, ranks, masks), env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        log, _ = started.communicate(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        log, _ = started.communicate()
+        raise TrainingFailed(f"{names} did not end in {timeout_seconds:.0f} s:\n{log[-6000:]}") from None
+    if started.returncode != expected:
+        raise TrainingFailed(f"{names} ended with {started.returncode}:\n{log[-6000:]}")
     return log

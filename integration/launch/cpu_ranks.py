@@ -30,11 +30,8 @@ ON_CPU = {**_DEVICE, "ACCELERATE_USE_CPU": "true"}
 DEEPSPEED_ON_CPU = {**_DEVICE, "ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 
 
-WORKER = "integration.launch.worker"
-
-
-def worker_arguments(configs: Sequence[Path], ranks: int, masks: Mapping[Path, Path] | None = None) -> list[str]:
-    """What follows ``python -m`` and `WORKER`; it needs `environment`.
+def command(configs: Sequence[Path], ranks: int, masks: Mapping[Path, Path] | None = None) -> list[str]:
+    """The command line that starts the ranks; it needs `environment`.
 
     Args:
         masks: configurations that are not trained: their mask is computed and saved to this file.
@@ -43,7 +40,11 @@ def worker_arguments(configs: Sequence[Path], ranks: int, masks: Mapping[Path, P
         f"{config.resolve()}={masks[config]}" if config in (masks or {}) else str(config.resolve())
         for config in configs
     ]
-    return [str(ranks), *tasks]
+    worker = ["-m", "integration.launch.worker", *tasks]
+    if ranks == 1:
+        return [sys.executable, *worker]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [sys.executable, *launcher, *worker]
 
 
 def environment(config: Path) -> dict[str, str]:
@@ -61,8 +62,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="how many processes (2)")
     arguments = parser.parse_args()
     masks = {arguments.config: arguments.mask} if arguments.mask else None
-    command = [sys.executable, "-m", WORKER, *worker_arguments([arguments.config], arguments.ranks, masks)]
-    done = subprocess.run(command, env=environment(arguments.config))
+    done = subprocess.run(command([arguments.config], arguments.ranks, masks), env=environment(arguments.config))
     sys.exit(done.returncode)
 
 

@@ -1,4 +1,4 @@
-"""CPU ranks: ``axolotl.cli.train`` with the patches that they need. Started by `integration.launch.cpu_ranks`.
+"""One CPU rank: ``axolotl.cli.train`` with the patches that CPU ranks need. Started by `integration.launch.cpu_ranks`.
 
 An argument ``<config>=<mask>`` runs `axolotl spft mask` instead. With several configurations it trains them
 one after the other, to pay the imports once, and writes for each ``<name>.result.json``: {"error": null or text}.
@@ -11,34 +11,16 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
-
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from integration.launch import crash, patches
 
 
 def main() -> None:
-    ranks, *arguments = sys.argv[1:]
-    tasks = [argument.partition("=")[::2] for argument in arguments]
+    tasks = [argument.partition("=")[::2] for argument in sys.argv[1:]]
     # axolotl reads command-line options of its own
     sys.argv = sys.argv[:1]
-    if ranks == "1":
-        work(tasks)
-        return
-    # forked, so that what this process has imported is not imported again
-    launch = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=int(ranks), run_id=f"cpu-{os.getpid()}", rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork", monitor_interval=0.1,
-    )  # fmt: skip
-    elastic_launch(launch, work)(tasks)
-
-
-def work(tasks: Sequence[tuple[str, str]]) -> None:
-    """This rank's part of the runs: each a configuration, and the file of a mask that is computed alone or nothing."""
     patches.apply_all()
-    patches.forget_run()
     crash.arm()
 
     if len(tasks) == 1:
