@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,13 @@ class SpftPlugin(BasePlugin):
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:
         # Axolotl calls this twice, before and after it saves
-        if cfg.adapter != ADAPTER or _time_of_saving(cfg) == self._saved_before:
+        # the ranks' group has ended by then, so only the environment tells which this is, and Axolotl's logger would ask
+        # the group
+        if cfg.adapter != ADAPTER or os.environ.get("RANK", "0") != "0" or _time_of_saving(cfg) == self._saved_before:
             return
         from axolotl_spft.trainer.ending import describe_adapter
 
-        LOG.info("%s", describe_adapter(Path(cfg.output_dir), _next_commands(cfg.output_dir)))
+        LOG.logger.info("%s", describe_adapter(Path(cfg.output_dir), _next_commands(cfg.output_dir)))
 
 
 def _time_of_saving(cfg: Any) -> int | None:
