@@ -134,7 +134,7 @@ class SpftPlugin(BasePlugin):
         prepare_run(trainer, checkpoint, cfg.optimizer, LOG.info)
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:
-        # Axolotl calls this twice, before and after it saves; by then the group of ranks has ended, so only the
+        # Axolotl calls this twice, before and after it saves; by then the ranks' group has ended, so that only the
         # environment tells which rank this is, and Axolotl's own logger would ask the group
         if cfg.adapter != ADAPTER or os.environ.get("RANK", "0") != "0" or _time_of_saving(cfg) == self._saved_before:
             return
