@@ -235,8 +235,8 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.merged_adapters.clear()
         self.unmerge_deltas()
+        self.merged_adapters.clear()
 
     # --- forward
 

@@ -269,6 +269,12 @@ class SpftModel(BaseTuner):
             layer.set_mask(adapter_name, mask, torch.randn(count, dtype=layer.spft_values[adapter_name].dtype))
         record_mask(self, adapter_name, None)
 
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        # before PEFT brings any weight in
+        for layer in spft_layers(self.model).values():
+            layer.refuse_if_quantized_and_offloaded()
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._stop_writing_ahead()
         for handle in self._guards:
