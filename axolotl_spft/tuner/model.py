@@ -155,6 +155,8 @@ class SpftModel(BaseTuner):
         self._refuse_training_without_mask(model)
         if not config.init_weights and not config.is_saved:
             self._fill_randomly(adapter_name, config)
+        # what the model holds from now on is a record of its own, which another adapter does not begin with
+        config.is_saved = False
 
     def _check_target_module_exists(self, peft_config: SpftConfig, key: str) -> Any:
         # PEFT asks for a layer's index only where a name is the ending of a module's; those of all-linear are whole
