@@ -67,6 +67,20 @@ def test_a_tower_that_the_run_freezes(salience):
     assert "the run freezes" in report.notes[0] and "`freeze_mm_modules`" in report.notes[0]
 
 
+def test_a_mask_from_a_file_in_what_the_run_freezes(tmp_path):
+    path, (first, *_) = str(tmp_path / "mask.safetensors"), ("model.layers.0.", "")
+    models = [get_peft_model(tiny_llama(), SpftConfig(density=0.05, samples=2, mask_path=path)) for _ in range(3)]
+    assert not select_mask(models[0], [BATCH]).notes
+    assert not select_mask(models[1], None).notes
+    for name, parameter in models[2].named_parameters():
+        if first in name:
+            parameter.requires_grad_(False)
+    with pytest.warns(UserWarning, match="which the run freezes .* so nothing trains them: name another `mask_path`"):
+        report = select_mask(models[2], None)
+    wasted = sum(matrix.selected for matrix in report.matrices if first in matrix.name)
+    assert len(report.notes) == 1 and report.notes[0].startswith(f"{wasted:,} of the values of the mask in {path} lie")
+
+
 class Attends(nn.Module):
     """Whose attention reads the weight of out_proj without calling it."""
 
