@@ -57,13 +57,19 @@ def select_mask(
         What was selected; ``str(report)`` is a table.
 
     Raises:
-        SpftError: the model is no `PeftModel`, the adapter has a mask already, there are no batches or no loss, a
-            gradient or score is not finite, the salience does not suit the model.
+        SpftError: the model is no `PeftModel` with such a sparse adapter, the adapter has a mask already, there are no
+            batches or no loss, a gradient or score is not finite, the salience does not suit the model.
         SpftFileError: the file at ``mask_path`` does not fit, or none can be written there.
     """
     check_is_peft_model(model)
     adapter_name = adapter_name or model.active_adapter
-    config: SpftConfig = model.peft_config[adapter_name]
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, SpftConfig):
+        held = ", ".join(f"`{name}` ({each.peft_type.value})" for name, each in model.peft_config.items())
+        raise SpftError(
+            f"select_mask: `{adapter_name}` is no sparse adapter of this model, which has {held}: name one of "
+            "SpftConfig, or make it with `peft.get_peft_model(model, SpftConfig(...))`"
+        )
     layers = {name: layer for name, layer in adapted_layers(model).items() if adapter_name in layer.spft_values}
     if any(layer.mask(adapter_name).nnz for layer in layers.values()):
         raise SpftError(

@@ -142,12 +142,14 @@ class SpftModel(BaseTuner):
         if not config.is_saved:
             for name in RECORDED:
                 setattr(config, name, None)
-        if not isinstance(config.target_modules, str):
+        if isinstance(config.target_modules, str):
+            problems = [problem_of_fused_experts(config.target_modules, model, is_pattern=True)]
+        else:
             if config.is_saved:
                 config.target_modules = renamed_targets(config.target_modules, model)
             problems = [problem_of_fused_experts(name, model) for name in config.target_modules]
-            if any(problems):
-                raise SpftError("; ".join(filter(None, problems)))
+        if any(problems):
+            raise SpftError("; ".join(filter(None, problems)))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _mark_shared_weights(model)
         _mark_shared_inputs(model)
