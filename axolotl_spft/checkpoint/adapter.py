@@ -18,13 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from axolotl_spft.config import mask_option_names
 from axolotl_spft.errors import SpftFileError, first_of
 from axolotl_spft.files import atomic_path, check_safetensors
 from axolotl_spft.ops.mask.csr import Mask, problems_of
 from axolotl_spft.peft_type import SPFT
+from axolotl_spft.tuner.record import FILE_KEY, read_record, record_to_tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX, _RECORD = "base_model.model.", "base_model.spft_record"
+_PREFIX = "base_model.model."
 _VALUES, _COLUMNS, _ROW_OFFSETS = "spft_values", "spft_columns", "spft_row_offsets"
 
 
@@ -45,7 +47,8 @@ class SavedAdapter:
         config: what ``adapter_config.json`` says.
         deltas: module name -> its delta, in the order of the modules in the model where the file tells it.
         others: parameter name -> tensor, for what is trained whole (``modules_to_save``, biases).
-        record: what ``base_model.spft_record`` says; its shapes are those of the deltas.
+        record: what ``base_model.spft_record`` says, whose shapes are those of the deltas; empty for an adapter that
+            was not read from a file, of which ``config`` tells where its mask is from.
         has_shapes: whether the shapes are known. If not, in_features are the least that hold the columns.
     """
 
@@ -58,6 +61,12 @@ class SavedAdapter:
     @property
     def nnz(self) -> int:
         return sum(delta.mask.nnz for delta in self.deltas.values())
+
+    @property
+    def mask_source(self) -> dict:
+        """Where the mask came from; empty where nothing tells it."""
+        source = self.record.get("mask_source", self.config.get("mask_source"))
+        return source if isinstance(source, dict) else {}
 
 
 def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]] | None = None) -> SavedAdapter:
@@ -76,7 +85,8 @@ def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]
     check_safetensors(path)
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    record = _record_of(tensors.pop(_RECORD, None), path)
+    record = read_record(path)
+    tensors.pop(FILE_KEY, None)
     recorded = {name: tuple(shape) for name, shape in record.get("shapes", {}).items()} or shapes
     strange = [key for key in tensors if not key.startswith(_PREFIX)]
     problems = [f"{key}: no tensor of a saved adapter has such a name" for key in strange]
@@ -147,11 +157,11 @@ def write_adapter(folder: str | os.PathLike, adapter: SavedAdapter) -> None:
     for name, delta in adapter.deltas.items():
         for part, tensor in zip((_VALUES, _COLUMNS, _ROW_OFFSETS), (delta.values, *delta.mask)):
             tensors[f"{_PREFIX}{name}.{part}"] = tensor
-    record = dict(adapter.record)
+    options = {name: adapter.config[name] for name in mask_option_names() if name in adapter.config}
+    record = {"mask_source": adapter.mask_source or None, "options": options, **adapter.record}
     if adapter.has_shapes:
         record["shapes"] = {name: list(delta.shape) for name, delta in adapter.deltas.items()}
-    if record:
-        tensors[_RECORD] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+    tensors[FILE_KEY] = record_to_tensor(record)
     tensors = _apart(tensors)
     config = {**adapter.config, "nnz": adapter.nnz}
     with atomic_path(folder / CONFIG_FILE) as config_path, atomic_path(folder / WEIGHTS_FILE) as weights_path:
@@ -168,20 +178,6 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         apart[key] = tensor.clone() if place in seen else tensor
         seen.add(place)
     return apart
-
-
-def _record_of(tensor: Tensor | None, path: Path) -> dict:
-    if tensor is None:
-        return {}
-    try:
-        record = json.loads(bytes(tensor.tolist()))
-        shapes = record.get("shapes", {})
-        fit = all(len(shape) == 2 and all(type(size) is int for size in shape) for shape in shapes.values())
-    except (ValueError, TypeError, AttributeError) as error:
-        raise SpftFileError(f"{path}: its record is damaged ({error}); take an intact copy of the file") from error
-    if not fit:
-        raise SpftFileError(f"{path}: `shapes` of its record must be pairs of whole numbers; take an intact copy")
-    return record
 
 
 def _module_names(tensors: Mapping[str, Tensor], shapes: Mapping | None) -> list[str]:

@@ -64,17 +64,19 @@ def combine(
         deltas[module] = SavedDelta(values.to(dtype), mask_from_positions(at, *shape), shape)
     known = all(any(a.has_shapes for a in adapters if module in a.deltas) for module in modules)
     first = adapters[0].config
-    source = {"sum of": [a.config.get("mask_source") or {} for a in adapters], "weights": weights, "method": method}
+    source = {"sum of": [a.mask_source for a in adapters], "weights": weights, "method": method}
     config = config_of(
         deltas,
-        source if len(adapters) > 1 else (first.get("mask_source") or {}),
+        source if len(adapters) > 1 else adapters[0].mask_source,
         first.get("base_model_name_or_path"),
         task_type=first.get("task_type"),
         modules_to_save=first.get("modules_to_save") or (),
     )
     if list(deltas) == list(adapters[0].deltas):
         config["base_shapes"] = first.get("base_shapes")
-    return SavedAdapter(config, deltas, adapters[0].others, adapters[0].record, known), {
+    # of another mask than the first one's the config tells where it is from
+    record = adapters[0].record if len(adapters) == 1 and density is None else {}
+    return SavedAdapter(config, deltas, adapters[0].others, record, known), {
         "values": sum(delta.mask.nnz for delta in deltas.values()),
         "modules": table,
     }

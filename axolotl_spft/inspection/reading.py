@@ -64,6 +64,5 @@ def read_sparse_file(path: Path, base: Path | None) -> SparseFile:
     saved = read_adapter(folder)
     if not saved.has_shapes:
         saved = read_adapter(folder, shapes_of(list(saved.deltas)))
-    source = saved.config.get("mask_source")
     matrices = {name: Matrix(name, delta.mask, delta.shape[1], delta.values) for name, delta in saved.deltas.items()}
-    return SparseFile(path, "adapter", source if isinstance(source, dict) else {}, matrices)
+    return SparseFile(path, "adapter", saved.mask_source, matrices)

@@ -72,6 +72,6 @@ def _refuse_replaced(optimizer: Optimizer, *_: object) -> None:
             if parameter in _replaced:
                 raise SpftError(
                     f"the optimizer holds values of adapter `{_replaced[parameter]}` that no longer belong to the "
-                    "model: a mask with other numbers of values in its layers was loaded since. Make the optimizer "
-                    "after the mask is loaded"
+                    "model: a mask with other numbers of values in its layers was loaded since, or the adapter was "
+                    "deleted and made again. Make the optimizer after the mask is loaded"
                 )

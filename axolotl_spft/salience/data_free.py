@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import gathered_while_used
-from axolotl_spft.errors import SpftError
+from axolotl_spft.errors import SpftError, first_of
 from axolotl_spft.salience.untouched import untouched_model, untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.offloading import is_offloaded
 
 # the modules whose classes are functions of one number each
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
@@ -32,8 +33,15 @@ def synaptic_flow(model: nn.Module, layers: Mapping[str, SpftLinear], ranks: Ran
     """This rank's rows of dR/d|W| of each layer: (rows, in_features) float32.
 
     Raises:
-        SpftError: the model cannot be run on the embedding of one token, or R is not finite.
+        SpftError: the model is offloaded, or cannot be run on the embedding of one token, or R is not finite.
     """
+    offloaded = [name for name, module in model.named_modules() if is_offloaded(module)]
+    if offloaded:
+        raise SpftError(
+            "`salience: synflow` runs the model without the forward passes that accelerate brings offloaded weights in "
+            f"for ({first_of(offloaded, ', ')}): use `salience: magnitude`, which reads no data either, or keep the "
+            "model on a device"
+        )
     flows: dict[str, Tensor] = {}
     embeddings = model.get_input_embeddings()
     width, device = embeddings.embedding_dim, embeddings.weight.device

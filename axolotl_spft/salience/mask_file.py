@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.files import atomic_path, check_safetensors, check_writable
 from axolotl_spft.ops.mask.csr import Mask, problems_of
+from axolotl_spft.tuner.record import read_record
 
 _COLUMNS, _ROW_OFFSETS = ".spft_columns", ".spft_row_offsets"
 
@@ -89,7 +90,8 @@ def load_masks(
 ) -> tuple[dict[str, Mask], dict]:
     """Read masks for matrices of the given shapes.
 
-    Both a mask file and an adapter's ``adapter_model.safetensors`` can be read.
+    Both a mask file and an adapter's ``adapter_model.safetensors`` can be read; the source, which is returned too, is
+    in the header of the one and in the record of the other.
 
     Args:
         shapes: name -> (out_features, in_features).
@@ -114,6 +116,7 @@ def load_masks(
             mask = Mask(*(file.get_tensor(keys[name + ending]) for ending in (_COLUMNS, _ROW_OFFSETS)))
             problems += [f"{name}: {text}" for text in problems_of(mask, torch.zeros(mask.nnz), *shapes[name])]
             masks[name] = mask
+    source = read_record(path).get("mask_source") or source
     if problems:
         raise SpftFileError(
             f"the mask in {path} is damaged or belongs to another model: {'; '.join(sorted(problems)[:5])}. {remedy}"

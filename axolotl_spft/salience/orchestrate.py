@@ -21,6 +21,7 @@ from axolotl_spft.salience.install import adapted_layers, check_same_mask, insta
 from axolotl_spft.salience.mask_file import check_mask_path, load_masks, save_masks
 from axolotl_spft.salience.release import give_back_memory
 from axolotl_spft.salience.report import MaskReport, report_masks
+from axolotl_spft.salience.untrained import frozen_by_the_run, note_on_frozen
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import shapes_of
 from axolotl_spft.tuner.targets import check_is_peft_model
@@ -56,13 +57,19 @@ def select_mask(
         What was selected; ``str(report)`` is a table.
 
     Raises:
-        SpftError: the model is no `PeftModel`, the adapter has a mask already, there are no batches or no loss, a
-            gradient or score is not finite, the salience does not suit the model.
+        SpftError: the model is no `PeftModel` with such a sparse adapter, the adapter has a mask already, there are no
+            batches or no loss, a gradient or score is not finite, the salience does not suit the model.
         SpftFileError: the file at ``mask_path`` does not fit, or none can be written there.
     """
     check_is_peft_model(model)
     adapter_name = adapter_name or model.active_adapter
-    config: SpftConfig = model.peft_config[adapter_name]
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, SpftConfig):
+        held = ", ".join(f"`{name}` ({each.peft_type.value})" for name, each in model.peft_config.items())
+        raise SpftError(
+            f"select_mask: `{adapter_name}` is no sparse adapter of this model, which has {held}: name one of "
+            "SpftConfig, or make it with `peft.get_peft_model(model, SpftConfig(...))`"
+        )
     layers = {name: layer for name, layer in adapted_layers(model).items() if adapter_name in layer.spft_values}
     if any(layer.mask(adapter_name).nnz for layer in layers.values()):
         raise SpftError(
@@ -86,6 +93,7 @@ def select_mask(
     if found:
         masks, source = on_every_rank(lambda: _masks_from_file(path, config, layers), ranks)
         origin = f"{config.mask_path} ({_describe(source)})"
+        notes = note_on_frozen(masks, frozen_by_the_run(layers, adapter_name), config.mask_path)
         for name in ("salience", "scope"):
             if ranks.rank == 0 and source.get(name, getattr(config, name)) != getattr(config, name):
                 warnings.warn(
@@ -100,12 +108,12 @@ def select_mask(
             model, config, layers, adapter_name, batches, loss_fn, ranks, learning_rate
         )
         source |= record
-        if notes and ranks.rank == 0:
-            warnings.warn(" ".join(notes), stacklevel=3)
         give_back_memory()
         origin = _describe(source)
         if path is not None and ranks.rank == 0:
             _save(path, masks, shapes_of(layers), source)
+    if notes and ranks.rank == 0:
+        warnings.warn(" ".join(notes), stacklevel=3)
     install_masks(model, adapter_name, masks, source)
     check_same_mask(model, ranks, adapter_name)
     return report_masks(

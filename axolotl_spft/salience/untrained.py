@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import first_of
+from axolotl_spft.ops.mask.csr import Mask
 from axolotl_spft.tuner.layer import SpftLinear
 
 _EXPERT = re.compile(r"(^|[._])experts?([._]|$)")
@@ -82,6 +83,22 @@ def notes_on(unreached: Iterable[str], frozen: Iterable[str]) -> list[str]:
             "trained and their share went to the others: name them in `exclude_modules`, or let them be trained"
         )
     return notes
+
+
+def note_on_frozen(masks: Mapping[str, Mask], frozen: Iterable[str], origin: str) -> list[str]:
+    """What the report says of a mask from a file that has values in layers that the run freezes.
+
+    Args:
+        origin: the file.
+    """
+    wasted = {name: masks[name].nnz for name in frozen if masks[name].nnz}
+    if not wasted:
+        return []
+    return [
+        f"{sum(wasted.values()):,} of the values of the mask in {origin} lie in {first_of(list(wasted), ', ')}, which "
+        "the run freezes (`freeze_mm_modules`, or requires_grad), so nothing trains them: name another `mask_path` to "
+        "compute the mask anew, or let them be trained"
+    ]
 
 
 def _is_expert(name: str) -> bool:

@@ -14,6 +14,7 @@ from axolotl_spft.salience.install import adapted_layers, install_masks
 from axolotl_spft.salience.mask_file import load_masks
 from axolotl_spft.trainer.checkpoints import ADAPTER_FILE
 from axolotl_spft.tuner.load import record_mask
+from axolotl_spft.tuner.record import read_record
 from axolotl_spft.tuner.state import shapes_of
 
 # what a mask depends on beside the budget and the targeted modules
@@ -51,7 +52,8 @@ def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
     """
     check_kind(checkpoint, _ANEW)
     shapes = shapes_of(adapted_layers(model))
-    masks, _ = load_masks(Path(checkpoint) / ADAPTER_FILE, shapes, f"Restore `target_modules`, or {_ANEW}")
+    path = Path(checkpoint) / ADAPTER_FILE
+    masks, source = load_masks(path, shapes, f"Restore `target_modules`, or {_ANEW}")
     config, recorded = model.peft_config[model.active_adapter], SpftConfig.from_pretrained(checkpoint)
     held = sum(mask.nnz for mask in masks.values())
     asked = config.allowed_counts(shapes)
@@ -67,9 +69,11 @@ def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
             f"{checkpoint} holds `modules_to_save: {sorted(saved)}`, but the run has {sorted(asked_to_save)}: restore "
             f"the option, or {_ANEW}"
         )
+    # of older checkpoints, whose file has no record, the config tells
+    options = read_record(path).get("options", {})
     for name in MASK_OPTIONS:
-        setattr(config, name, getattr(recorded, name))
-    install_masks(model, model.active_adapter, masks, recorded.mask_source or {})
+        setattr(config, name, options.get(name, getattr(recorded, name)))
+    install_masks(model, model.active_adapter, masks, source or recorded.mask_source or {})
 
 
 def check_kind(folder: str, remedy: str) -> None:

@@ -27,7 +27,7 @@ from axolotl_spft.ops.linear import Delta
 from axolotl_spft.ops.mask.csr import Mask, positions
 from axolotl_spft.ops.weight.dequantize import dequantize_4bit
 from axolotl_spft.ops.weight.scatter import add_at_, restore_, write_sum_
-from axolotl_spft.tuner.offloading import brought_in, is_offloaded
+from axolotl_spft.tuner.offloading import brought_in, is_offloaded, rewritten
 
 # held while weights are written or put back: a second thread must not take W + S for W
 WRITING = threading.RLock()
@@ -242,9 +242,19 @@ class BaseWeight:
                 f"a {self.quantization_backend.backend_name} layer cannot be merged: its weight cannot be rewritten; "
                 "keep the adapter unmerged, or merge into the unquantized base model"
             )
+        self.refuse_if_quantized_and_offloaded()
         self.revert()
         merge = self._merge_in_place if self.in_place else self._merge_by_replacing
-        self._undo_merge.append(merge(deltas, check_finite))
+        with rewritten(self.get_base_layer()):
+            self._undo_merge.append(merge(deltas, check_finite))
+
+    def refuse_if_quantized_and_offloaded(self) -> None:
+        """Raise where a weight would have to be quantized anew that accelerate brings in without its scales."""
+        if self.quantization_backend is not None and is_offloaded(self.get_base_layer()):
+            raise SpftError(
+                "a quantized base layer that is offloaded cannot be merged or unmerged: do it before the model is "
+                "offloaded, or merge into the unquantized base model"
+            )
 
     def refuse_if_merged(self, adapter_name: str) -> None:
         """Raise where deleting the adapter would leave its S in the base weight for good."""
@@ -253,16 +263,21 @@ class BaseWeight:
 
     def unmerge_deltas(self) -> None:
         """Undo every `merge_deltas`, bit for bit."""
-        while self._undo_merge:
-            undo = self._undo_merge.pop()
-            if isinstance(undo, Replaced):
-                self.base_layer = undo.base_layer
-                base_layer = self.get_base_layer()
-                base_layer._parameters.update(undo.parameters)
-                if undo.state is not None:
-                    base_layer.state = undo.state
-            else:
-                _assign_reversed(self.get_base_layer().weight.data.view(-1), undo)
+        if self._undo_merge:
+            self.refuse_if_quantized_and_offloaded()
+        with rewritten(self.get_base_layer()):
+            while self._undo_merge:
+                self._undo(self._undo_merge.pop())
+
+    def _undo(self, undo: Replaced | list[tuple[Tensor, Tensor]]) -> None:
+        if isinstance(undo, Replaced):
+            self.base_layer = undo.base_layer
+            base_layer = self.get_base_layer()
+            base_layer._parameters.update(undo.parameters)
+            if undo.state is not None:
+                base_layer.state = undo.state
+        else:
+            _assign_reversed(self.get_base_layer().weight.data.view(-1), undo)
 
     def _merge_in_place(
         self, deltas: Mapping[str, tuple[Tensor, Mask]], check_finite: bool

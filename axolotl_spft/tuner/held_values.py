@@ -13,12 +13,23 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import slot_of
 from axolotl_spft.optim.mask_changes import Slot, note_change, note_replacement
 
+# by layer and adapter: values that an optimizer may hold still when an adapter of the same name takes their place
+_deleted: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
+
+
+def note_deletion(layer: nn.Module, adapter_name: str) -> None:
+    """Say that an adapter is about to be deleted: with another one of its name an optimizer would train nothing."""
+    values = layer.spft_values.get(adapter_name)
+    if isinstance(values, nn.Parameter) and values.numel():
+        _deleted.setdefault(layer, {})[adapter_name] = weakref.ref(values)
+
 
 def hold_values(layer: nn.Module, adapter_name: str, values: Tensor) -> None:
     """Let the adapter's parameter hold other values, which stand for other positions.
 
     It stays the same object where it was empty or has as many values, so that an optimizer that was made before trains
-    it; any other is replaced, and an optimizer that holds the old one refuses its next step.
+    it; any other is replaced, and an optimizer that holds the old one refuses its next step. So does one that holds the
+    values of a deleted adapter of the same name.
 
     Args:
         layer: the sparse layer.
@@ -29,6 +40,9 @@ def hold_values(layer: nn.Module, adapter_name: str, values: Tensor) -> None:
     """
     parameters = layer.spft_values
     old = parameters.get(adapter_name)
+    gone = _deleted.get(layer, {}).pop(adapter_name, None)
+    if gone is not None and gone() is not None:
+        note_replacement(gone(), adapter_name)
     if not isinstance(old, nn.Parameter):
         # the adapter is new, or its empty values were retired: nothing says yet whether they are trained
         parameters[adapter_name] = nn.Parameter(values, requires_grad=adapter_name in layer.active_adapters)

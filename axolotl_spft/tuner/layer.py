@@ -21,7 +21,7 @@ from axolotl_spft.ops.mask.csr import Mask, empty_mask, mask_from_positions, pos
 from axolotl_spft.ops.mask.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.base_weight import BaseWeight, keep_dequantizable
-from axolotl_spft.tuner.held_values import hold_values
+from axolotl_spft.tuner.held_values import hold_values, note_deletion
 from axolotl_spft.tuner.offloading import execution_device, is_offloaded, keep_resident, kept_quant_state, tensor_in
 from axolotl_spft.tuner.shared_input import SharedInput
 
@@ -202,6 +202,7 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.refuse_if_merged(adapter_name)
+        note_deletion(self, adapter_name)
         self.revert()
         self._forget_derived()
         super().delete_adapter(adapter_name)
@@ -235,8 +236,8 @@ class SpftLinear(nn.Module, BaseTunerLayer, BaseWeight):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.merged_adapters.clear()
         self.unmerge_deltas()
+        self.merged_adapters.clear()
 
     # --- forward
 

@@ -142,12 +142,14 @@ class SpftModel(BaseTuner):
         if not config.is_saved:
             for name in RECORDED:
                 setattr(config, name, None)
-        if not isinstance(config.target_modules, str):
+        if isinstance(config.target_modules, str):
+            problems = [problem_of_fused_experts(config.target_modules, model, is_pattern=True)]
+        else:
             if config.is_saved:
                 config.target_modules = renamed_targets(config.target_modules, model)
             problems = [problem_of_fused_experts(name, model) for name in config.target_modules]
-            if any(problems):
-                raise SpftError("; ".join(filter(None, problems)))
+        if any(problems):
+            raise SpftError("; ".join(filter(None, problems)))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _mark_shared_weights(model)
         _mark_shared_inputs(model)
@@ -155,6 +157,8 @@ class SpftModel(BaseTuner):
         self._refuse_training_without_mask(model)
         if not config.init_weights and not config.is_saved:
             self._fill_randomly(adapter_name, config)
+        # what the model holds from now on is a record of its own, which another adapter does not begin with
+        config.is_saved = False
 
     def _check_target_module_exists(self, peft_config: SpftConfig, key: str) -> Any:
         # PEFT asks for a layer's index only where a name is the ending of a module's; those of all-linear are whole
@@ -268,6 +272,12 @@ class SpftModel(BaseTuner):
             mask = mask_from_positions(at, layer.out_features, layer.in_features)
             layer.set_mask(adapter_name, mask, torch.randn(count, dtype=layer.spft_values[adapter_name].dtype))
         record_mask(self, adapter_name, None)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        # before PEFT brings any weight in
+        for layer in spft_layers(self.model).values():
+            layer.refuse_if_quantized_and_offloaded()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._stop_writing_ahead()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftError
@@ -65,6 +66,24 @@ def brought_in(module: nn.Module, quant_state: Any | None = None) -> Iterator[No
     try:
         yield
     finally:
+        hook.post_forward(module, None)
+
+
+@contextmanager
+def rewritten(module: nn.Module) -> Iterator[None]:
+    """Within the block an offloaded module holds its tensors; those of the end are brought in from then on.
+
+    Nothing changes for others, or where it holds them already, as within PEFT's `onload_layer`, which does the same.
+    """
+    hook = _offloading_hook(module)
+    if hook is None or not any(tensor.is_meta for tensor in module._parameters.values() if tensor is not None):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.weights_map = {name: tensor.detach().to("cpu") for name, tensor in named_module_tensors(module)}
         hook.post_forward(module, None)
 
 

@@ -7,10 +7,12 @@ it, and whatever installs the mask finds with it where the mask came from.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from axolotl_spft.config import SpftConfig, check_options, mask_option_names
@@ -73,3 +75,17 @@ def record_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         SpftFileError: the record is damaged.
     """
     return record_from_tensor(tensors[FILE_KEY]) if FILE_KEY in tensors else {}
+
+
+def read_record(path: str | os.PathLike) -> dict[str, Any]:
+    """`record_of` the adapter's file at ``path``, of which nothing else is read.
+
+    Raises:
+        SpftFileError: the record is damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {FILE_KEY: file.get_tensor(FILE_KEY)} if FILE_KEY in file.keys() else {}  # noqa: SIM118
+    try:
+        return record_of(tensors)
+    except SpftFileError as error:
+        raise SpftFileError(f"{path}: {error}") from error

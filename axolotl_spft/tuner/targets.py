@@ -68,12 +68,20 @@ def check_target(target: nn.Module, name: str, quantization: dict) -> None:
         )
 
 
-def problem_of_fused_experts(name: str, model: nn.Module) -> str | None:
-    """What to say of a name in ``target_modules`` that is no module's, but that of experts in one 3-D parameter."""
-    if any(f".{module}".endswith(f".{name}") for module, _ in model.named_modules()):
+def problem_of_fused_experts(name: str, model: nn.Module, is_pattern: bool = False) -> str | None:
+    """What to say of a name in ``target_modules`` that is no module's, but that of experts in one 3-D parameter.
+
+    Args:
+        is_pattern: whether it is a regular expression of whole names.
+    """
+
+    def is_meant(full_name: str) -> bool:
+        return bool(re.fullmatch(name, full_name)) if is_pattern else f".{full_name}".endswith(f".{name}")
+
+    if any(is_meant(module) for module, _ in model.named_modules()):
         return None
     for full_name, parameter in model.named_parameters():
-        if f".{full_name}".endswith(f".{name}") and parameter.ndim == 3:
+        if is_meant(full_name) and parameter.ndim == 3:
             kind = type(model.get_submodule(full_name.rpartition(".")[0])).__name__
             return (
                 f"`target_modules: {name}` matches no module of the {type(model).__name__}: {full_name} is one "

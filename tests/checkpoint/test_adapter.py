@@ -76,7 +76,7 @@ def _change(tmp_path, saved, key, tensor):
         ("spft_values", lambda values: values * float("nan"), "NaN"),
         ("spft_values", lambda values: values[1:], "values"),
         ("strange", lambda _: torch.zeros(1), "no tensor of a saved adapter has such a name"),
-        ("base_model.spft_record", lambda _: torch.zeros(3, dtype=torch.uint8), "record is damaged"),
+        ("base_model.spft_record", lambda _: torch.zeros(3, dtype=torch.uint8), r"record .* is damaged"),
     ],
 )
 def test_a_damaged_adapter_is_one_clear_error(saved, tmp_path, key, tensor, message):

@@ -90,6 +90,22 @@ def test_the_sum_is_loaded_by_peft(folders, tmp_path):
     torch.testing.assert_close(weight.detach(), _dense(adapter, module)[:, : weight.shape[1]], rtol=0, atol=1e-6)
 
 
+def test_the_record_of_a_sum_is_not_the_first_adapters(folders, tmp_path):
+    """What PEFT loads says of itself what `adapter_config.json` says, whichever adapter it is loaded over."""
+    adapters = [read_adapter(folder) for folder in folders[:2]]
+    for name, some, density in (("sum", adapters, None), ("thinned", adapters[:1], 0.01)):
+        adapter, _ = combine(some, density=density)
+        write_adapter(tmp_path / name, adapter)
+        loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / name).peft_config["default"]
+        assert (
+            (loaded.mask_source or {})
+            == (adapter.config["mask_source"] or {})
+            == read_adapter(tmp_path / name).mask_source
+        )
+        assert (loaded.nnz, loaded.num_values, loaded.density) == (adapter.nnz, adapter.nnz, None)
+        assert bool(loaded.mask_source) == (name == "sum")
+
+
 def test_what_cannot_be_combined_is_one_clear_error(folders, base, tmp_path):
     adapters = [read_adapter(folder) for folder in folders]
     whole = read_adapter(save_adapter(tmp_path / "whole", base, modules_to_save=["lm_head"], target_modules=["q_proj"]))

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.errors import SpftError
+from axolotl_spft.errors import SpftError, SpftMemoryError
 from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.salience import collect
 from axolotl_spft.salience.collect import gathered_gradients
@@ -58,6 +58,7 @@ def everything(folder: str) -> dict:
         "tracked": tracked_bytes(),
         "refused": differing_masks(),
         "half": mask_on_one_node(folder),
+        "out of memory": mask_after_one_rank_ran_out_of_memory(),
     }
 
 
@@ -109,6 +110,38 @@ def masks_where_one_gpu_is_too_small() -> tuple[list, bool]:
 def test_ranks_share_rows_where_one_has_no_room_for_all(by_rank):
     expected = [mask_of_model(*case) for case in CASES]
     assert [found["too large"] for found in by_rank] == [(expected, True), (expected, True)]
+
+
+def mask_after_one_rank_ran_out_of_memory() -> tuple[list[str], list[list[int]]]:
+    """What rank 0, then rank 1, then both say, of which each runs out in another batch; and the mask afterwards."""
+    ranks, said = Ranks.current(), []
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, samples=12))
+    batches = [token_batch(rows=1, seed=seed) for seed in range(12)][ranks.rank :: ranks.world]
+
+    def run_out(module, args, kwargs):
+        if kwargs["input_ids"] is failing["input_ids"]:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. On rank {ranks.rank}")
+
+    handle = model.base_model.model.register_forward_pre_hook(run_out, with_kwargs=True)
+    for failed in ([0], [1], [0, 1]):
+        failing = batches[2] if ranks.rank in failed else {"input_ids": None}
+        try:
+            select_mask(model, batches)
+        except SpftMemoryError as error:
+            said.append(str(error).partition(": lower")[0])
+    handle.remove()
+    select_mask(model, batches)
+    return said, [positions(layer.mask("default"), layer.in_features).tolist()
+                  for layer in adapted_layers(model).values()]  # fmt: skip
+
+
+def test_out_of_memory_on_one_rank_is_told_on_all_and_tried_again(by_rank):
+    whys = ("CUDA out of memory. On rank 0", "CUDA out of memory. On rank 1", "on another rank")
+    told = [f"the salience pass ran out of memory ({why})" for why in whys]
+    (first, mask), (second, same) = (found["out of memory"] for found in by_rank)
+    assert first == [told[0], told[2], told[0]]
+    assert second == [told[2], told[1], told[1]]
+    assert mask == same == mask_of_model("layer", "gradient")[0]
 
 
 class LiveBytes(TorchDispatchMode):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.enums import RLType
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.errors import SpftError, SpftFileError
+from axolotl_spft.inspection.reading import read_sparse_file
 from axolotl_spft.plugin.saved_adapter import check_lora_model_dir
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.trainer.saved_adapter import copy_to_reference, has_reference, install_checkpoint_mask
@@ -45,6 +49,30 @@ def test_the_mask_of_a_checkpoint_and_what_made_it(checkpoint):
     config, recorded = model.peft_config["default"], made.peft_config["default"]
     assert {name: getattr(config, name) for name in MADE_WITH} == MADE_WITH
     assert (config.nnz, config.mask_source) == (recorded.nnz, recorded.mask_source)
+
+
+def test_what_the_file_records_of_its_mask_counts_not_the_config_beside_it(checkpoint, tmp_path):
+    """Also for a mask that is taken from an adapter's file by `mask_path`, and for what `inspect` shows."""
+    made, folder = checkpoint
+    path = tmp_path / "checkpoint-2" / "adapter_config.json"
+    other = {"salience": "random", "mask_source": {"salience": "random"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    source = made.peft_config["default"].mask_source
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.05))
+    install_checkpoint_mask(model, folder)
+    config = model.peft_config["default"]
+    assert (config.salience, config.mask_source) == ("magnitude", source)
+    weights = str(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    model = get_peft_model(tiny_llama(), SpftConfig(**MADE_WITH | {"mask_path": weights}))
+    select_mask(model, None)
+    assert model.peft_config["default"].mask_source == source
+    assert read_sparse_file(tmp_path / "checkpoint-2", None).source == source
+    # an older file
+    tensors = load_file(weights)
+    save_file({key: tensor for key, tensor in tensors.items() if "record" not in key}, weights, {"format": "pt"})
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.05))
+    install_checkpoint_mask(model, folder)
+    assert model.peft_config["default"].mask_source == {"salience": "random"}
 
 
 def test_another_budget_than_the_checkpoints_is_refused(checkpoint):

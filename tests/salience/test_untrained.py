@@ -6,7 +6,15 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForTokenClassification, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    BertModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
+)
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.budget import total_budget
@@ -67,6 +75,20 @@ def test_a_tower_that_the_run_freezes(salience):
     assert "the run freezes" in report.notes[0] and "`freeze_mm_modules`" in report.notes[0]
 
 
+def test_a_mask_from_a_file_in_what_the_run_freezes(tmp_path):
+    path, (first, *_) = str(tmp_path / "mask.safetensors"), ("model.layers.0.", "")
+    models = [get_peft_model(tiny_llama(), SpftConfig(density=0.05, samples=2, mask_path=path)) for _ in range(3)]
+    assert not select_mask(models[0], [BATCH]).notes
+    assert not select_mask(models[1], None).notes
+    for name, parameter in models[2].named_parameters():
+        if first in name:
+            parameter.requires_grad_(False)
+    with pytest.warns(UserWarning, match="which the run freezes .* so nothing trains them: name another `mask_path`"):
+        report = select_mask(models[2], None)
+    wasted = sum(matrix.selected for matrix in report.matrices if first in matrix.name)
+    assert len(report.notes) == 1 and report.notes[0].startswith(f"{wasted:,} of the values of the mask in {path} lie")
+
+
 class Attends(nn.Module):
     """Whose attention reads the weight of out_proj without calling it."""
 
@@ -110,6 +132,19 @@ def test_the_pooler_of_a_head_that_does_not_read_it():
     report = selected(model, [{"input_ids": BATCH["input_ids"], "labels": BATCH["labels"] % 3}])
     assert report.untrained == ("bert.pooler.dense",)
     assert "a pooler" in report.notes[0]
+
+
+def test_a_pooler_and_a_second_head_whose_output_no_loss_reads():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = get_peft_model(BertModel(BertConfig(**sizes, vocab_size=VOCABULARY)), SpftConfig(density=0.05, samples=2))
+    report = selected(
+        model, [{"input_ids": BATCH["input_ids"]}], lambda model, batch: model(**batch)[0].square().mean()
+    )
+    assert report.untrained == ("pooler.dense",)
+    config = GPT2Config(n_embd=24, n_layer=1, n_head=2, vocab_size=VOCABULARY, num_labels=1)
+    model = get_peft_model(GPT2DoubleHeadsModel(config), SpftConfig(density=0.05, samples=2, scope="global"))
+    assert selected(model).untrained == ("multiple_choice_head.summary",)
 
 
 class Experts(nn.Module):

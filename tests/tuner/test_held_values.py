@@ -94,6 +94,26 @@ def test_an_optimizer_of_another_number_of_values_refuses_its_next_step(kind):
     assert values_of(model).item() != 0
 
 
+def test_an_adapter_that_is_deleted_and_loaded_again(tmp_path):
+    """As the error of a file with other numbers of values says; an optimizer of another adapter goes on."""
+    model = one_layer([1])
+    model.save_pretrained(tmp_path)
+    optimizer = SparseAdamW(model.parameters(), lr=0.1)
+    model.add_adapter("kept", SpftConfig(target_modules=["0"], num_values=1, init_weights=False))
+    of_kept = SparseAdamW([adapted_layers(model)["0"].spft_values["kept"]], lr=0.1)
+    model.delete_adapter("default")
+    # nothing has taken their place yet
+    optimizer.step()
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    model.set_adapter("default")
+    with pytest.raises(SpftError, match=r"no longer belong to the model: .* deleted and made again"):
+        step(model, optimizer)
+    step(model, SparseAdamW([values_of(model)], lr=0.1))
+    assert values_of(model).item() != 0
+    model.set_adapter("kept")
+    step(model, of_kept)
+
+
 def test_values_that_are_assigned_instead_of_copied():
     model, other = one_layer([1]), one_layer([1])
     optimizer = SparseAdamW(model.parameters(), lr=0.1)

@@ -76,6 +76,29 @@ def test_one_layer_with_three_values(kind, tmp_path):
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
 
 
+@pytest.mark.parametrize("merge", ["layer by layer", "by PEFT", "before it is offloaded"])
+@pytest.mark.parametrize("kind", ["cpu", "cpu with buffers", "disk"])
+def test_a_merged_adapter_of_an_offloaded_model(kind, merge, tmp_path):
+    """accelerate brings in what was merged, and W again once it is undone, which a disabled adapter does by itself."""
+    model = with_adapter(tiny_gpt2()).eval()
+    layers = adapted_layers(model).values()
+    expected, base = logits(model), [layer.get_base_weight().clone() for layer in layers]
+    if merge == "before it is offloaded":
+        model.merge_adapter()
+    offload(model, kind, tmp_path)
+    if merge == "by PEFT":
+        model.merge_adapter()
+    elif merge == "layer by layer":
+        for layer in layers:
+            layer.merge(safe_merge=True)
+    assert all(layer.get_base_layer().weight.is_meta for layer in layers)
+    torch.testing.assert_close(logits(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(tiny_gpt2()))
+    assert torch.equal(logits(model), expected)
+    assert all(map(torch.equal, base, [layer.get_base_weight() for layer in layers]))
+
+
 @pytest.mark.parametrize("kind", OFFLOADS)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen2, tiny_gpt2])
 def test_an_adapted_model_that_is_offloaded(make, kind, tmp_path):
@@ -116,6 +139,12 @@ def test_an_adapter_on_a_base_that_is_offloaded_is_selected_trained_and_loaded(k
     assert torch.equal(logits(loaded), logits(saved))
 
 
+def test_synflow_names_the_modules_that_are_offloaded(tmp_path):
+    model = get_peft_model(offload(tiny_llama(), "cpu", tmp_path), SpftConfig(density=0.1, salience="synflow"))
+    with pytest.raises(SpftError, match=r"accelerate brings offloaded weights in for \(.*embed_tokens"):
+        select_mask(model, None)
+
+
 def test_an_adapter_that_is_added_to_an_offloaded_model(tmp_path):
     model = with_adapter(tiny_llama())
     model.save_pretrained(tmp_path / "adapter")
@@ -140,6 +169,10 @@ def test_a_quantized_model_that_is_offloaded(tmp_path):
         assert torch.equal(logits(model), expected)
         with model.disable_adapter():
             assert torch.equal(logits(model), base)
+    for merge in (model.merge_adapter, model.merge_and_unload, next(iter(adapted_layers(model).values())).merge):
+        with pytest.raises(SpftError, match="a quantized base layer that is offloaded cannot be merged"):
+            merge()
+        assert torch.equal(logits(model), expected)
     late = offload(quantize(tiny_llama(hidden_size=64, intermediate_size=64), "4bit"), "cpu", tmp_path)
     with pytest.raises(SpftError, match="a 4-bit base layer was offloaded before it got its adapter"):
         logits(with_adapter(late))

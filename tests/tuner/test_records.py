@@ -55,6 +55,27 @@ def test_a_record_of_another_model_is_not_taken_over(tmp_path):
         inject_adapter_in_model(SpftConfig.from_pretrained(tmp_path), tiny_llama())
 
 
+def test_the_configuration_of_a_loaded_model_is_used_again(tmp_path):
+    """As TRL does for the adapter that it compares a trained one with, and for another base."""
+    made = get_peft_model(tiny_llama(), SpftConfig(density=0.05, samples=2))
+    select_mask(made, [token_batch()])
+    made.save_pretrained(tmp_path / "made")
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "made")
+    config = loaded.peft_config["default"]
+    loaded.add_adapter("second", config)
+    wide = get_peft_model(tiny_llama(**WIDE), config)
+    inject_adapter_in_model(config, tiny_llama())
+    assert [config.nnz, config.mask_source] == [
+        made.peft_config["default"].nnz,
+        made.peft_config["default"].mask_source,
+    ]
+    for model, name in ((loaded, "second"), (wide, "default")):
+        assert [getattr(model.peft_config[name], recorded) for recorded in RECORDED] == [None] * 3
+    select_mask(wide, [token_batch()])
+    wide.save_pretrained(tmp_path / "wide")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(**WIDE), tmp_path / "wide")), logits(wide))
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_safe_merge_names_the_adapter_that_is_broken(shared):
     base = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3))

@@ -12,6 +12,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.errors import SpftConfigError, SpftError
 from axolotl_spft.plugin.module_names import check_module_names
+from tests.checkpoint.saved import tiny_mixtral
 from tests.models import tiny_llama, tiny_moe, token_batch
 
 
@@ -67,6 +68,11 @@ def test_experts_in_one_parameter_are_named_with_what_to_do():
             get_peft_model(tiny_moe(), SpftConfig(target_modules=targets))
     with pytest.raises(SpftConfigError, match=said):
         check_module_names({"target_modules": ["q_proj", "gate_up_proj"]}, tiny_moe())
+    with pytest.raises(SpftError, match=said.replace(r"gate_up_proj` m", r"\.\*experts\.gate_\.\*` m")):
+        get_peft_model(tiny_moe(), SpftConfig(target_modules=r".*experts.gate_.*"))
+    with pytest.raises(SpftError, match=r"`target_modules: experts.down_proj` .* of the MixtralForCausalLM"):
+        get_peft_model(tiny_mixtral(), SpftConfig(target_modules=["experts.down_proj"]))
+    get_peft_model(tiny_moe(), SpftConfig(target_modules=r".*(gate_up|q)_proj"))
     # the shared expert's is a module
     get_peft_model(tiny_moe(), SpftConfig(target_modules=["down_proj"]))
 
@@ -85,3 +91,11 @@ def test_a_model_that_is_no_peft_model_is_told_how_to_become_one(how):
     assert ("inject_adapter_in_model() has put" in str(got.value)) == (how != "none")
     with pytest.raises(SpftError, match="needs a PeftModel"):
         select_mask(nn.Linear(3, 2), None)
+
+
+def test_an_adapter_that_is_none_of_ours_or_not_there_is_named():
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(SpftError, match=r"`default` is no sparse adapter of this model, which has `default` \(LORA\)"):
+        select_mask(lora, [token_batch()])
+    with pytest.raises(SpftError, match=r"`other` is no sparse adapter of this model, which has `default` \(SPFT\)"):
+        select_mask(get_peft_model(tiny_llama(), SpftConfig()), [token_batch()], adapter_name="other")

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.errors import SpftError
@@ -131,6 +131,22 @@ def test_dpo_whose_trainer_makes_the_adapter(tmp_path):
     select_mask(model, [token_batch()])
     trainer.train()
     assert any(layer.spft_values["default"].any() for layer in adapted_layers(model).values())
+
+
+def test_sft_whose_trainer_makes_the_adapter(tmp_path):
+    _, tokenizer = preferences()
+    arguments = SFTConfig(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True)
+    trainer = SFTTrainer(
+        tiny_llama(),
+        args=arguments,
+        train_dataset=Dataset.from_list([{"text": "w1 w2 w3 w4"}] * 4),
+        processing_class=tokenizer,
+        peft_config=SpftConfig(density=0.1, modules_to_save=["lm_head"]),
+    )
+    with pytest.raises(SpftError, match=SAID):
+        trainer.train()
+    select_mask(trainer.accelerator.unwrap_model(trainer.model), [token_batch()])
+    trainer.train()
 
 
 def test_an_empty_adapter_is_saved_with_a_warning(tmp_path):
