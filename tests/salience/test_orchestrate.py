@@ -20,7 +20,7 @@ from axolotl_spft.salience import compute, mask_file, orchestrate
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.salience.metrics.balanced import score as balanced_score
 from axolotl_spft.salience.metrics.statistics import Statistics
-from axolotl_spft.salience.sample_pass import collect_statistics, summed_gradients
+from axolotl_spft.salience.sample_pass import collect_statistics
 from tests.models import ARCHITECTURES, same_weights, tiny_llama, token_batch, weights_of, with_adapter
 from tests.salience.test_select import sorted_top_k, sorted_top_k_per_row
 
