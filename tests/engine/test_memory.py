@@ -78,9 +78,8 @@ def test_the_sums_of_each_kind_of_metric_are_announced(monkeypatch, salience):
     with LiveBytes(shapes, list(model.parameters())) as tracker:
         collect_statistics(model, layers, needs, [token_batch()], None, 2, Ranks())
     sums = 4 * accumulators_of(needs) * sum(layer.out_features * layer.in_features for layer in layers.values())
-    assert sums <= tracker.peak
-    assert sums < memory_of_run(model, ARGUMENTS, "single", Ranks(), 32).salience
-    print("PEAK", salience, sums, tracker.peak, memory_of_run(model, ARGUMENTS, "single", Ranks(), 32).salience)
+    announced = memory_of_run(model, ARGUMENTS, "single", Ranks(), 32).salience
+    assert sums < announced and sums <= tracker.peak <= 1.1 * announced
 
 
 def test_stages_share_more_and_more():
