@@ -77,8 +77,8 @@ class SpftConfig(PeftConfig):
     score_after: int = _option(0, "Optimizer steps of a throw-away warm-up before the salience is computed.")
     salience_memory_gib: float | None = _option(
         None,
-        "GiB of what the salience pass sums up at a time: more passes for more. By default all at once, on the device "
-        "where half of its free memory holds it, else on the host.",
+        "GiB that the sums of the salience pass may take on a GPU, by default half of what is free. More are kept on "
+        "the host by default; with this key they take several passes, or with scope global or blocks go to the host.",
     )
     seed: int | None = _option(None, "Seed of random choices; the run's seed under Axolotl, else 0.")
     mask_path: str | None = _option(None, "A saved mask: used when the file exists, else computed and saved there.")

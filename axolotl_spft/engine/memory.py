@@ -52,7 +52,7 @@ def memory_per_rank(
     state_bits: int = 32,
     others: tuple[int, int] = (0, 4),
     buckets: int = 0,
-    reads_gradients: bool = True,
+    accumulators: int = 1,
     shares_rows: bool = False,
 ) -> MemoryPerRank:
     """The bytes that one rank needs.
@@ -68,7 +68,7 @@ def memory_per_rank(
         state_bits: of the moments, 32 or 8.
         buckets: elements of DeepSpeed's buckets, which it allocates whole to send gradients from.
         others: entries of the parameters that are trained whole (``modules_to_save``), and the bytes of each.
-        reads_gradients: whether a salience pass collects dense gradients.
+        accumulators: float32 matrices that the salience pass keeps for each weight; 0 where there is none.
         shares_rows: whether each rank accumulates its own rows of them only; under ZeRO-3 it always does.
     """
     trained = [(nnz, value_bytes), others]
@@ -88,8 +88,8 @@ def memory_per_rank(
         gradients = values * (2 if world > 1 else 1)
         masters = sum(4 * entries for entries, each in trained if each < 4)
     optimizer = (count * _MOMENT_BYTES[state_bits] + masters) / (world if stage else 1)
-    accumulators = 4 * sum(entries) / (world if stage == 3 or shares_rows else 1)
-    salience = accumulators + 4 * max(entries) if reads_gradients else 0
+    sums = 4 * accumulators * sum(entries) / (world if stage == 3 or shares_rows else 1)
+    salience = sums + 4 * max(entries) if accumulators else 0
     return MemoryPerRank(
         base=-(-base_bytes // world) if stage == 3 else base_bytes,
         values=-(-values // (world if stage == 3 else 1)),

@@ -10,7 +10,8 @@ from axolotl_spft.engine.memory import memory_per_rank
 from axolotl_spft.planning.activations import activations
 from axolotl_spft.planning.settings import Settings
 from axolotl_spft.planning.shapes import ModelShape
-from axolotl_spft.salience.metrics.metric import FROM_SAMPLE, load_metric
+from axolotl_spft.salience.groups import why_at_once
+from axolotl_spft.salience.metrics.metric import accumulators_of, load_metric
 
 GIB = 2**30
 # of the CUDA context, and of gaps between allocations
@@ -58,8 +59,8 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
     """What ``run`` needs on each GPU.
 
     Args:
-        gpu_bytes: of one GPU: where whole accumulators would take more than half of what is left of it, the salience
-            pass shares them out, or holds them on the host.
+        gpu_bytes: of one GPU: where whole accumulators would take more than half of what is left of it, or than
+            ``salience_memory_gib``, the salience pass shares them out, or holds them on the host.
     """
     budget = {name: run.options.get(name) for name in BUDGETS}
     if not any(value is not None for value in budget.values()):
@@ -69,9 +70,8 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
     low_precision = run.engine.startswith("zero") and run.dtype_bytes == 2
     value_bytes = 2 if low_precision else run.value_bytes
     in_place = run.bits == 16 and run.engine != "zero3"
-    needs_gradients = not run.options.get("mask_path") and bool(
-        load_metric(run.options.get("salience", "gradient")).needs & FROM_SAMPLE
-    )
+    metric = load_metric(run.options.get("salience", "gradient"))
+    accumulators = 0 if run.options.get("mask_path") else accumulators_of(metric.needs)
     parts = memory_per_rank(
         base_bytes=base_bytes(shape, run),
         shapes=shape.targets,
@@ -84,7 +84,7 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
         state_bits=run.state_bits or 32,
         others=(shape.saved_entries, value_bytes),
         buckets=run.buckets,
-        reads_gradients=False,
+        accumulators=0,
     )
     base = 0 if run.offload_base else parts.base
     optimizer = 0 if run.offload_optimizer else parts.optimizer
@@ -96,13 +96,18 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
     peak = held + gathered + passed.peak(parts.gradients, keeps)
     without_gradients = passed.peak(0, keeps_gradients=False)
     on_gpu, on_host = 0, 0
-    if needs_gradients:
-        whole = 4 * entries
+    if accumulators:
+        whole = 4 * accumulators * entries
         largest = 4 * max(rows * columns for rows, columns in shape.targets)
-        free = max(0, gpu_bytes - base - RESERVE_BYTES)
-        if run.gpus > 1 and (run.engine == "zero3" or whole > free // 2):
+        memory_gib = run.options.get("salience_memory_gib")
+        room = max(0, gpu_bytes - base - RESERVE_BYTES) // 2 if memory_gib is None else int(memory_gib * GIB)
+        scope, pattern = run.options.get("scope", "layer"), run.options.get("pattern", "element")
+        if memory_gib is not None and why_at_once(scope, pattern, metric) is None:
+            # one group of matrices after the other
+            whole = min(whole, max(room, accumulators * largest))
+        if run.gpus > 1 and (run.engine == "zero3" or whole > room):
             whole //= run.gpus
-        on_gpu, on_host = (whole + largest, 0) if whole <= free // 2 else (largest, whole)
+        on_gpu, on_host = (whole + largest, 0) if whole <= room else (largest, whole)
     return Estimate(
         values=nnz,
         entries=entries,
@@ -115,7 +120,7 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
         peak=peak,
         salience=on_gpu,
         salience_host=on_host,
-        salience_peak=base + gathered + on_gpu + without_gradients if needs_gradients else 0,
+        salience_peak=base + gathered + on_gpu + without_gradients if accumulators else 0,
         file=file_bytes(shape, nnz, run.value_bytes),
     )
 

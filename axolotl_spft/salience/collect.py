@@ -37,9 +37,20 @@ def _probed(y: Tensor) -> Tensor:
     return y if y.requires_grad else _Probe.apply(y, torch.zeros((), device=y.device, requires_grad=True))
 
 
-def fits(entries: int, device: torch.device) -> bool:
-    """Whether half of a GPU's free memory holds ``entries`` float32 accumulators; of a host's there is no limit."""
-    return device.type != "cuda" or 4 * entries <= torch.cuda.mem_get_info(device)[0] // 2
+def fits(entries: int, device: torch.device, memory_gib: float | None = None) -> bool:
+    """Whether ``memory_gib`` of a GPU, or half of its free memory, holds ``entries`` float32 accumulators.
+
+    Of a host's memory there is no limit.
+    """
+    if device.type != "cuda":
+        return True
+    room = torch.cuda.mem_get_info(device)[0] // 2 if memory_gib is None else memory_gib * 2**30
+    return 4 * entries <= room
+
+
+def place_of(entries: int, device: torch.device, memory_gib: float | None = None) -> torch.device:
+    """Where ``entries`` float32 accumulators of layers on ``device`` are kept: there if they fit, else on the host."""
+    return device if fits(entries, device, memory_gib) else torch.device("cpu")
 
 
 def experts_of(names: Iterable[str]) -> list[str]:
@@ -47,17 +58,23 @@ def experts_of(names: Iterable[str]) -> list[str]:
     return [name for name in names if _EXPERT.search(name)]
 
 
-def should_share_rows(layers: Mapping[str, nn.Module], ranks: Ranks) -> bool:
+def should_share_rows(
+    layers: Mapping[str, nn.Module], ranks: Ranks, accumulators: int = 1, memory_gib: float | None = None
+) -> bool:
     """Whether each rank should accumulate its own rows only, by the memory of this one.
 
     Whole accumulators on the host would be as many copies there as it has ranks, and each backward pass would move all
     gradients to it.
+
+    Args:
+        accumulators: for each weight.
+        memory_gib: as of `fits`.
     """
     # a rank that routes nothing to an expert would not take part in sending its gradient
     if ranks.world == 1 or experts_of(layers):
         return False
-    entries = sum(layer.out_features * layer.in_features for layer in layers.values())
-    return not all(fits(entries, device) for device in _devices_of(layers))
+    entries = accumulators * sum(layer.out_features * layer.in_features for layer in layers.values())
+    return not all(fits(entries, device, memory_gib) for device in devices_of(layers))
 
 
 @contextmanager
@@ -77,6 +94,7 @@ def gathered_sums(
     tokens: Tokens,
     ranks: Ranks = _ONE_PROCESS,
     sharded: bool = False,
+    memory_gib: float | None = None,
 ) -> Iterator[dict[str, dict[str, Tensor]]]:
     """Within the block, every backward pass adds to the accumulators of each layer, with x its input and y its output.
 
@@ -95,6 +113,7 @@ def gathered_sums(
         ranks: the processes that share the sample.
         sharded: whether a rank accumulates its own rows only. Every backward pass then sends gradients, and all ranks
             must run the same layers; otherwise nothing is sent before `reduce_to_shards`.
+        memory_gib: of accumulators on a GPU, by default half of what is free there; more are kept on the host.
 
     Yields:
         need -> name -> accumulator, float32: (out_features, in_features), or this rank's rows of it; of
@@ -108,13 +127,10 @@ def gathered_sums(
     matrices = [need for need in needs if need != INPUT_SQUARES]
     entries = sum((rows.stop - rows.start) * layers[name].in_features for name, rows in rows_of.items())
     # before any is made, which leaves less free memory for the next
-    placed = {
-        device: device if fits(entries * len(matrices), device) else torch.device("cpu")
-        for device in _devices_of(layers)
-    }
+    placed = {device: place_of(entries * len(matrices), device, memory_gib) for device in devices_of(layers)}
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            rows, device, adders = rows_of[name], _device_of(layer), []
+            rows, device, adders = rows_of[name], device_of(layer), []
             for need in needs:
                 shape = (layer.in_features,) if need == INPUT_SQUARES else (rows.stop - rows.start, layer.in_features)
                 total = torch.zeros(shape, dtype=torch.float32, device=placed[device] if need in matrices else device)
@@ -149,13 +165,15 @@ def reduce_to_shards(sums: dict[str, Tensor], ranks: Ranks) -> None:
             sums[name] = total[ranks.rows(total.shape[0])].clone()
 
 
-def _device_of(layer: nn.Module) -> torch.device:
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer computes."""
     linear = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     return execution_device(linear) or linear.weight.device
 
 
-def _devices_of(layers: Mapping[str, nn.Module]) -> set[torch.device]:
-    return {_device_of(layer) for layer in layers.values()}
+def devices_of(layers: Mapping[str, nn.Module]) -> set[torch.device]:
+    """Where the layers compute."""
+    return {device_of(layer) for layer in layers.values()}
 
 
 # of x and dY of a layer, each (..., features), this rows' part of what is added up

@@ -16,7 +16,7 @@ from axolotl_spft.ops.mask.csr import Mask, mask_from_positions
 from axolotl_spft.salience.choose import choose_in_matrix, choose_positions
 from axolotl_spft.salience.collect import probed_outputs
 from axolotl_spft.salience.examples import Batch
-from axolotl_spft.salience.groups import check_groups, groups_of
+from axolotl_spft.salience.groups import check_groups, groups_of, may_move_to_host
 from axolotl_spft.salience.metrics.metric import Metric, load_metric
 from axolotl_spft.salience.metrics.statistics import INPUT_SQUARES
 from axolotl_spft.salience.out_of_memory import named_out_of_memory
@@ -89,14 +89,15 @@ def _scored(
     ranks: Ranks,
     read_weight: Callable[[SpftLinear], Tensor],
 ) -> Computed:
-    groups = groups_of(layers, metric.needs, config.salience_memory_gib)
-    if len(groups) > 1:
+    memory_gib = config.salience_memory_gib
+    groups = groups_of(layers, metric.needs, memory_gib)
+    if len(groups) > 1 and not may_move_to_host(config, metric, layers):
         check_groups(config, metric, len(groups))
         return _scored_in_groups(
             model, config, layers, groups, metric, frozen, repeatable(batches or ()), loss_fn, ranks, read_weight
         )
     with named_out_of_memory(ranks):
-        found = collect_statistics(model, layers, metric.needs, batches, loss_fn, config.samples, ranks)
+        found = collect_statistics(model, layers, metric.needs, batches, loss_fn, config.samples, ranks, memory_gib)
     # what reads inputs or weights alone knows only what the model's own structure tells
     tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
     unreached = unreached_by(tell, ranks) if tell else never_called(model, layers)
@@ -137,7 +138,9 @@ def _scored_in_groups(
             # so that the pass is the same one, and there is one where no gradient reaches the group
             others = [layer for name, layer in layers.items() if name not in group]
             with named_out_of_memory(ranks), probed_outputs(others):
-                found = collect_statistics(model, group, metric.needs, batches, loss_fn, config.samples, ranks)
+                found = collect_statistics(
+                    model, group, metric.needs, batches, loss_fn, config.samples, ranks, config.salience_memory_gib
+                )
             tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
             found_unreached += unreached_by(tell, ranks)
             score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank, read_weight)

@@ -17,7 +17,7 @@ from axolotl_spft.salience.collect import experts_of, gathered_sums, reduce_to_s
 from axolotl_spft.salience.data_free import synaptic_flow
 from axolotl_spft.salience.examples import Batch, Tokens, count_examples
 from axolotl_spft.salience.hessian import hessian_products
-from axolotl_spft.salience.metrics.metric import GATHERED
+from axolotl_spft.salience.metrics.metric import GATHERED, accumulators_of
 from axolotl_spft.salience.metrics.statistics import (
     GRADIENT,
     HESSIAN_GRADIENT,
@@ -55,8 +55,11 @@ def collect_statistics(
     loss_fn: LossFn | None,
     samples: int,
     ranks: Ranks,
+    memory_gib: float | None = None,
 ) -> Collected:
     """All of ``needs`` that a pass has to find: from the sample, or from the weights alone.
+
+    ``memory_gib`` is as of `gathered_sums`.
 
     Raises:
         SpftError: there are no batches or no loss, a gradient is not finite, the model does not suit a need.
@@ -75,7 +78,7 @@ def collect_statistics(
             "have lost their example: name them in `exclude_modules`, or use `salience: gradient`"
         )
     sample = _Sample(batches, loss_fn, samples, ranks, twice=HESSIAN_GRADIENT in needs)
-    found, read = summed(model, layers, gathered, sample, ranks)
+    found, read = summed(model, layers, gathered, sample, ranks, memory_gib)
     sums |= found
     if HESSIAN_GRADIENT in needs:
         with quiet(model), untouched_rng():
@@ -99,18 +102,26 @@ def summed_gradients(
 
 
 def summed(
-    model: nn.Module, layers: Mapping[str, SpftLinear], needs: Collection[str], sample: _Sample, ranks: Ranks
+    model: nn.Module,
+    layers: Mapping[str, SpftLinear],
+    needs: Collection[str],
+    sample: _Sample,
+    ranks: Ranks,
+    memory_gib: float | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], int]:
     """This rank's rows of what `gathered_sums` gathers, summed over the batches of all ranks; the examples read."""
     # where the weights are partitioned, whole accumulators would not fit beside them
     partitioned = ranks.world > 1 and any(is_partitioned(parameter) for parameter in model.parameters())
     # all ranks or none
-    sharded = partitioned or ranks.sum_numbers(int(should_share_rows(layers, ranks)))[0] > 0
+    sharded = (
+        partitioned
+        or ranks.sum_numbers(int(should_share_rows(layers, ranks, accumulators_of(needs), memory_gib)))[0] > 0
+    )
     read = 0
     with (
         untouched_rng(),
         quiet(model),
-        gathered_sums(model, layers, needs, sample.tokens, ranks, sharded) as sums,
+        gathered_sums(model, layers, needs, sample.tokens, ranks, sharded, memory_gib) as sums,
     ):
         for loss_of, count in sample.losses("Salience"):
             run_on_all_ranks(lambda loss_of=loss_of: loss_of(model).backward(), ranks, sharded)

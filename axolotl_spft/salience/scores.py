@@ -9,6 +9,7 @@ from torch import Tensor
 
 from axolotl_spft.engine.ranks import Ranks, on_every_rank
 from axolotl_spft.errors import SpftError, first_of
+from axolotl_spft.salience.collect import device_of
 from axolotl_spft.salience.metrics.metric import OF_WEIGHT, Metric
 from axolotl_spft.salience.metrics.statistics import Statistics
 from axolotl_spft.tuner.layer import SpftLinear
@@ -51,6 +52,11 @@ def scorer(
     """
     names, shapes = list(layers), list(shapes_of(layers).values())
 
+    def sums_of(name: str) -> dict[str, Tensor]:
+        # next to the weight, from wherever they were kept: a score is then the same to the bit
+        device = device_of(layers[name])
+        return {need: of_layer[name].to(device) for need, of_layer in collected.items() if need in metric.needs}
+
     def score(index: int) -> Tensor:
         name = names[index]
         statistics = Statistics(
@@ -60,7 +66,7 @@ def scorer(
             seed=seed,
             ranks=ranks,
             lift_rank=lift_rank,
-            collected={need: of_layer[name] for need, of_layer in collected.items() if need in metric.needs},
+            collected=sums_of(name),
             read_weight=(lambda: read_weight(layers[name])) if metric.needs & OF_WEIGHT else None,
         )
         return on_every_rank(lambda: _checked(metric, statistics), ranks)

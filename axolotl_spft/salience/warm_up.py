@@ -16,8 +16,7 @@ from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.choose import choose_positions
 from axolotl_spft.salience.examples import Batch
-from axolotl_spft.salience.metrics.metric import Metric, load_metric
-from axolotl_spft.salience.metrics.statistics import HESSIAN_GRADIENT, SYNAPTIC_FLOW
+from axolotl_spft.salience.metrics.metric import OF_ALL_MATRICES, Metric, load_metric
 from axolotl_spft.salience.out_of_memory import run_on_all_ranks
 from axolotl_spft.salience.sample_pass import batches_of_all_ranks, quiet
 from axolotl_spft.salience.scores import scorer
@@ -68,7 +67,7 @@ def check_warm_up(
             "sparse layer with values must have whole: use ZeRO-1, ZeRO-2 or DDP, or make the mask there and name it "
             "in `mask_path`"
         )
-    if metric.needs & {SYNAPTIC_FLOW, HESSIAN_GRADIENT}:
+    if metric.needs & OF_ALL_MATRICES:
         raise SpftError(
             f"{key} has no meaning with `salience: {metric.name}`, which is defined at the pretrained weights: leave "
             "it out, or use another salience"

@@ -11,7 +11,7 @@ from axolotl_spft.engine.memory import MemoryPerRank, memory_per_rank
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.salience.collect import should_share_rows
 from axolotl_spft.salience.install import adapted_layers
-from axolotl_spft.salience.metrics.metric import FROM_SAMPLE, load_metric
+from axolotl_spft.salience.metrics.metric import accumulators_of, load_metric
 from axolotl_spft.tuner.state import shapes_of
 
 
@@ -35,6 +35,7 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in values]
     first, base_layer = layers[0], layers[0].get_base_layer()
+    accumulators = 0 if held else accumulators_of(load_metric(config.salience).needs)
     low_precision = engine.startswith("zero") and (args.bf16 or args.fp16)
     return memory_per_rank(
         base_bytes=sum(_numel(parameter) * parameter.element_size() for parameter in frozen),
@@ -47,8 +48,8 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
         state_bits=state_bits,
         buckets=_bucket_elements(args),
         others=(sum(map(_numel, others)), 2 if low_precision or not others else others[0].element_size()),
-        reads_gradients=not held and bool(load_metric(config.salience).needs & FROM_SAMPLE),
-        shares_rows=should_share_rows(named, ranks),
+        accumulators=accumulators,
+        shares_rows=should_share_rows(named, ranks, accumulators, config.salience_memory_gib),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,10 @@ from axolotl_spft.engine.memory import memory_per_rank
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.salience.collect import gathered_gradients
 from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.salience.metrics.metric import accumulators_of, load_metric
+from axolotl_spft.salience.sample_pass import collect_statistics
 from axolotl_spft.trainer.memory import memory_of_run
+from tests.engine.test_ranks import LiveBytes
 from tests.models import tiny_llama, token_batch
 from tests.tuner.test_quantized import quantize
 
@@ -62,6 +66,20 @@ def test_the_salience_pass_holds_what_was_announced():
         accumulators = bytes_of(sums.values())
     largest = max(layer.out_features * layer.in_features for layer in layers.values())
     assert memory_of_run(model, ARGUMENTS, "single", Ranks(), 32).salience == accumulators + 4 * largest
+
+
+@pytest.mark.parametrize("salience", ["gradient", "fisher", "grasp", "synflow"])
+def test_the_sums_of_each_kind_of_metric_are_announced(monkeypatch, salience):
+    model = get_peft_model(tiny_llama(), SpftConfig(salience=salience))
+    layers, needs = adapted_layers(model), load_metric(salience).needs
+    shapes = {(layer.out_features, layer.in_features) for layer in layers.values()}
+    # one process lets go of its memory at once
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with LiveBytes(shapes, list(model.parameters())) as tracker:
+        collect_statistics(model, layers, needs, [token_batch()], None, 2, Ranks())
+    sums = 4 * accumulators_of(needs) * sum(layer.out_features * layer.in_features for layer in layers.values())
+    announced = memory_of_run(model, ARGUMENTS, "single", Ranks(), 32).salience
+    assert sums < announced and sums <= tracker.peak <= 1.1 * announced
 
 
 def test_stages_share_more_and_more():

@@ -29,6 +29,14 @@ from tests.models import tiny_llama, token_batch
 from tests.salience.test_select import KINDS, score_matrices
 
 COUNTS = (1, 2, 50, 333, 334)
+SHARES = (
+    {"pattern": "block", "block_size": [4, 5]},
+    {"pattern": "block", "block_size": [7, 3], "scope": "global", "max_density": 0.1},
+    {"density_pattern": {"q_proj": 0.1, r"layers\.1\.mlp\.down_proj": 0.01}},
+    {"density_pattern": {"up_proj": 0.08}, "scope": "global", "min_density": 0.02, "max_density": 0.04},
+    {"score_after": 2},
+    {"score_after": 3, "salience": "snip", "scope": "row"},
+)
 CASES = (("global", "gradient"), ("row", "balanced"), ("layer", "magnitude"))
 
 
@@ -54,6 +62,7 @@ def everything(folder: str) -> dict:
     return {
         "selected": select_everything(),
         "masks": [mask_of_model(*case) for case in CASES],
+        "shares": [mask_with(options) for options in SHARES],
         "too large": masks_where_one_gpu_is_too_small(),
         "tracked": tracked_bytes(),
         "refused": differing_masks(),
@@ -92,11 +101,35 @@ def test_ranks_read_their_share_and_end_with_one_mask(by_rank):
     assert [found["masks"] for found in by_rank] == [expected, expected]
 
 
+class StepsOfTwo(list):
+    """Batches of which one process trains two in a step, as two ranks do."""
+
+    batches_per_step = 2
+
+
+def mask_with(options: dict) -> list[list[int]]:
+    ranks = Ranks.current()
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.03, samples=12, **options))
+    batches = [token_batch(rows=1, seed=seed) for seed in range(12)]
+    mine = batches[ranks.rank :: 2] if ranks.world > 1 else StepsOfTwo(batches)
+    # the mean of two ranks' gradients is the sum of halves
+    scale = 1 if ranks.world > 1 else 0.5
+    select_mask(model, mine, lambda model, batch: scale * model(**batch).loss, learning_rate=0.02)
+    return [positions(layer.mask("default"), layer.in_features).tolist() for layer in adapted_layers(model).values()]
+
+
+def test_blocks_own_densities_bounds_and_warm_ups_on_ranks(by_rank):
+    expected = [mask_with(options) for options in SHARES]
+    assert [found["shares"] for found in by_rank] == [expected, expected]
+    # what each option asks for is there at all
+    assert len({str(mask) for mask in (*expected, mask_with({}), mask_with({"scope": "global"}))}) == len(SHARES) + 2
+
+
 def masks_where_one_gpu_is_too_small() -> tuple[list, bool]:
     """The same where rank 1 alone has no room for whole accumulators; and whether each rank had its rows only."""
     ranks, entries = Ranks.current(), []
 
-    def fits(count: int, _) -> bool:
+    def fits(count: int, *_) -> bool:
         entries.append(count)
         return ranks.rank == 0 or count < max(entries)
 

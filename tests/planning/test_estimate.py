@@ -137,5 +137,13 @@ def test_where_the_accumulators_go():
     assert (tight.salience < GIB, tight.salience_host) == (True, whole)
     shared = estimate(shape, run._replace(engine="ddp", gpus=8), 24 * GIB)
     assert (shared.salience < whole / 4, shared.salience_host) == (True, 0)
+    # as much at a time as the key says, in passes; or what is needed at once, on the host
+    for options, kept in (({}, 0), ({"scope": "global"}, whole), ({"pattern": "block"}, whole)):
+        limited = estimate(shape, run._replace(options={"salience_memory_gib": 2, **options}), 80 * GIB)
+        assert (limited.salience_host, limited.salience < 3 * GIB) == (kept, True)
+    one, three = (
+        estimate(shape, run._replace(options={"salience": name}), 999 * GIB) for name in ("gradient", "grasp")
+    )
+    assert three.salience - one.salience == 2 * whole
     ready = estimate(shape, run._replace(options={"salience": "magnitude"}), 80 * GIB)
     assert (ready.salience, ready.salience_host, ready.salience_peak) == (0, 0, 0)

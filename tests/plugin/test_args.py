@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
 from axolotl_spft import SpftArgs
 from axolotl_spft.config import option_names
+from axolotl_spft.metrics import METRICS
 from axolotl_spft.plugin.args import check_run
+from tests.salience.metrics.cases import BASES, ENGINES, REFUSED
 
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
+OWN = "tests.salience.metrics.own"
 GOOD = {"adapter": "spft", "optimizer": "sparse_adamw", "output_dir": "out"}
 
 
@@ -78,6 +83,25 @@ def test_good_configurations_pass(options):
         ),
         ({"deepspeed": ZERO3, "gradient_checkpointing": True, "rl": "orpo"}, ["{use_reentrant: true}"]),
         ({"unfrozen_parameters": ["lm_head"]}, ["set `spft.modules_to_save`"]),
+        (
+            {"spft": {"salience": "no_such.module:score"}},
+            ["cannot be imported (ModuleNotFoundError", "or one of "],
+        ),
+        ({"spft": {"salience": f"{OWN}:missing"}}, [f"`salience: {OWN}:missing` cannot be imported (AttributeError"]),
+        ({"spft": {"salience": f"{OWN}:not_callable"}}, [f"`salience: {OWN}:not_callable` is no function"]),
+        ({"spft": {"salience": f"{OWN}:unknown_need"}}, ["needs momentum, which the pass does not know"]),
+        (
+            {"spft": {"score_after": 5}, "deepspeed": ZERO3, "bf16": False},
+            ["`score_after: 5` trains before DeepSpeed's engine exists", "use ZeRO-1, ZeRO-2 or DDP"],
+        ),
+        ({"spft": {"score_after": 5, "salience": "grasp"}}, ["`score_after: 5` has no meaning with `salience: grasp`"]),
+        ({"spft": {"score_after": 5, "salience": "synflow"}}, ["has no meaning with `salience: synflow`"]),
+        (
+            {"spft": {"salience_memory_gib": 2, "salience": "grasp"}},
+            ["`salience_memory_gib: 2` cannot be kept with `salience: grasp`"],
+        ),
+        ({"spft": {"salience_memory_gib": 2, "salience": "synflow"}}, ["with `salience: synflow`", "leave it out"]),
+        ({"spft": {"salience": "snip"}, "gptq": True}, ["`salience: snip` reads the weights", "quantized by GPTQ"]),
     ],
 )
 def test_problems_name_the_key_and_the_remedy(changes, parts):
@@ -86,6 +110,37 @@ def test_problems_name_the_key_and_the_remedy(changes, parts):
     with pytest.raises(ValidationError) as caught:
         SpftArgs(**{**GOOD, **changes})
     assert all(problem in str(caught.value) for problem in check_run({**GOOD, **changes}))
+
+
+@pytest.mark.parametrize("salience", ["magnitude", "grasp", f"{OWN}:by_inputs"])
+def test_a_base_whose_weights_cannot_be_read_is_found_in_its_folder(tmp_path, salience):
+    cfg = {**GOOD, "base_model": str(tmp_path), "spft": {"salience": salience}}
+    for kind, count in (("awq", 1), ("bitsandbytes", 0)):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": kind}}))
+        problems = check_run(cfg)
+        assert len(problems) == count and all("a base quantized by AWQ cannot be read" in each for each in problems)
+        # what reads gradients alone works on any
+        assert check_run({**cfg, "spft": {"salience": "balanced"}}) == []
+
+
+def test_a_run_with_a_mask_already_needs_no_salience(tmp_path):
+    (tmp_path / "mask.safetensors").touch()
+    options = {"salience": "no_such.module:score", "mask_path": str(tmp_path / "mask.safetensors")}
+    assert check_run({**GOOD, "spft": options}) == []
+    assert check_run({**GOOD, "spft": {"salience": "no_such.module:score"}, "lora_model_dir": "out"}) == []
+    assert len(check_run({**GOOD, "spft": {**options, "mask_path": str(tmp_path / "another")}})) == 1
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_page_of_the_metrics_says_what_is_refused(base, engine):
+    cfg = {**GOOD, "bf16": False}
+    if base != "float":
+        cfg[f"load_in_{base}"] = True
+    if engine.startswith("ZeRO"):
+        cfg["deepspeed"] = {"zero_optimization": {**ZERO3["zero_optimization"], "stage": int(engine[-1])}}
+    refused = [metric for metric in METRICS if check_run({**cfg, "spft": {"salience": metric}})]
+    assert refused == [metric for metric in METRICS if (metric, base, engine) in REFUSED]
 
 
 def test_all_problems_come_together():

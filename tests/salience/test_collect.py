@@ -8,7 +8,9 @@ from torch import nn
 
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.salience import collect
-from axolotl_spft.salience.collect import fits, gathered_gradients, should_share_rows
+from axolotl_spft.salience.collect import fits, gathered_gradients, gathered_sums, place_of, should_share_rows
+from axolotl_spft.salience.examples import Tokens
+from axolotl_spft.salience.metrics.statistics import GRADIENT, SQUARED_GRADIENT
 
 ENTRIES = 1000
 
@@ -66,6 +68,26 @@ def test_accumulators_fit_in_half_of_a_gpus_free_memory(monkeypatch, free, enoug
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
     assert fits(ENTRIES, torch.device("cuda")) == enough
     assert fits(ENTRIES, torch.device("cpu"))
+    # the option takes the place of that half, whatever is free
+    for memory_gib, holds in ((4 * ENTRIES / 2**30, True), (3.99 * ENTRIES / 2**30, False)):
+        assert fits(ENTRIES, torch.device("cuda"), memory_gib) == holds
+        assert place_of(ENTRIES, torch.device("cuda"), memory_gib).type == ("cuda" if holds else "cpu")
+
+
+def test_accumulators_are_made_where_the_one_function_says(monkeypatch):
+    model, asked = nn.Sequential(nn.Linear(5, 7)).requires_grad_(False), []
+
+    def place(entries: int, device: torch.device, memory_gib: float | None) -> torch.device:
+        asked.append((entries, device.type, memory_gib))
+        # not the layer's, on any machine
+        return torch.device("meta")
+
+    monkeypatch.setattr(collect, "place_of", place)
+    needs = (GRADIENT, SQUARED_GRADIENT)
+    with gathered_sums(model, {"0": model[0]}, needs, Tokens({}), memory_gib=3.0) as sums:
+        model(torch.randn(2, 4, 5)).sum().backward()
+    assert {sums[need]["0"].device.type for need in needs} == {"meta"}
+    assert asked == [(2 * 35, "cpu", 3.0)]
 
 
 @pytest.mark.parametrize(
@@ -80,5 +102,9 @@ def test_accumulators_fit_in_half_of_a_gpus_free_memory(monkeypatch, free, enoug
 def test_ranks_share_rows_where_whole_accumulators_do_not_fit(monkeypatch, world, names, shared):
     layers, ranks = {name: nn.Linear(5, 7) for name in names}, Ranks(0, world)
     assert not should_share_rows(layers, ranks)
-    monkeypatch.setattr(collect, "fits", lambda entries, _: entries < 2 * 5 * 7)
+    monkeypatch.setattr(collect, "fits", lambda entries, *_: entries < 2 * 5 * 7)
     assert should_share_rows(layers, ranks) == shared
+    # two sums for each weight of one layer take as much as one for each of two
+    one = {names[0]: layers[names[0]]}
+    assert not should_share_rows(one, ranks)
+    assert should_share_rows(one, ranks, accumulators=2) == (world == 2)

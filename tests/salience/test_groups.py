@@ -7,10 +7,12 @@ import torch
 from peft import get_peft_model
 
 from axolotl_spft import SpftConfig, select_mask
+from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
-from axolotl_spft.salience import compute
+from axolotl_spft.salience import collect, compute, groups, scores
 from axolotl_spft.salience.groups import groups_of
 from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.salience.metrics.metric import Metric
 from tests.models import ARCHITECTURES, tiny_llama, token_batch
 from tests.salience.test_untrained import Experts
 from tests.salience.test_warm_up import chosen
@@ -23,8 +25,8 @@ GIB_OF_TWO_MATRICES = 4 * 2 * 50 * 36 / 2**30
 @pytest.mark.parametrize("architecture", ["llama", "moe"])
 def test_the_mask_is_the_same_to_the_bit(monkeypatch, architecture, scope, salience):
     passes = []
-    collect = compute.collect_statistics
-    monkeypatch.setattr(compute, "collect_statistics", lambda *args: passes.append(args[1]) or collect(*args))
+    one_pass = compute.collect_statistics
+    monkeypatch.setattr(compute, "collect_statistics", lambda *args: passes.append(args[1]) or one_pass(*args))
     masks = []
     for memory in (None, GIB_OF_TWO_MATRICES):
         config = SpftConfig(density=0.05, scope=scope, salience=salience, samples=4, salience_memory_gib=memory)
@@ -50,12 +52,55 @@ def test_what_no_gradient_reaches_in_a_later_group():
     assert masks[0] == masks[1] and [len(mask) for mask in masks[0]] == [23, 0, 22]
 
 
+@pytest.mark.parametrize("salience", ["gradient", "balanced", "snip", "fisher"])
+def test_the_mask_is_the_same_to_the_bit_wherever_the_sums_are_kept(monkeypatch, salience):
+    """On a machine without a GPU the device is the host, and what differs is the number of passes alone."""
+    masks, places = [], {"device": lambda entries, device, _: device, "host": lambda *_: torch.device("cpu")}
+    for place in (*places, "passes"):
+        monkeypatch.setattr(collect, "place_of", places.get(place, places["device"]))
+        memory = GIB_OF_TWO_MATRICES if place == "passes" else None
+        config = SpftConfig(density=0.05, salience=salience, samples=4, salience_memory_gib=memory)
+        model = get_peft_model(tiny_llama(), config)
+        select_mask(model, BATCHES)
+        masks.append(chosen(model))
+    assert masks[0] == masks[1] == masks[2]
+
+
+def test_a_score_reads_its_sums_where_the_weight_is(monkeypatch):
+    layers = adapted_layers(get_peft_model(tiny_llama(), SpftConfig()))
+    kept = {name: torch.zeros(layer.out_features, layer.in_features) for name, layer in layers.items()}
+    seen = []
+
+    def score(statistics):
+        seen.append(statistics.gradient.device.type)
+        return torch.zeros(statistics.shape)
+
+    # not where the sums are, on any machine
+    monkeypatch.setattr(scores, "device_of", lambda layer: torch.device("meta"))
+    scores.scorer(Metric("own", frozenset({"gradient"}), score), layers, {"gradient": kept}, Ranks())(3)
+    assert seen == ["meta"]
+
+
+@pytest.mark.parametrize("options", [{"scope": "global"}, {"pattern": "block", "block_size": [4, 5]}], ids=str)
+def test_what_is_needed_at_once_goes_to_the_host_of_a_gpu(monkeypatch, options):
+    asked, fits = [], collect.fits
+    monkeypatch.setattr(groups, "devices_of", lambda layers: {torch.device("cuda")})
+    monkeypatch.setattr(collect, "fits", lambda *args: asked.append(args[2]) or fits(*args))
+    masks = []
+    for memory in (None, GIB_OF_TWO_MATRICES):
+        model = get_peft_model(tiny_llama(), SpftConfig(density=0.05, salience_memory_gib=memory, **options))
+        select_mask(model, BATCHES)
+        masks.append(chosen(model))
+    assert masks[0] == masks[1]
+    assert asked == [None, GIB_OF_TWO_MATRICES]
+
+
 def test_groups_hold_as_much_as_the_memory():
     layers = adapted_layers(get_peft_model(tiny_llama(), SpftConfig()))
-    groups = groups_of(layers, {"gradient"}, GIB_OF_TWO_MATRICES)
-    assert [name for group in groups for name in group] == list(layers)
-    sizes = [sum(4 * layer.out_features * layer.in_features for layer in group.values()) for group in groups]
-    assert all(size <= GIB_OF_TWO_MATRICES * 2**30 for size in sizes) and len(groups) > 2
+    found = groups_of(layers, {"gradient"}, GIB_OF_TWO_MATRICES)
+    assert [name for group in found for name in group] == list(layers)
+    sizes = [sum(4 * layer.out_features * layer.in_features for layer in group.values()) for group in found]
+    assert all(size <= GIB_OF_TWO_MATRICES * 2**30 for size in sizes) and len(found) > 2
     assert len(groups_of(layers, {"gradient"}, 1e-9)) == len(layers)
     assert len(groups_of(layers, {"gradient"}, None)) == len(groups_of(layers, {"weight"}, 1e-9)) == 1
 

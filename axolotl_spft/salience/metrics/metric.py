@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,6 +29,8 @@ NEEDS = (*GATHERED, WEIGHT, SYNAPTIC_FLOW, HESSIAN_GRADIENT)
 FROM_SAMPLE = frozenset({*GATHERED, HESSIAN_GRADIENT})
 # what cannot be had of a weight that cannot be read
 OF_WEIGHT = frozenset({WEIGHT, SYNAPTIC_FLOW})
+# what of one matrix depends on all the others, at the pretrained weights
+OF_ALL_MATRICES = frozenset({SYNAPTIC_FLOW, HESSIAN_GRADIENT})
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class Metric:
     name: str
     needs: frozenset[str]
     score: Score
+
+
+def accumulators_of(needs: Collection[str]) -> int:
+    """How many float32 matrices of its size the pass keeps for each weight, at most at a time."""
+    kept = {GRADIENT, SQUARED_GRADIENT, SYNAPTIC_FLOW}.intersection(needs)
+    if HESSIAN_GRADIENT in needs:
+        # the gradient, which is the direction; the sum of H g; what one batch adds to that
+        return len(kept | {GRADIENT}) + 2
+    return len(kept)
 
 
 def needs(*names: str) -> Callable[[Score], Score]:

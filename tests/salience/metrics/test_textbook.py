@@ -86,6 +86,15 @@ def test_on_a_quantized_base_they_are_those_of_the_dequantized_model(metric, bas
     check(metric, "llama", base)
 
 
+@pytest.mark.parametrize(
+    ("metric", "base"), [(m, b) for m, b, engine in TESTED if engine == "one process" and m in WEIGHTLESS]
+)
+def test_random_knows_the_seed_and_the_layer_alone(metric, base):
+    for index, got in enumerate(scores(metric, "llama", base)):
+        generator = torch.Generator().manual_seed(3 * 1_000_003 + index)
+        assert torch.equal(got, torch.rand(got.shape, generator=generator))
+
+
 def test_the_report_says_how_the_hessian_was_multiplied():
     # a fused attention has no second derivative, and a quantized layer is a function of its library's own
     ways = {case: found("llama", *case)[1].notes["hessian"] for case in (("float", "eager"), ("4bit", "eager"))}
