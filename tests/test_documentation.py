@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -210,3 +211,15 @@ def test_the_page_of_the_benchmark_holds_every_record():
     assert bench_page.PAGE.read_text(encoding="utf-8") == bench_page.page(), "run `python -m integration.bench.page`"
     headings = re.findall(r"^### (.+)$", bench_page.page(), re.MULTILINE)
     assert sorted(headings) == sorted(path.stem for path in bench_page.RESULTS.glob("*.json"))
+
+
+def test_the_figures_beside_lora_are_those_of_the_records():
+    record = ""
+    for _, ours, theirs, source in table(README, "| | spft, 0.5% |"):
+        record = re.search(r"#([\w-]+)", source)[1] if source != "same" else record
+        rows = {row["method"]: row for row in json.loads((bench_page.RESULTS / f"{record}.json").read_text())["rows"]}
+        for cell, row in ((ours, rows["spft-gradient"]), (theirs, rows["lora"])):
+            figures = {f"{1000 * row['median_seconds']:.0f} ms", f"{row['median_seconds']:.2f} s"}
+            sizes = [row[name] or 0 for name in ("peak_bytes", "kept_bytes", "kept_by_adapted_bytes", "file_bytes")]
+            figures |= {f"{size / 2**30:.1f} GiB" for size in sizes} | {f"{size / 2**20:.0f} MiB" for size in sizes}
+            assert re.match(r"[\d.]+ \w+", cell)[0] in figures, (record, cell)
