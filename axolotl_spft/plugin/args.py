@@ -175,7 +175,7 @@ class SpftArgs(BaseModel):
 
     spft: dict[str, Any] | None = Field(
         default=None,
-        description="Sparse fine-tuning: the fields of `axolotl_spft.SpftConfig`, see the README.",
+        description="Sparse fine-tuning: the fields of `axolotl_spft.SpftConfig`, see axolotl_spft/README.md.",
     )
 
     @model_validator(mode="before")

@@ -23,6 +23,48 @@ gradient of the loss summed over the sample, `w` the weight, dequantized where i
 
 """
 
+_CHOOSING = """
+## Choosing
+
+**Density.** Start at 0.005 on a 7B model. A larger budget was better in the trial below, and costs little time: from 0.05% to 5% a step on a CPU went
+from 1.04 to 1.15 of the limit, memory takes about 20 bytes a value ([records](../../integration/bench/README.md)). `axolotl spft plan config.yml` tells the bytes before a run.
+
+**Rate.** It decides more than the mask, and the best one rises as density falls. Published recipes take 2 to 4 times full fine-tuning's at 5%,
+10 to 50 times at 1%, hundreds at 0.1% and below. The examples begin at about ten times; try half and twice of that. A comparison at LoRA's
+rate says little.
+
+**Metric and scope.** `gradient` with `scope: layer` is the default: the paper found plain gradients as good as any metric. Concentration makes a
+step cheap and, at the smallest budgets, costs quality; `scope: row` and `balanced` spread the mask at little cost. `random` is the
+control. `axolotl spft mask` and `axolotl spft inspect` show a mask [before it is trained](../inspection/README.md).
+
+All that is recorded about quality so far: the losses of `make quickstart`, and one trial from before this code, which no command here
+repeats (a Llama of 5.4 million parameters, docstrings of Python functions, 225 steps, one seed, rates tuned over four; held-out loss, base 4.812,
+full fine-tuning 4.048). A study on real models is in [integration/evidence](../../integration/evidence/README.md) and not finished;
+`make evidence` runs a small one.
+
+| values | gradient, global | gradient, layer | gradient, row | balanced, layer | random | LoRA |
+|---|---|---|---|---|---|---|
+| 43 to 49 thousand (1%) | 4.168 | 4.159 | 4.146 | 4.151 | 4.176 | rank 1, 28 thousand: 4.154 |
+| 51 to 56 thousand | | 4.143 | 4.133 | 4.134 | 4.133 | rank 2, 55 thousand: 4.128 |
+| 217 thousand (5%) | 4.124 | 4.104 | 4.089 | 4.092 | 4.080 | rank 7, 194 thousand: 4.116 |
+
+## Budgets
+
+- The total is `num_values`, or r (out_features + in_features) over all matrices (`match_lora_rank`), or round(density x entries), at least 1. Each key
+  of `density_pattern` takes out the matrices that it matches first and gives them together its own density; `num_values` stays the total.
+- `scope: layer` and `row` share it in proportion to the entries, rounded down, and the rest one by one to the largest remainders.
+  `scope: global` selects the total over all matrices, between `min_density` and `max_density` of each.
+- `pattern: block` trains whole blocks, and never more values than the budget. The exact statement heads `axolotl_spft/budget.py`.
+- A matrix that no gradient reached on the sample, that nothing calls, or that the run freezes gets nothing. Its share goes to the others, and the
+  report names it once with the remedy: more `samples` for experts, `exclude_modules` for towers and poolers.
+- `score_after: N` computes the salience after N optimizer steps of a throw-away warm-up of a random mask, of which nothing stays. Not under
+  ZeRO-3, and not with `grasp` and `synflow`, which are defined at the pretrained weights.
+- `salience_memory_gib` makes several passes over the same batches, with the same mask to the bit; with `scope: layer` or `row` and
+  `pattern: element`. Without it all is summed up at once, on the device where half of its free memory holds it, else on the host.
+- With `auto_find_batch_size: true` a pass that runs out of memory starts anew with half the rows.
+- The pass leaves no trace: the run is the one that it would be with the mask from a file. The adapter records where its mask came from.
+"""  # noqa: E501
+
 _OWN = """
 ## A metric of your own
 
@@ -78,7 +120,7 @@ def page() -> str:
         "\nA base whose weights cannot be read (GPTQ, AWQ, AQLM, EETQ) is refused for every metric that needs the\n"
         "weight: before the model loads where the configuration says what it is, else before the pass.\n"
     )
-    return _HEAD + _table(rows) + own + _table(cells) + foot
+    return _HEAD + _table(rows) + _CHOOSING + own + _table(cells) + foot
 
 
 def _cell(metric: str, base: str, engine: str) -> str:
