@@ -111,9 +111,8 @@ def tensor_in(container: nn.Module, name: str) -> Tensor:
     Raises:
         SpftError: it has no memory anywhere.
     """
-    held = container._parameters.get(name)
-    if held is None:
-        held = container._buffers[name]
+    # by its key and not by get(): DeepSpeed gathers a parameter that it has partitioned when it is looked up so
+    held = container._parameters[name] if name in container._parameters else container._buffers[name]
     if not held.is_meta:
         return held
     hook = _offloading_hook(container)
