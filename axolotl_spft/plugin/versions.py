@@ -1,4 +1,4 @@
-"""Installed releases against those that the project's tests ran with."""
+"""Installed releases against those that tests of the project ran with; which tests: integration/versions/README.md."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-# package -> the oldest and the newest release; the record of the runs is integration/versions/results.json
+# package -> the oldest and the newest release
 TESTED = {
     "torch": ("2.13.0", "2.13.0"),
     "axolotl": ("0.19.0", "0.19.0"),
     "peft": ("0.20.0", "0.21.2"),
     "transformers": ("5.16.1", "5.24.0"),
     "accelerate": ("1.13.0", "1.15.0"),
-    "trl": ("1.9.0", "1.16.0"),
+    "trl": ("1.9.0", "1.9.0"),
     "bitsandbytes": ("0.50.2", "0.50.2"),
-    "deepspeed": ("0.18.9", "0.19.8"),
+    "deepspeed": ("0.18.9", "0.18.9"),
 }
 
 

@@ -52,9 +52,9 @@ def command(files: tuple[Path, ...], base: Path | None, as_json: bool, picture: 
         check_writable(page)
     inspection = inspect_files(files, base)
     if as_json:
-        from axolotl_spft.inspection.record import record_of
+        from axolotl_spft.inspection.as_json import figures_as_json
 
-        click.echo(json.dumps(record_of(inspection), indent=1, allow_nan=False))
+        click.echo(json.dumps(figures_as_json(inspection), indent=1, allow_nan=False))
     else:
         from axolotl_spft.inspection.text import describe
 

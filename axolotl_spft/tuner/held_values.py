@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.errors import SpftError
@@ -14,14 +15,14 @@ from axolotl_spft.ops.mask.csr import slot_of
 from axolotl_spft.optim.mask_changes import Slot, note_change, note_replacement
 
 # by layer and adapter: values that an optimizer may hold still when an adapter of the same name takes their place
-_deleted: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
+_deleted: weakref.WeakKeyDictionary[nn.Module, dict[str, TensorWeakRef]] = weakref.WeakKeyDictionary()
 
 
 def note_deletion(layer: nn.Module, adapter_name: str) -> None:
     """Say that an adapter is about to be deleted: with another one of its name an optimizer would train nothing."""
     values = layer.spft_values.get(adapter_name)
     if isinstance(values, nn.Parameter) and values.numel():
-        _deleted.setdefault(layer, {})[adapter_name] = weakref.ref(values)
+        _deleted.setdefault(layer, {})[adapter_name] = TensorWeakRef(values)
 
 
 def hold_values(layer: nn.Module, adapter_name: str, values: Tensor) -> None:

@@ -289,10 +289,10 @@ class SpftModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
-        # since 0.21 PEFT leaves the keys of modules that are not targeted without the adapter's name, and then skips
-        # them; with the name, they are seen when the adapter's file is checked
+        # since 0.21 PEFT leaves the keys of modules that are not targeted, and of the record, without the adapter's
+        # name, and then skips them; with the name, they are seen when the adapter's file is checked
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        endings = tuple(f".{tensor}" for tensor in TENSORS)
+        endings = tuple(f".{tensor}" for tensor in (*TENSORS, RECORD))
         return {f"{key}.{adapter_name}" if key.endswith(endings) else key: value for key, value in remapped.items()}
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:

@@ -14,7 +14,7 @@ from axolotl_spft.inspection.text import overlap_groups
 SCHEMA_VERSION = 1
 
 
-def record_of(inspection: Inspection) -> dict[str, Any]:
+def figures_as_json(inspection: Inspection) -> dict[str, Any]:
     """What ``--json`` prints; shares are parts of 1, and what is not known is null."""
     files = [
         {
