@@ -66,7 +66,7 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
     if not any(value is not None for value in budget.values()):
         budget["density"] = DEFAULT_DENSITY
     entries = sum(rows * columns for rows, columns in shape.targets)
-    nnz = total_budget(shape.targets, **budget)
+    nnz = total_budget(shape.targets, **budget, density_pattern=run.options.get("density_pattern"), names=shape.names)
     low_precision = run.engine.startswith("zero") and run.dtype_bytes == 2
     value_bytes = 2 if low_precision else run.value_bytes
     in_place = run.bits == 16 and run.engine != "zero3"

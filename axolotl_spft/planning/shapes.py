@@ -46,6 +46,7 @@ class ModelShape(NamedTuple):
     """What memory depends on.
 
     Attributes:
+        names: of the targeted matrices.
         targets: (out_features, in_features) of each targeted matrix.
         kept_targets: in_features of the targeted matrices whose input no norm can make again.
         quantizable: (out_features, in_features) of every matrix that a quantized base quantizes.
@@ -59,6 +60,7 @@ class ModelShape(NamedTuple):
         experts: whether there are any, whose activations are estimated.
     """
 
+    names: list[str]
     targets: list[tuple[int, int]]
     kept_targets: list[int]
     quantizable: list[tuple[int, int]]
@@ -167,6 +169,7 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
         intermediate = experts * (getattr(text, "moe_intermediate_size", None) or intermediate)
         intermediate += getattr(text, "shared_expert_intermediate_size", None) or 0
     return ModelShape(
+        names=list(layers),
         targets=list(shapes_of(layers).values()),
         # by how the field calls them: projections out of attention and out of the feed-forward network
         kept_targets=[layer.in_features for name, layer in layers.items() if _reads_no_norm(name)],

@@ -16,8 +16,8 @@ from axolotl_spft.salience.metrics.statistics import GRADIENT, INPUT_SQUARES, SQ
 from axolotl_spft.tuner.offloading import execution_device
 
 _ONE_PROCESS = Ranks()
-# an expert that is a module of its own
-_EXPERT = re.compile(r"\bexperts?\.\d+\.")
+# an expert that is a module of its own, or has some
+_EXPERT = re.compile(r"\bexperts?\.\d+(\.|$)")
 
 
 class _Probe(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -79,6 +80,8 @@ def select_mask(
     source |= {name: getattr(config, name) for name in _OF_SHARES if getattr(config, name)}
     if config.block is not None:
         source["block_size"] = list(config.block)
+    if config.salience == "lift":
+        source["lift_rank"] = config.lift_rank
     ranks = Ranks.current()
     # asked once for all: another rank may write the file while this one still looks for it
     path = Path(config.mask_path).expanduser() if config.mask_path else None
@@ -94,13 +97,13 @@ def select_mask(
         masks, source = on_every_rank(lambda: _masks_from_file(path, config, layers), ranks)
         origin = f"{config.mask_path} ({_describe(source)})"
         notes = note_on_frozen(masks, frozen_by_the_run(layers, adapter_name), config.mask_path)
-        for name in ("salience", "scope"):
-            if ranks.rank == 0 and source.get(name, getattr(config, name)) != getattr(config, name):
-                warnings.warn(
-                    f"`{name}: {getattr(config, name)}` is not read: the mask in {path} was made with {source[name]}; "
-                    "name another `mask_path` to compute the mask anew",
-                    stacklevel=3,
-                )
+        for name, made_with in _other_options(config, source) if ranks.rank == 0 else ():
+            warnings.warn(
+                f"`{name}: {getattr(config, name)}` is not read: the mask in {path} was made "
+                f"{'without' if made_with is None else f'with {made_with}'}; name another `mask_path` to "
+                "compute the mask anew",
+                stacklevel=3,
+            )
     else:
         if path is not None:
             on_every_rank(lambda: check_mask_path(path) if ranks.rank == 0 else None, ranks)
@@ -123,6 +126,22 @@ def select_mask(
         [*notes, *_notes_on_budget(config, layers, masks)],
         untrained,
     )
+
+
+def _other_options(config: SpftConfig, source: Mapping) -> list[tuple[str, Any]]:
+    """The options with which a mask of this record was made otherwise than the config says, and what they were."""
+    if "salience" not in source:
+        return []
+    others = [
+        (name, source[name])
+        for name in ("salience", "scope", "lift_rank")
+        if name in source and source[name] != getattr(config, name)
+    ]
+    # recorded where they are set alone
+    others += [
+        (name, source.get(name)) for name in _OF_SHARES if (source.get(name) or None) != (getattr(config, name) or None)
+    ]
+    return others
 
 
 def _notes_on_budget(config: SpftConfig, layers: Mapping[str, SpftLinear], masks: Mapping[str, Mask]) -> list[str]:

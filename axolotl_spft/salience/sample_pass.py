@@ -72,10 +72,17 @@ def collect_statistics(
     if not gathered:
         return Collected(sums, read, notes)
     experts = experts_of(layers)
-    if experts and (SQUARED_GRADIENT in needs or (HESSIAN_GRADIENT in needs and ranks.world > 1)):
+    if experts and SQUARED_GRADIENT in needs:
         raise SpftError(
-            f"this salience cannot be computed for experts that are modules ({first_of(experts, ', ')}), whose inputs "
-            "have lost their example: name them in `exclude_modules`, or use `salience: gradient`"
+            "`salience: fisher` squares the gradient of each example, and the inputs of experts that are modules "
+            f"({first_of(experts, ', ')}) no longer tell whose tokens they are: name them in `exclude_modules`, or use "
+            "`salience: gradient`"
+        )
+    if experts and HESSIAN_GRADIENT in needs and ranks.world > 1:
+        raise SpftError(
+            "`salience: grasp` exchanges the gradients of all layers between the ranks, and a rank that sends no token "
+            f"to an expert that is a module ({first_of(experts, ', ')}) would not take part: make the mask on one rank "
+            "and name it in `mask_path`, name the experts in `exclude_modules`, or use `salience: gradient`"
         )
     sample = _Sample(batches, loss_fn, samples, ranks, twice=HESSIAN_GRADIENT in needs)
     found, read = summed(model, layers, gathered, sample, ranks, memory_gib)

@@ -59,8 +59,9 @@ full fine-tuning 4.048). A study on real models is in [integration/evidence](../
   report names it once with the remedy: more `samples` for experts, `exclude_modules` for towers and poolers.
 - `score_after: N` computes the salience after N optimizer steps of a throw-away warm-up of a random mask, of which nothing stays. Not under
   ZeRO-3, and not with `grasp` and `synflow`, which are defined at the pretrained weights.
-- `salience_memory_gib` makes several passes over the same batches, with the same mask to the bit; with `scope: layer` or `row` and
-  `pattern: element`. Without it all is summed up at once, on the device where half of its free memory holds it, else on the host.
+- The sums of the pass are kept on the GPU where half of its free memory holds them, else on the host. `salience_memory_gib` sets another
+  limit; for more than that, several passes over the same batches are made, with the same mask to the bit. Under `scope: global` and with
+  `pattern: block`, which need all sums at once, the sums then go to the host. Not with `grasp` and `synflow`.
 - With `auto_find_batch_size: true` a pass that runs out of memory starts anew with half the rows.
 - The pass leaves no trace: the run is the one that it would be with the mask from a file. The adapter records where its mask came from.
 """  # noqa: E501

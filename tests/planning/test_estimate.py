@@ -130,6 +130,10 @@ def test_changes_lead_to_a_run_that_fits():
 
 def test_where_the_accumulators_go():
     shape = shape_of("llama-8b")
+    # a quarter of one kind of matrix is trained, and of the others half a percent
+    kind = sum(rows * columns for name, (rows, columns) in zip(shape.names, shape.targets) if "q_proj" in name)
+    patterned = estimate(shape, BASE._replace(options={"density_pattern": {"q_proj": 0.25}}), 80 * GIB)
+    assert patterned.values == round(0.25 * kind) + round(0.005 * (patterned.entries - kind))
     whole = 4 * sum(rows * columns for rows, columns in shape.targets)
     run = BASE._replace(bits=4, checkpointing=True)
     roomy, tight = (estimate(shape, run, gib * GIB) for gib in (80, 24))

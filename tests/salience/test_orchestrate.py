@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 import weakref
 from contextlib import contextmanager
 
@@ -186,6 +187,26 @@ def test_a_loss_function_of_the_user():
         select_mask(model, BATCHES, loss)
         masks.append(chosen(model))
     assert masks[0] == masks[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"salience": "random"}, ["`salience: random` is not read", "was made with magnitude"]),
+        ({"scope": "row"}, ["`scope: row` is not read"]),
+        ({"salience": "magnitude", "score_after": 5}, ["`score_after: 5` is not read", "was made without"]),
+        ({"density_pattern": {"q_proj": 0.03}}, ["`density_pattern: {'q_proj': 0.03}` is not read"]),
+        ({"samples": 5, "seed": 1, "lift_rank": 3}, []),
+    ],
+)
+def test_options_that_a_saved_mask_was_not_made_with_are_told(tmp_path, changes, parts):
+    options = {"num_values": 300, "salience": "magnitude", "mask_path": str(tmp_path / "mask.safetensors")}
+    select_mask(get_peft_model(tiny_llama(), SpftConfig(**options)), None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        select_mask(get_peft_model(tiny_llama(), SpftConfig(**(options | changes))), None)
+    said = [str(each.message) for each in caught if "is not read" in str(each.message)]
+    assert len(said) == bool(parts) and all(part in said[0] for part in parts)
 
 
 def test_mask_path_saves_and_reads(tmp_path):

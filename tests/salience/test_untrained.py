@@ -18,8 +18,10 @@ from transformers import (
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.budget import total_budget
-from axolotl_spft.errors import SpftConfigError
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.errors import SpftConfigError, SpftError
 from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.salience.sample_pass import collect_statistics
 from tests.models import VOCABULARY, tiny_llama, token_batch
 
 BATCH = token_batch()
@@ -165,6 +167,19 @@ def test_an_expert_that_no_token_came_to():
     assert report.untrained == ("experts.1",)
     assert report.selected == 45
     assert "may need more `samples`" in report.notes[0] and "tower" not in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("need", "world", "said"),
+    [
+        ("squared_gradient", 1, r"`salience: fisher` squares .* \(experts\.0, .*\) no longer tell whose tokens"),
+        ("hessian_gradient", 2, r"`salience: grasp` exchanges .* \(experts\.0, .*\) would not take part"),
+    ],
+)
+def test_what_experts_that_are_modules_cannot_give(need, world, said):
+    model = get_peft_model(Experts(), SpftConfig(target_modules=r"experts\.\d"))
+    with pytest.raises(SpftError, match=said):
+        collect_statistics(model, adapted_layers(model), {need}, [{"x": torch.ones(3, 6)}], None, 4, Ranks(0, world))
 
 
 def test_a_budget_that_what_is_left_cannot_hold():
