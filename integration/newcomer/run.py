@@ -16,7 +16,7 @@ import subprocess
 import venv
 from pathlib import Path
 
-# as the README's, for a small model on any machine
+# the README's keys, for a small model on any machine
 CONFIG = """\
 base_model: {base}
 plugins: [axolotl_spft.SpftPlugin]
@@ -24,7 +24,7 @@ adapter: spft
 spft: {{density: 0.01}}
 optimizer: sparse_adamw
 learning_rate: 3e-3
-datasets: [{{path: data.jsonl, type: alpaca}}]
+datasets: [{{path: train.jsonl, type: alpaca}}]
 micro_batch_size: 2
 bf16: {bf16}
 output_dir: outputs/run
@@ -36,25 +36,16 @@ STEPS = (
 )
 # the merged model is a plain one; the prompt is written as `type: alpaca` writes it for training
 GENERATE = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import pipeline
 
-model = AutoModelForCausalLM.from_pretrained("outputs/run/merged")
-tokenizer = AutoTokenizer.from_pretrained("outputs/run/merged")
 prompt = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\\n\\n"
     "### Instruction:\\nAdd 3 and 4.\\n\\n### Response:\\n"
 )
-output = model.generate(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), max_new_tokens=20)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
+answers = pipeline("text-generation", "outputs/run/merged")(prompt, max_new_tokens=20)
+print(answers[0]["generated_text"])
 """
-# what the README must name: the steps, whatever files it gives them
-NAMED = (
-    "pip install",
-    "accelerate launch -m axolotl.cli.train",
-    "axolotl spft inspect",
-    "axolotl spft merge",
-    "from_pretrained(",
-)
+NAMED = ("pip install .", *STEPS, 'pipeline("text-generation", "outputs/run/merged")')
 
 
 def not_named(readme: str) -> list[str]:
@@ -104,11 +95,11 @@ def main() -> None:
         run(python, ["pip", "install", "--quiet", "--disable-pip-version-check", torch, str(checkout)])
     if not options.base:
         run(python, ["python", str(checkout / "integration" / "newcomer" / "base.py"), "base"])
-    write("data.jsonl", "".join(json.dumps(row) + "\n" for row in rows()))
+    write("train.jsonl", "".join(json.dumps(row) + "\n" for row in rows()))
     has_gpu = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     bf16 = "auto" if subprocess.run([str(python), "-c", has_gpu]).returncode == 0 else "false"
     write("config.yml", CONFIG.format(base=options.base or "base", bf16=bf16))
-    for command in STEPS.values():
+    for command in STEPS:
         run(python, shlex.split(command))
     write("generate.py", GENERATE)
     run(python, ["python", "generate.py"])
