@@ -68,7 +68,8 @@ def test_a_layer_on_kernels_computes_what_it_does_without(held_in_place, monkeyp
     monkeypatch.setattr(triton_values_grad, "tiles_values_grad", lambda *args: products.append(1) or kernel(*args))
     *got, calls = run(True)
     *expected, other_calls = run(False)
-    assert calls == other_calls == (2 if held_in_place else 3)
+    # a weight that holds the sum for a pass is written and given back in each, and then come the values' gradients
+    assert calls == other_calls == (5 if held_in_place else 3)
     assert products == [1]
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
