@@ -140,7 +140,7 @@ class SpftPlugin(BasePlugin):
             return
         from axolotl_spft.trainer.ending import describe_adapter
 
-        LOG.logger.info("%s", describe_adapter(Path(cfg.output_dir), _next_commands(cfg.output_dir)))
+        LOG.logger.info("%s", describe_adapter(Path(cfg.output_dir), _next_commands(cfg)))
 
 
 def _time_of_saving(cfg: Any) -> int | None:
@@ -151,10 +151,12 @@ def _time_of_saving(cfg: Any) -> int | None:
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
-def _next_commands(folder: str) -> list[str]:
+def _next_commands(cfg: Any) -> list[str]:
+    config = cfg.axolotl_config_path or "CONFIG.yml"
     return [
-        f"axolotl inference CONFIG.yml --lora-model-dir={folder}",
-        f"axolotl merge-lora CONFIG.yml --lora-model-dir={folder}",
+        f"axolotl spft inspect {cfg.output_dir}",
+        f"axolotl inference {config} --lora-model-dir={cfg.output_dir}",
+        f"axolotl merge-lora {config} --lora-model-dir={cfg.output_dir}",
     ]
 
 

@@ -1,26 +1,31 @@
 """Runs the tests in an environment of the oldest and one of the newest releases, and records what passed.
 
-    python -m integration.versions.matrix [--folder FOLDER] [--only NAME] [tests ...]
+    python -m integration.versions.matrix [--folder FOLDER] [--only NAME] [--dry-run] [tests/tuner tests/optim ...]
 
 ``pinned`` holds what Axolotl 0.19 asks for, which is the oldest that the ranges of pyproject.toml admit beside it;
-``newest`` has the newest releases of everything that Axolotl pins, against its wish. The record is results.json, and
-README.md holds its table.
+``newest`` has the newest releases of everything that Axolotl pins, against its wish. Each folder of tests is a run of
+its own, recorded when it ends in results.json, of which README.md holds the table; what did not run there is empty.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from axolotl_spft import __version__
+from axolotl_spft.files import atomic_path
 from axolotl_spft.plugin.versions import TESTED
 
 HERE = Path(__file__).parent
@@ -29,72 +34,149 @@ RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
 BEGIN, END = "<!-- the record -->\n", "<!-- end -->\n"
 # CPU builds of torch are much smaller; any build does
 TORCH = "torch==2.13.0"
+WHEEL = f"axolotl_spft-{__version__}-py3-none-any.whl"
 UPGRADED = {"pinned": [], "newest": ["peft", "transformers", "accelerate", "trl", "bitsandbytes", "deepspeed"]}
 
 
-def make_environment(python: Path, upgraded: list[str]) -> dict[str, Any]:
-    """Install the project, from its wheel; returns the installed releases and what ``pip check`` says."""
+def test_folders() -> list[str]:
+    """The folders of tests, and the files beside them: what runs by itself."""
+    found = [path for path in sorted(ROOT.glob("tests/*")) if [*path.glob("**/test_*.py")] or path.match("test_*.py")]
+    return [str(path.relative_to(ROOT)) for path in found]
+
+
+def commands(python: Path, upgraded: list[str]) -> list[list[str]]:
+    """What makes the environment of ``python``: the source distribution of the project, and the wheel out of it."""
     folder = python.parents[1]
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", "build"], check=True)
-    # the source distribution, and the wheel out of it
-    subprocess.run([str(python), "-m", "build", "--outdir", str(folder / "dist"), str(ROOT)], check=True)
-    (wheel,) = (folder / "dist").glob("*.whl")
-    subprocess.run([*pip, "install", "--quiet", TORCH, f"{wheel}[dev,deepspeed]"], check=True)
-    if upgraded:
-        subprocess.run([*pip, "install", "--quiet", TORCH, "--upgrade", *upgraded], check=True)
-    listed = json.loads(subprocess.run([*pip, "list", "--format", "json"], check=True, stdout=subprocess.PIPE).stdout)
-    releases = {package["name"]: package["version"] for package in listed}
-    check = subprocess.run([*pip, "check"], stdout=subprocess.PIPE, text=True).stdout.strip()
-    return {"releases": {name: releases[name] for name in TESTED}, "pip_check": check.splitlines()}
+    install = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    made = [
+        [sys.executable, "-m", "venv", str(folder)],
+        [*install, "build"],
+        [str(python), "-m", "build", "--outdir", str(folder / "dist"), str(ROOT)],
+        [*install, TORCH, f"{folder / 'dist' / WHEEL}[dev,deepspeed]"],
+    ]
+    return [*made, [*install, TORCH, "--upgrade", *upgraded]] if upgraded else made
 
 
-def run_tests(python: Path, tests: list[str]) -> dict[str, Any]:
-    """How many tests passed, and which did not."""
-    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        subprocess.run([str(python), "-m", "pytest", "-q", f"--junitxml={report.name}", *tests], cwd=ROOT)
-        cases = list(ElementTree.parse(report.name).iter("testcase"))
-    outcomes = {f"{case.get('classname')}::{case.get('name')}": {child.tag for child in case} for case in cases}
+def make_environment(python: Path, upgraded: list[str]) -> None:
+    """Make the environment of ``python``, unless it is there with all that is tested."""
+    if python.exists() and not set(TESTED) - set(releases(python)):
+        return
+    for command in commands(python, upgraded):
+        subprocess.run(command, check=True)
+
+
+def releases(python: Path) -> dict[str, str]:
+    """package -> its release, for the packages of `TESTED` that are installed beside ``python``."""
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "list", "--format", "json"]
+    listed = json.loads(subprocess.run(pip, check=True, stdout=subprocess.PIPE).stdout)
+    found = {package["name"]: package["version"] for package in listed}
+    return {name: found[name] for name in TESTED if name in found}
+
+
+def pip_check(python: Path) -> list[str]:
+    """What ``pip check`` complains about."""
+    check = subprocess.run([str(python), "-m", "pip", "check"], stdout=subprocess.PIPE, text=True)
+    return check.stdout.strip().splitlines() if check.returncode else []
+
+
+def run_tests(python: Path, folder: str, root: Path = ROOT) -> dict[str, Any]:
+    """How many tests of a folder passed and which did not; ``ended`` is pytest's exit status."""
+    own = {**os.environ, "PYTHONPATH": str(root)}
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place, "report.xml")
+        command = [str(python), "-m", "pytest", "-q", f"--junitxml={report}", folder]
+        status = subprocess.run(command, cwd=root, env=own).returncode
+        # a run that was killed writes none
+        cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
+    outcomes: dict[str, set[str]] = {}
+    for case in cases:
+        tags = outcomes.setdefault(f"{case.get('classname')}::{case.get('name')}", set())
+        tags |= {child.tag for child in case}
     failed = sorted(name for name, tags in outcomes.items() if tags & {"failure", "error"})
-    skipped = sum("skipped" in tags for tags in outcomes.values())
-    return {"passed": len(outcomes) - len(failed) - skipped, "skipped": skipped, "failed": failed}
+    skipped = sum("skipped" in tags and name not in failed for name, tags in outcomes.items())
+    date = datetime.now(timezone.utc).date().isoformat()
+    return {
+        "date": date, "ended": status, "passed": len(outcomes) - len(failed) - skipped, "skipped": skipped,
+        "failed": failed,
+    }  # fmt: skip
 
 
-def table(record: dict[str, Any]) -> str:
-    """The record in Markdown: one column for each environment."""
-    names = list(record)
+def add_run(record: dict[str, Any], name: str, environment: Mapping[str, Any], folder: str, run: dict) -> None:
+    """Put a run of ``folder`` into the record; runs with other releases than these are dropped from it."""
+    before = record.get(name, {})
+    runs = before["runs"] if before.get("releases") == environment["releases"] else {}
+    record[name] = {**environment, "runs": {**runs, folder: run}}
+
+
+def summary(run: Mapping[str, Any] | None) -> str:
+    """The cell of a run: empty where there was none."""
+    if run is None:
+        return ""
+    counts = [f"{run['passed']} passed"]
+    counts += [f"{run['skipped']} skipped"] if run["skipped"] else []
+    counts += [f"**{len(run['failed'])} failed**"] if run["failed"] else []
+    # 0 and 1 are the ends of a run that came to its last test
+    counts += [f"**broken off (status {run['ended']})**"] if run["ended"] not in (0, 1) else []
+    return ", ".join(counts)
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The record in Markdown: one column for each environment, one row for each package and folder of tests."""
+    names = [name for name in UPGRADED if name in record]
     rows = [["", *names], ["---"] * (len(names) + 1)]
     rows += [[package, *(record[name]["releases"][package] for name in names)] for package in TESTED]
-    rows.append(["tests", *(" ".join(record[name]["tests"]) or "all" for name in names)])
-    rows += [[kind, *(str(record[name][kind]) for name in names)] for kind in ("passed", "skipped")]
-    rows.append(["failed", *(str(len(record[name]["failed"])) for name in names)])
-    rows.append(["`pip check`", *("; ".join(record[name]["pip_check"]) for name in names)])
+    for folder in sorted({*test_folders(), *(folder for name in names for folder in record[name]["runs"])}):
+        rows.append([f"`{folder}`", *(summary(record[name]["runs"].get(folder)) for name in names)])
+    rows.append(["`pip check`", *("; ".join(record[name]["pip_check"]) or "no complaint" for name in names)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def write_page(record: dict[str, Any]) -> None:
+def write_page(record: Mapping[str, Any]) -> None:
     """Put the table between the marks of README.md."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(before + BEGIN + table(record) + END + rest.split(END)[1])
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    with atomic_path(PAGE) as path:
+        path.write_text(before + BEGIN + table(record) + END + rest.split(END)[1], encoding="utf-8")
+
+
+def measure(name: str, python: Path, folders: list[str]) -> bool:
+    """Make an environment, run the folders in it and record each; whether all went well."""
+    make_environment(python, UPGRADED[name])
+    environment = {"releases": releases(python), "pip_check": pip_check(python)}
+    well = True
+    for folder in tqdm(folders, desc=name, unit="folder"):
+        run = run_tests(python, folder)
+        record = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        add_run(record, name, environment, folder, run)
+        with atomic_path(RESULTS) as path:
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_page(record)
+        well &= run["ended"] == 0
+    return well
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="keep the environments here, and use those that are there")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the environments here (FOLDER/pinned, FOLDER/newest), and use what is there"
+    )
     parser.add_argument("--only", choices=UPGRADED, help="one of the environments")
-    parser.add_argument("tests", nargs="*", help="files or folders (all)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
+    parser.add_argument("tests", nargs="*", help="folders or files of tests (all)")
     options = parser.parse_args()
-    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    folders = options.tests or test_folders()
+    if missing := [folder for folder in folders if not (ROOT / folder).exists()]:
+        parser.error(f"{missing[0]} is not there: name folders or files from {ROOT}, such as tests/tuner")
+    well = True
     with tempfile.TemporaryDirectory() as own:
-        for name in tqdm([options.only] if options.only else list(UPGRADED), desc="Environments"):
-            python = (options.folder or Path(own)).resolve() / name / "bin" / "python"
-            environment = make_environment(python, UPGRADED[name])
-            date = datetime.now(timezone.utc).date().isoformat()
-            record[name] = {"date": date, **environment, "tests": options.tests, **run_tests(python, options.tests)}
-            RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-            write_page(record)
-    if any(each["failed"] for each in record.values()):
+        for name in [options.only] if options.only else UPGRADED:
+            python = (options.folder or Path(own)).absolute() / name / "bin" / "python"
+            if options.dry_run:
+                made = [] if python.exists() else commands(python, UPGRADED[name])
+                tests = [[str(python), "-m", "pytest", "-q", folder] for folder in folders]
+                print(*map(shlex.join, [*made, *tests]), sep="\n")
+            else:
+                well &= measure(name, python, folders)
+    if not well:
         raise SystemExit("not every test passed")
 
 

@@ -215,7 +215,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
         "    return folder\n"
         "def peak():\n"
         "    return int(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1]) / 1024\n"
-        "few, many = run(3), run(30)\n"
+        "few, many = run(3), run(12)\n"
         "def of(folder):\n"
         "    open('/proc/self/clear_refs', 'w').write('5')\n"
         "    files = merge(folder + '-adapter', folder + '-merged', folder)['files']\n"
@@ -225,7 +225,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (few, _), (_, small), (many, big) = (map(float, line.split()) for line in done.stdout.splitlines()[-3:])
-    assert few == 3 and many == 30
+    assert few == 3 and many == 12
     assert big - small < 24
 
 

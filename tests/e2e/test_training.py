@@ -56,6 +56,7 @@ def test_training_lowers_the_loss_and_prints_one_table(trained):
     assert log.count("Sparse mask: salience gradient, scope layer, samples 8, seed 7") == 1
     assert "down_proj" in log
     assert "total" in log
+    assert f"axolotl merge-lora {output_dir.parent}/trained.yml --lora-model-dir={output_dir}" in log
 
 
 def test_optimizer_state_exists_for_the_values_only(trained):

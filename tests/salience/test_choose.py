@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -25,12 +27,13 @@ def positions_of(config: SpftConfig, scores: list[torch.Tensor], trainable=None)
 
 @pytest.mark.parametrize("kind", ["random", "ties", "signed"])
 @pytest.mark.parametrize("trainable", [None, [True, True, False, True]])
-@pytest.mark.parametrize("scope", ["layer", "row", "global"])
+@pytest.mark.parametrize(
+    ("scope", "bounds"),
+    [("layer", {}), ("row", {}), ("global", {}), ("global", {"min_density": 0.05, "max_density": 0.4})],
+    ids=["layer", "row", "global", "global with bounds"],
+)
 @pytest.mark.parametrize("pattern", [None, {"q_proj": 0.3}])
-@pytest.mark.parametrize("bounds", [{}, {"min_density": 0.05, "max_density": 0.4}])
 def test_the_positions_are_those_of_a_full_sort(kind, trainable, scope, pattern, bounds):
-    if bounds and scope != "global":
-        return
     scores = score_matrices(kind)
     shapes = [tuple(matrix.shape) for matrix in scores]
     config = SpftConfig(density=0.2, scope=scope, density_pattern=pattern, **bounds)
@@ -53,12 +56,14 @@ def test_the_positions_are_those_of_a_full_sort(kind, trainable, scope, pattern,
 
 
 @pytest.mark.parametrize("trainable", [None, [True, True, False, True]])
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("options", [{}, {"density_pattern": {"q_proj": 0.3}}, {"max_density": 0.45}], ids=str)
-@pytest.mark.parametrize("density", [0.1, 0.25, 0.6])
+@pytest.mark.parametrize(
+    ("scope", "options", "density"),
+    [
+        *product(["layer", "global"], [{}, {"density_pattern": {"q_proj": 0.3}}], [0.1, 0.25, 0.6]),
+        *product(["global"], [{"max_density": 0.45}], [0.1, 0.25]),
+    ],
+)
 def test_blocks_are_whole_and_never_above_the_budget(trainable, scope, options, density):
-    if "max_density" in options and (scope == "layer" or density > 0.3):
-        return
     scores = score_matrices("random")
     shapes = {name: tuple(matrix.shape) for name, matrix in zip(NAMES, scores)}
     config = SpftConfig(density=density, scope=scope, pattern="block", block_size=[2, 3], **options)

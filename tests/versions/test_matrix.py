@@ -1,37 +1,104 @@
-"""The page about tested releases holds the record, and the record holds what the plugin calls tested."""
+"""The page about tested releases holds the record, and the record holds what ran, and no more."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
 from axolotl_spft.plugin.versions import TESTED
 from integration.versions import matrix
 
-
-def record_of(failed: list[str]) -> dict:
-    """A record of both environments, with the releases that the plugin calls tested."""
-    return {
-        name: {
-            "date": "2026-01-02", "releases": {package: tested[which] for package, tested in TESTED.items()},
-            "pip_check": ["No broken requirements found."], "tests": [], "passed": 7, "skipped": 1, "failed": failed,
-        }
-        for which, name in enumerate(matrix.UPGRADED)
-    }  # fmt: skip
+PASSED = {"date": "2026-01-02", "ended": 0, "passed": 7, "skipped": 1, "failed": []}
 
 
-def test_the_page_is_written_between_its_marks(tmp_path, monkeypatch):
+def environment_of(which: int) -> dict:
+    """The releases that the plugin calls tested: the oldest (0) or the newest (1)."""
+    return {"releases": {package: tested[which] for package, tested in TESTED.items()}, "pip_check": []}
+
+
+def test_the_page_is_written_between_its_marks_and_shows_what_did_not_run(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     shutil.copy(matrix.PAGE, page)
     monkeypatch.setattr(matrix, "PAGE", page)
-    matrix.write_page(record_of(["tests.a::b"]))
-    first = page.read_text()
-    assert "| peft | 0.20.0 | 0.21.2 |" in first
-    assert "| failed | 1 | 1 |" in first
-    matrix.write_page(record_of([]))
-    assert page.read_text() == first.replace("| failed | 1 | 1 |", "| failed | 0 | 0 |")
+    record = {}
+    matrix.add_run(record, "newest", environment_of(1), "tests/tuner", {**PASSED, "ended": 1, "failed": ["a::b"]})
+    matrix.write_page(record)
+    assert "| peft | 0.21.2 |\n" in page.read_text()
+    assert "| `tests/tuner` | 7 passed, 1 skipped, **1 failed** |\n" in page.read_text()
+    matrix.add_run(record, "pinned", environment_of(0), "tests/tuner", PASSED)
+    matrix.add_run(record, "newest", environment_of(1), "tests/optim", {**PASSED, "ended": -9, "skipped": 0})
+    matrix.write_page(record)
+    text = page.read_text()
+    assert "| peft | 0.20.0 | 0.21.2 |\n" in text
+    assert "| `tests/tuner` | 7 passed, 1 skipped | 7 passed, 1 skipped, **1 failed** |\n" in text
+    assert "| `tests/optim` |  | 7 passed, **broken off (status -9)** |\n" in text
+    assert "| `tests/engine` |  |  |\n" in text
+    assert text.partition(matrix.BEGIN)[0] == matrix.PAGE.read_text().partition(matrix.BEGIN)[0]
+
+
+def test_runs_with_other_releases_leave_the_record():
+    record = {}
+    matrix.add_run(record, "newest", environment_of(1), "tests/tuner", PASSED)
+    matrix.add_run(record, "newest", environment_of(1), "tests/optim", PASSED)
+    assert set(record["newest"]["runs"]) == {"tests/tuner", "tests/optim"}
+    matrix.add_run(record, "newest", environment_of(0), "tests/ops", PASSED)
+    assert set(record["newest"]["runs"]) == {"tests/ops"}
+
+
+def test_a_run_counts_what_passed_and_names_what_did_not(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture\n"
+        "def broken(): raise OSError\n"
+        "@pytest.mark.parametrize('n', [1, 2])\n"
+        "def test_good(n): pass\n"
+        "def test_bad(): assert False\n"
+        "def test_error(broken): pass\n"
+        "def test_skipped(): pytest.skip()\n"
+    )
+    run = matrix.run_tests(Path(sys.executable), "test_some.py", tmp_path)
+    assert (run["ended"], run["passed"], run["skipped"]) == (1, 2, 1)
+    assert run["failed"] == ["test_some::test_bad", "test_some::test_error"]
+    nothing = matrix.run_tests(Path(sys.executable), "test_missing.py", tmp_path)
+    assert nothing["ended"] not in (0, 1)
+    assert (nothing["passed"], nothing["failed"]) == (0, [])
+
+
+def test_an_environment_that_is_there_is_used(tmp_path, monkeypatch):
+    """A stand-in for its python answers ``pip list``, and would be the one to install."""
+    python = tmp_path / "newest" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    listed = [{"name": name, "version": newest} for name, (_, newest) in TESTED.items()]
+    python.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/called\necho '{json.dumps(listed)}'\n")
+    os.chmod(python, 0o755)
+    matrix.make_environment(python, matrix.UPGRADED["newest"])
+    assert "install" not in (tmp_path / "called").read_text()
+    # one that was left half made is made
+    python.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/called\necho '{json.dumps(listed[:-1])}'\n")
+    monkeypatch.setattr(matrix, "commands", lambda *_: [["sh", "-c", f"echo made >> {tmp_path}/called"]])
+    matrix.make_environment(python, matrix.UPGRADED["newest"])
+    assert (tmp_path / "called").read_text().endswith("made\n")
+
+
+def test_a_dry_run_prints_the_commands_and_runs_none(tmp_path, monkeypatch, capsys):
+    arguments = ["matrix", "--folder", str(tmp_path / "never"), "--only", "newest", "--dry-run", "tests/optim"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    matrix.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(f"-m venv {tmp_path}/never/newest")
+    assert "--upgrade peft transformers" in lines[-2]
+    assert lines[-1] == f"{tmp_path}/never/newest/bin/python -m pytest -q tests/optim"
+    assert not (tmp_path / "never").exists()
+    monkeypatch.setattr(sys, "argv", [*arguments, "tests/nowhere"])
+    with pytest.raises(SystemExit) as ended:
+        matrix.main()
+    assert ended.value.code == 2
+    assert "tests/nowhere is not there" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not matrix.RESULTS.exists(), reason="no record yet: python -m integration.versions.matrix")
@@ -39,5 +106,6 @@ def test_the_page_holds_the_record():
     record = json.loads(matrix.RESULTS.read_text())
     assert matrix.table(record) in matrix.PAGE.read_text()
     for which, name in enumerate(matrix.UPGRADED):
-        found = {package: release.partition("+")[0] for package, release in record[name]["releases"].items()}
-        assert found == {package: tested[which] for package, tested in TESTED.items()}
+        if name in record:
+            found = {package: release.partition("+")[0] for package, release in record[name]["releases"].items()}
+            assert found == {package: tested[which] for package, tested in TESTED.items()}

@@ -68,7 +68,7 @@ def test_a_layer_on_kernels_computes_what_it_does_without(held_in_place, monkeyp
     monkeypatch.setattr(triton_values_grad, "tiles_values_grad", lambda *args: products.append(1) or kernel(*args))
     *got, calls = run(True)
     *expected, other_calls = run(False)
-    # W + S is written and taken out again in each pass where the weight holds it, and made afresh in each otherwise
+    # a weight that holds the sum for a pass is written and given back in each, and then come the values' gradients
     assert calls == other_calls == (5 if held_in_place else 3)
     assert products == [1]
     assert torch.equal(got[0], expected[0])

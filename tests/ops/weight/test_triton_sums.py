@@ -11,7 +11,7 @@ from tests.interpreter import DEVICE
 from tests.ops.weight.test_triton_scatter import CASES, case
 
 pytestmark = pytest.mark.kernel
-# of the weights, of the values; the last one in the same launch as the first
+# of the weights, of the values; the last one, which is made of one case, in the same launch as the first
 DTYPES = [
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float16),
@@ -25,8 +25,9 @@ def sums():
     from axolotl_spft.ops.weight.sums import Sum
 
     made = []
-    for dtypes in DTYPES:
-        for shape, nnz in [*CASES, ((130, 3), 200)]:
+    cases = [*CASES, ((130, 3), 200)]
+    for number, dtypes in enumerate(DTYPES):
+        for shape, nnz in cases if number < 3 else cases[:1]:
             for transposed in (False, True):
                 weight, mask, values = case(shape, nnz, dtypes)
                 originals = weight.take(positions(mask, shape[1]))
@@ -44,13 +45,15 @@ def test_many_are_bit_for_bit_each(sums):
         assert not torch.equal(weight, each.weight)
     collected = collect_sums(sums)
     assert len(collected) == 3
-    for _ in range(2):
-        for alike in collected:
-            write_sums_(alike, backend="triton")
-        assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, expected))
-        for alike in collected:
-            restore_sums_(alike, backend="triton")
-        assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, before))
+    for alike in collected:
+        write_sums_(alike, backend="triton")
+    assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, expected))
+    for alike in collected:
+        restore_sums_(alike, backend="triton")
+    assert all(torch.equal(each.weight, weight) for each, weight in zip(sums, before))
+    # and once more what is restored
+    write_sums_(collected[0], backend="triton")
+    assert torch.equal(sums[0].weight, expected[0])
 
 
 def test_values_are_read_anew(sums):
