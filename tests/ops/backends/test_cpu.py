@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused_before_its_memory_is_read():
         write_sum_(weight, mask, values.to(torch.bfloat16), values, backend="c")
     assert not weight.any()
     elsewhere = Mask(*(tensor.to("meta") for tensor in mask))
-    with pytest.raises(SpftError, match="`columns` .* lies on the meta device"):
+    with pytest.raises(SpftError, match=r"`columns` .* lies on the meta device"):
         write_sum_(weight, elsewhere, values, values, backend="c")
     with pytest.raises(RuntimeError, match="on the CPU, and its sparse delta on meta"):
         select_columns(x, torch.zeros(2, dtype=torch.int32, device="meta"), backend="c")
