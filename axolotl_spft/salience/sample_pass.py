@@ -95,19 +95,6 @@ def collect_statistics(
     return Collected(sums, read, notes)
 
 
-def summed_gradients(
-    model: nn.Module,
-    layers: Mapping[str, SpftLinear],
-    batches: Iterable[Batch] | None,
-    loss_fn: LossFn | None,
-    samples: int,
-    ranks: Ranks,
-) -> tuple[dict[str, Tensor], int]:
-    """This rank's rows of each layer's gradient, summed over the batches of all ranks; and the examples read."""
-    found, read = summed(model, layers, (GRADIENT,), _Sample(batches, loss_fn, samples, ranks), ranks)
-    return found[GRADIENT], read
-
-
 def summed(
     model: nn.Module,
     layers: Mapping[str, SpftLinear],

@@ -21,8 +21,8 @@ from axolotl_spft.salience import collect
 from axolotl_spft.salience.collect import gathered_gradients
 from axolotl_spft.salience.install import adapted_layers, check_same_mask
 from axolotl_spft.salience.metrics.balanced import score as balanced_score
-from axolotl_spft.salience.metrics.statistics import Statistics
-from axolotl_spft.salience.sample_pass import summed_gradients
+from axolotl_spft.salience.metrics.statistics import GRADIENT, Statistics
+from axolotl_spft.salience.sample_pass import collect_statistics
 from axolotl_spft.salience.select import top_k, top_k_per_row
 from tests.engine.processes import on_ranks
 from tests.models import tiny_llama, token_batch
@@ -244,6 +244,11 @@ def loss_that_writes(model, batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()) / 2
 
 
+def summed_gradients(model, layers, loss_fn, ranks: Ranks) -> dict[str, torch.Tensor]:
+    batches = [token_batch(rows=1, seed=ranks.rank)]
+    return collect_statistics(model, layers, {GRADIENT}, batches, loss_fn, 2, ranks).sums[GRADIENT]
+
+
 def partitioned_pass() -> tuple[int, list[int], bool]:
     """Of a ZeRO-3 pass: the most bytes at a time in matrices as large as a weight, the weights' own in float32, and
     whether these are in parts again.
@@ -265,8 +270,8 @@ def partitioned_pass() -> tuple[int, list[int], bool]:
     layers = adapted_layers(model)
     shapes = {(layer.out_features, layer.in_features) for layer in layers.values()}
     with LiveBytes(shapes, []) as tracker:
-        sums, _ = summed_gradients(model, layers, [token_batch(rows=1, seed=ranks.rank)], None, 2, ranks)
-    writing, _ = summed_gradients(model, layers, [token_batch(rows=1, seed=ranks.rank)], loss_that_writes, 2, ranks)
+        sums = summed_gradients(model, layers, None, ranks)
+    writing = summed_gradients(model, layers, loss_that_writes, ranks)
     for name, total in sums.items():
         torch.testing.assert_close(writing[name], total / 2)
     assert held.is_zero3()
