@@ -10,7 +10,8 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 
 from axolotl_spft import SpftConfig
-from axolotl_spft.config import check_options, option_names
+from axolotl_spft.config import option_names
+from axolotl_spft.config_rules import check_options
 from axolotl_spft.errors import SpftConfigError, SpftError, SpftFileError
 
 

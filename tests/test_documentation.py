@@ -156,7 +156,8 @@ def table(text: str, header: str) -> list[list[str]]:
 
 
 def test_the_table_of_keys_is_that_of_the_configuration():
-    from axolotl_spft.config import DEFAULT_DENSITY, SpftConfig, option_names
+    from axolotl_spft.config import SpftConfig, option_names
+    from axolotl_spft.config_rules import DEFAULT_DENSITY
 
     rows = table(text_of(Path("axolotl_spft/README.md")), "| key | default | meaning |")
     config = SpftConfig()

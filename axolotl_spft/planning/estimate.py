@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from axolotl_spft.budget import total_budget
-from axolotl_spft.config import BUDGETS, DEFAULT_DENSITY
+from axolotl_spft.config_rules import BUDGETS, DEFAULT_DENSITY
 from axolotl_spft.engine.memory import memory_per_rank
 from axolotl_spft.planning.activations import activations
 from axolotl_spft.planning.settings import Settings

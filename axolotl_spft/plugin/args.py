@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from axolotl_spft.config import check_options
+from axolotl_spft.config_rules import check_options
 from axolotl_spft.errors import SpftConfigError
 from axolotl_spft.plugin.deepspeed_json import problems_of_deepspeed
 from axolotl_spft.plugin.salience_rules import problems_of_salience

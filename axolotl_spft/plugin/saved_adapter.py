@@ -7,7 +7,8 @@ from typing import Any
 
 from axolotl.utils.schemas.enums import RLType
 
-from axolotl_spft.config import BUDGETS, SpftConfig
+from axolotl_spft.config import SpftConfig
+from axolotl_spft.config_rules import BUDGETS
 from axolotl_spft.errors import SpftError
 from axolotl_spft.trainer.saved_adapter import MASK_OPTIONS, check_kind
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from peft import PeftConfig
 from torch import nn
 
-from axolotl_spft.config import BUDGETS, SpftConfig
+from axolotl_spft.config import SpftConfig
+from axolotl_spft.config_rules import BUDGETS
 from axolotl_spft.errors import SpftError
 from axolotl_spft.peft_type import SPFT
 from axolotl_spft.salience.install import adapted_layers, install_masks

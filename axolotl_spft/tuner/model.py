@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,12 +25,10 @@ from axolotl_spft.tuner.record import NAME as RECORD
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.state import TENSORS, shapes_of, spft_layers
 from axolotl_spft.tuner.targets import check_target, problem_of_fused_experts, renamed_targets
+from axolotl_spft.tuner.weighted_sum import add_weighted_adapter
 from axolotl_spft.tuner.without_mask import refuse_training_without_mask
 from axolotl_spft.tuner.write_ahead import WriteAhead
 
-# options that say how many values an adapter has, and where
-_NOT_OF_A_SUM = ("density", "match_lora_rank", "density_pattern", "min_density", "max_density", "exclude_modules",
-                 "layers_to_transform", "layers_pattern")  # fmt: skip
 _SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.")
 
 
@@ -76,51 +73,7 @@ class SpftModel(BaseTuner):
         Raises:
             SpftError: the arguments, or the adapters, do not allow it.
         """
-        problem = self._problem_of_sum(adapters, weights, adapter_name, combination_type)
-        if problem:
-            raise SpftError(f"add_weighted_adapter: {problem}")
-        layers = {
-            name: layer for name, layer in spft_layers(self.model).items() if set(adapters) & set(layer.spft_values)
-        }
-        self.peft_config[adapter_name] = config = replace(
-            self.peft_config[adapters[0]],
-            **dict.fromkeys(_NOT_OF_A_SUM),
-            **dict.fromkeys(RECORDED),
-            num_values=1,
-            target_modules=list(layers),
-            mask_path=None,
-            init_weights=True,
-            pattern="element",
-        )
-        self.inject_adapter(self.model, adapter_name)
-        summed: dict[str, float] = {}
-        for name, weight in zip(adapters, weights):
-            summed[name] = summed.get(name, 0.0) + weight
-        for layer in layers.values():
-            layer.add_up(adapter_name, summed)
-        config.num_values = sum(layer.mask(adapter_name).nnz for layer in layers.values())
-        record_mask(self, adapter_name, {"sum of": summed})
-
-    def _problem_of_sum(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
-    ) -> str | None:
-        unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown or not adapters:
-            return f"`adapters: {list(adapters)}` must name adapters of this model, which are {list(self.peft_config)}"
-        if len(weights) != len(adapters):
-            return f"there are {len(adapters)} adapters, but {len(weights)} weights: give one for each"
-        if adapter_name in self.peft_config:
-            return f"there is an adapter `{adapter_name}` already: choose another name, or delete_adapter() it first"
-        if combination_type != "linear":
-            return f"`combination_type: {combination_type}` must be linear"
-        if self._has_auxiliary_modules():
-            return "adapters with `modules_to_save` cannot be added up: merge one of them into the base model instead"
-        if any(layer.merged for layer in spft_layers(self.model).values()):
-            return "an adapter is merged: call unmerge_adapter() first"
-        if not any(layer.mask(name).nnz for layer in spft_layers(self.model).values() for name in adapters
-                   if name in layer.spft_values):  # fmt: skip
-            return f"the adapters {list(adapters)} hold no values yet: call select_mask() first"
-        return None
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

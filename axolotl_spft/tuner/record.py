@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from axolotl_spft.config import SpftConfig, check_options, mask_option_names
+from axolotl_spft.config import SpftConfig, mask_option_names
+from axolotl_spft.config_rules import check_options
 from axolotl_spft.errors import SpftFileError
 
 NAME = "spft_record"

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftFileError, first_of
 from axolotl_spft.ops.mask.csr import Mask, problems_of, slot_of
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 TENSORS = ("spft_values", "spft_columns", "spft_row_offsets")
 
 
-def spft_layers(model: nn.Module) -> dict[str, SpftLinear]:
+def spft_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The sparse layers of ``model`` by name, in module order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SpftLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
 
 
-def shapes_of(layers: Mapping[str, SpftLinear]) -> dict[str, tuple[int, int]]:
+def shapes_of(layers: Mapping[str, SparseLayer]) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of each layer."""
     return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
 
@@ -31,12 +31,12 @@ def shapes_fingerprint(shapes: Iterable[tuple[str, int, int]]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def base_shapes_of(layers: Mapping[str, SpftLinear]) -> str:
+def base_shapes_of(layers: Mapping[str, SparseLayer]) -> str:
     """The fingerprint that the adapter's config records."""
     return shapes_fingerprint((name, layer.out_features, layer.in_features) for name, layer in layers.items())
 
 
-def slots_of(layers: Mapping[str, SpftLinear], adapter_name: str) -> dict[str, tuple[int, str]]:
+def slots_of(layers: Mapping[str, SparseLayer], adapter_name: str) -> dict[str, tuple[int, str]]:
     """What each layer's values stand for: name -> (nnz, SHA-256 of the mask's columns and row offsets)."""
     return {
         name: slot_of(layer.mask(adapter_name)) for name, layer in layers.items() if adapter_name in layer.spft_values
@@ -51,7 +51,7 @@ def mask_checksum(slots: Mapping[str, tuple[int, str]]) -> str:
 
 def check_state(
     state_dict: Mapping[str, Tensor],
-    layers: Mapping[str, SpftLinear],
+    layers: Mapping[str, SparseLayer],
     prefix: str,
     adapter_name: str,
     nnz: int | None,

@@ -1,0 +1,260 @@
+"""What every sparse layer has: adapters' values and masks, state dicts, merging; the forward pass is its own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.linear import register_owner
+from axolotl_spft.ops.mask.csr import Mask, empty_mask, mask_from_positions, positions
+from axolotl_spft.ops.reference import dense_delta
+from axolotl_spft.tuner.base_weight import BaseWeight
+from axolotl_spft.tuner.held_values import hold_values, note_deletion
+from axolotl_spft.tuner.offloading import execution_device, keep_resident, kept_quant_state, tensor_in
+
+
+class SparseLayer(nn.Module, BaseTunerLayer, BaseWeight):
+    """A frozen W (out_features, in_features) and one sparse S of the same shape per adapter.
+
+    A kind of layer adds its first adapter at the end of its ``__init__`` and has the forward pass.
+
+    For each adapter: ``spft_values`` (nnz; the trained parameter), and the CSR mask in ``spft_columns`` (nnz; uint16
+    or int32) and ``spft_row_offsets`` (out_features + 1; int32). A new adapter is empty.
+
+    Args:
+        base_layer: the module that holds W.
+        adapter_name: of the first adapter.
+        shape: (out_features, in_features) of W.
+        transposed: whether W is stored as (in_features, out_features).
+        quantization_backend: PEFT's, of a quantized base layer.
+    """
+
+    adapter_layer_names = ("spft_values",)
+    other_param_names = ("spft_columns", "spft_row_offsets")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        shape: tuple[int, int],
+        transposed: bool = False,
+        quantization_backend: QuantizationBackend | None = None,
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = quantization_backend
+        self._quant_state = kept_quant_state(self.get_base_layer())
+        self.transposed = transposed
+        self.out_features, self.in_features = shape
+        self.spft_values = nn.ParameterDict()
+        self.spft_columns = BufferDict(persistent=True)
+        self.spft_row_offsets = BufferDict(persistent=True)
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self._undo_merge = []
+        self._owner = register_owner(self)
+
+    def __getstate__(self) -> dict:
+        # reached by copy.deepcopy and pickling: a copy holds W, and is written by nothing that writes for this layer
+        self.revert()
+        return {**self.__dict__, "_writer": None}
+
+    def __setstate__(self, state: dict) -> None:
+        # a copy owns its weight under a number of its own
+        super().__setstate__(state)
+        self._owner = register_owner(self)
+
+    def _apply(self, fn, recurse=True):
+        # moving or casting must see W itself, and what was worked out for the old device is void
+        self.revert()
+        self._forget_derived()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # before the base layer adds its weight: a state dict holds W and S, not W + S and S
+        self.revert()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.revert()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would cast the mask to the weight's dtype
+        if adapter_name in self.spft_values:
+            values = self.values(adapter_name)
+            device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+            self.spft_values[adapter_name] = nn.Parameter(values.data.to(device), requires_grad=values.requires_grad)
+            self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = (
+                tensor.to(device) for tensor in self.mask(adapter_name)
+            )
+            self._forget_derived()
+
+    def _replicate_for_data_parallel(self):
+        raise SpftError(
+            "torch.nn.DataParallel copies layers without their weights' bookkeeping and is not supported: "
+            "start one process per GPU with `accelerate launch` or `torchrun`"
+        )
+
+    def _forget_derived(self) -> None:
+        """Forget what was worked out from the masks and from where the tensors lie; called whenever one changes."""
+        self._in_place = None
+
+    # --- adapters
+
+    def add_empty_adapter(self, adapter_name: str) -> None:
+        """Add an adapter without entries."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        dtype = dtype if dtype is not None and dtype.is_floating_point else torch.float32
+        self.set_mask(
+            adapter_name, empty_mask(self.out_features, self.in_features), torch.empty(0, device=device, dtype=dtype)
+        )
+        self.set_adapter(self.active_adapters)
+
+    def mask(self, adapter_name: str) -> Mask:
+        """The CSR mask of an adapter."""
+        return Mask(*(tensor_in(part, adapter_name) for part in (self.spft_columns, self.spft_row_offsets)))
+
+    def values(self, adapter_name: str) -> Tensor:
+        """The values of an adapter: (nnz)."""
+        return tensor_in(self._modules["spft_values"], adapter_name)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return execution_device(base_layer) or device, dtype
+
+    def set_mask(self, adapter_name: str, mask: Mask, values: Tensor | None = None) -> None:
+        """Give an adapter new positions, with the given values (nnz) or zeros; see `hold_values`."""
+        if self.merged:
+            raise SpftError("the mask cannot change while an adapter is merged: call unmerge_adapter() first")
+        self.revert()
+        for part in (self.spft_values, self.spft_columns, self.spft_row_offsets):
+            keep_resident(part)
+        old = self.spft_values.get(adapter_name)
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if values is None:
+            values = torch.zeros(mask.nnz, dtype=old.dtype)
+        hold_values(self, adapter_name, values.to(device))
+        mask = Mask(*(tensor.to(device) for tensor in mask))
+        self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
+        self._forget_derived()
+
+    def add_up(self, adapter_name: str, weights: Mapping[str, float]) -> None:
+        """Make an adapter's S the sum of other adapters' S times their weights, on the positions of all of them."""
+        names = tuple(name for name in weights if name in self.spft_values)
+        mask, places = self._union(names)
+        total = torch.zeros(mask.nnz, dtype=torch.float32, device=mask.columns.device)
+        for name, at in zip(names, places):
+            total.index_add_(0, at, weights[name] * self.values(name).detach().to(torch.float32))
+        self.set_mask(adapter_name, mask, total.to(self.spft_values[names[0]].dtype))
+
+    def _union(self, adapter_names: tuple[str, ...]) -> tuple[Mask, tuple[Tensor, ...]]:
+        """The mask with the positions of all adapters, and where each one's values go in it."""
+        each = [positions(self.mask(name), self.in_features) for name in adapter_names]
+        union = torch.cat(each).unique()
+        places = tuple(torch.searchsorted(union, at) for at in each)
+        return mask_from_positions(union, self.out_features, self.in_features), places
+
+    def retire_empty_values(self) -> None:
+        """Make the values of adapters without entries buffers, which nothing trains."""
+        for adapter_name, values in self.spft_values.items():
+            if isinstance(values, nn.Parameter) and not self.mask(adapter_name).nnz:
+                delattr(self.spft_values, adapter_name)
+                self.spft_values.register_buffer(adapter_name, values.detach())
+
+    def take_mask(self, adapter_name: str, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+        """Install the mask of a checked ``state_dict`` where it differs from the adapter's own; whether it did."""
+        columns, row_offsets = (
+            state_dict[f"{prefix}{tensor}.{adapter_name}"] for tensor in ("spft_columns", "spft_row_offsets")
+        )
+        own = self.mask(adapter_name)
+        same = own.nnz == columns.numel() and all(
+            torch.equal(mine.to("cpu", torch.int64), new.to("cpu", torch.int64))
+            for mine, new in zip(own, (columns, row_offsets))
+        )
+        if not same:
+            self.set_mask(adapter_name, Mask(columns.clone(), row_offsets.clone()))
+        return not same
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        # as PEFT's, past torch's look-ups and assignments: hundreds of layers do this when an adapter is chosen
+        self.revert()
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, values in self._modules["spft_values"]._parameters.items():
+            trained = name in names and not inference_mode
+            if values.requires_grad != trained and values.is_leaf:
+                values.requires_grad_(trained)
+        self.__dict__["_active_adapter"] = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.revert()
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.refuse_if_merged(adapter_name)
+        note_deletion(self, adapter_name)
+        self.revert()
+        self._forget_derived()
+        super().delete_adapter(adapter_name)
+
+    def get_base_weight(self) -> Tensor:
+        return self.read_weight()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """S of an adapter as a dense matrix: (out_features, in_features)."""
+        return dense_delta(self.values(adapter_name).detach(), self.mask(adapter_name), self.in_features)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # S is sparse, not of low rank
+
+    # --- merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the (active) adapters' deltas to the base layer's weight.
+
+        Raises:
+            ValueError: ``safe_merge`` and the sum holds a NaN or an infinity; nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.spft_values]
+        deltas = {name: (self.values(name), self.mask(name)) for name in names if self.mask(name).nnz}
+        if deltas:
+            self.merge_deltas(deltas, check_finite=safe_merge)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the base layer's weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.unmerge_deltas()
+        self.merged_adapters.clear()
+
+    # --- for the forward pass
+
+    def get_base_layer(self) -> nn.Module:
+        # as PEFT's, without the failing look-ups on the innermost layer: this runs in every forward and backward
+        base_layer = self._modules["base_layer"]
+        return base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+
+    def _filled_active_adapters(self) -> tuple[str, ...]:
+        # by the mask: values that ZeRO-3 has partitioned have no entries of their own
+        columns, active = self._modules["spft_columns"]._buffers, self._active_adapter
+        names = (active,) if isinstance(active, str) else active
+        return tuple([name for name in names if name in columns and columns[name].numel()])
+
+    def extra_repr(self) -> str:
+        counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())
+        return ", ".join(filter(None, [quantization_extra_repr(self), f"nnz={{{counts}}}"]))
+
+    def __repr__(self) -> str:
+        return "spft." + super().__repr__()
