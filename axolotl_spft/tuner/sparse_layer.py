@@ -17,12 +17,12 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.linear import register_owner
 from axolotl_spft.ops.mask.csr import Mask, empty_mask, mask_from_positions, positions
 from axolotl_spft.ops.reference import dense_delta
-from axolotl_spft.tuner.base_weight import BaseWeight
 from axolotl_spft.tuner.held_values import hold_values, note_deletion
+from axolotl_spft.tuner.merged_weight import MergedWeight
 from axolotl_spft.tuner.offloading import execution_device, keep_resident, kept_quant_state, tensor_in
 
 
-class SparseLayer(nn.Module, BaseTunerLayer, BaseWeight):
+class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
     """A frozen W (out_features, in_features) and one sparse S of the same shape per adapter.
 
     A kind of layer adds its first adapter at the end of its ``__init__`` and has the forward pass.

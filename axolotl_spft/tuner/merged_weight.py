@@ -1,0 +1,100 @@
+"""Merging sparse deltas into the base layer's own weight, and the way back, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.mask.csr import Mask
+from axolotl_spft.ops.weight.scatter import add_at_
+from axolotl_spft.tuner.base_weight import BaseWeight, Replaced, assign_reversed
+from axolotl_spft.tuner.offloading import is_offloaded, rewritten
+
+
+class MergedWeight(BaseWeight):
+    """Mixin of a tuner layer: its base layer's weight becomes W plus deltas, and W again."""
+
+    def merge_deltas(self, deltas: Mapping[str, tuple[Tensor, Mask]], check_finite: bool) -> None:
+        """Make the base layer's own weight W plus all deltas, which are values and mask by adapter.
+
+        Raises:
+            SpftError: the base layer's weight cannot be rewritten.
+            ValueError: ``check_finite`` and the sum holds a NaN or an infinity.
+        """
+        if self.forward_only:
+            raise SpftError(
+                f"a {self.quantization_backend.backend_name} layer cannot be merged: its weight cannot be rewritten; "
+                "keep the adapter unmerged, or merge into the unquantized base model"
+            )
+        self.refuse_if_quantized_and_offloaded()
+        self.revert()
+        merge = self._merge_in_place if self.in_place else self._merge_by_replacing
+        with rewritten(self.get_base_layer()):
+            self._undo_merge.append(merge(deltas, check_finite))
+
+    def refuse_if_quantized_and_offloaded(self) -> None:
+        """Raise where a weight would have to be quantized anew that accelerate brings in without its scales."""
+        if self.quantization_backend is not None and is_offloaded(self.get_base_layer()):
+            raise SpftError(
+                "a quantized base layer that is offloaded cannot be merged or unmerged: do it before the model is "
+                "offloaded, or merge into the unquantized base model"
+            )
+
+    def refuse_if_merged(self, adapter_name: str) -> None:
+        """Raise where deleting the adapter would leave its S in the base weight for good."""
+        if adapter_name in self.merged_adapters:
+            raise SpftError(f"adapter `{adapter_name}` is merged: call unmerge_adapter() before delete_adapter()")
+
+    def unmerge_deltas(self) -> None:
+        """Undo every `merge_deltas`, bit for bit."""
+        if self._undo_merge:
+            self.refuse_if_quantized_and_offloaded()
+        with rewritten(self.get_base_layer()):
+            while self._undo_merge:
+                self._undo(self._undo_merge.pop())
+
+    def _undo(self, undo: Replaced | list[tuple[Tensor, Tensor]]) -> None:
+        if isinstance(undo, Replaced):
+            self.base_layer = undo.base_layer
+            base_layer = self.get_base_layer()
+            base_layer._parameters.update(undo.parameters)
+            if undo.state is not None:
+                base_layer.state = undo.state
+        else:
+            assign_reversed(self.get_base_layer().weight.data.view(-1), undo)
+
+    def _merge_in_place(
+        self, deltas: Mapping[str, tuple[Tensor, Mask]], check_finite: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        weight = self.get_base_layer().weight.data
+        flat = weight.view(-1)
+        entries = [(at, flat[at]) for at in (self.storage_positions(mask) for _, mask in deltas.values())]
+        for (at, _), (name, (values, mask)) in zip(entries, deltas.items()):
+            add_at_(weight, mask, values.detach(), self.transposed)
+            if check_finite and not torch.isfinite(flat[at]).all():
+                assign_reversed(flat, entries)
+                raise _broken_adapter(name)
+        return entries
+
+    def _merge_by_replacing(self, deltas: Mapping[str, tuple[Tensor, Mask]], check_finite: bool) -> Replaced:
+        weight = self._fresh_sum([])
+        for name, (values, mask) in deltas.items():
+            add_at_(weight, mask, values.detach(), self.transposed)
+            if check_finite and not torch.isfinite(weight).all():
+                raise _broken_adapter(name)
+        base_layer = self.get_base_layer()
+        undo = Replaced(self.base_layer, dict(base_layer._parameters), copy.copy(getattr(base_layer, "state", None)))
+        if self.quantization_backend is not None:
+            self.quantization_backend.set_base_weight(self, weight)
+        else:
+            # a new parameter, so that a module that shares the old one keeps it
+            base_layer.weight = nn.Parameter(weight, requires_grad=False)
+        return undo
+
+
+def _broken_adapter(adapter_name: str) -> ValueError:
+    return ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
