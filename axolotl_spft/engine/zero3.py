@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -46,7 +46,8 @@ def gather_as_units(model: nn.Module, unit: type[nn.Module]) -> None:
 def gathered_while_used(model: nn.Module) -> Iterator[None]:
     """Within the block each module of a partitioned model holds its own parameters during its forward and backward.
 
-    One module's parameters are alive at a time, as under DeepSpeed's own engine; nothing is left behind for it.
+    One module's parameters are alive at a time, as under DeepSpeed's own engine; nothing is left behind for it. The
+    same holds for the backward pass of a backward pass that made a graph.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -56,19 +57,36 @@ def gathered_while_used(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Release(torch.autograd.Function):
-    """The identity on a module's inputs, whose backward comes after the module's own."""
+class _Passage(torch.autograd.Function):
+    """The identity, whose backward first calls ``act``; and whose second backward, on the way back, ``act_again``."""
+
+    # read by the salience pass that differentiates twice
+    differentiable_twice = True
 
     @staticmethod
-    def forward(ctx, release: Callable[[], None], *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.release = release
+    def forward(
+        ctx, act: Callable[[], None], act_again: Callable[[], None] | None, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.act, ctx.act_again = act, act_again
         ctx.set_materialize_grads(False)
         return tuple(x.view_as(x) for x in inputs)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor | None) -> tuple:
-        ctx.release()
-        return None, *gradients
+        ctx.act()
+        return None, None, *_passed(gradients, ctx.act_again)
+
+
+def _passed(
+    tensors: Sequence[Any], act: Callable[[], None] | None, act_again: Callable[[], None] | None = None
+) -> list:
+    """The same, but for those that require a gradient through `_Passage`."""
+    passed = list(tensors)
+    tracked = [i for i, x in enumerate(passed) if torch.is_grad_enabled() and _requires_grad(x)]
+    if tracked and act is not None:
+        for i, x in zip(tracked, _Passage.apply(act, act_again, *(passed[i] for i in tracked))):
+            passed[i] = x
+    return passed
 
 
 def _gather_around(module: nn.Module, parameters: list[nn.Parameter], stack: ExitStack) -> None:
@@ -80,21 +98,23 @@ def _gather_around(module: nn.Module, parameters: list[nn.Parameter], stack: Exi
 
     def before_forward(_, inputs: tuple) -> tuple:
         gather()
-        tracked = [i for i, x in enumerate(inputs) if torch.is_grad_enabled() and _requires_grad(x)]
-        if not tracked:
-            return inputs
-        passed = list(inputs)
-        for i, x in zip(tracked, _Release.apply(held.close, *(inputs[i] for i in tracked))):
-            passed[i] = x
-        return tuple(passed)
+        # the module's backward is over where it comes to its inputs; a second one begins there
+        return tuple(_passed(inputs, held.close, gather))
 
     def after_forward(_, inputs: tuple, output: Any) -> None:
         held.close()
         # not torch's hooks for backward: they make the output a view, which a loss may not write to
         if any(map(_requires_grad, inputs)):
-            for y in output if isinstance(output, (tuple, list)) else [output]:
-                if _requires_grad(y):
-                    y.register_hook(lambda _: gather())
+            outputs = [*filter(_requires_grad, output if isinstance(output, (tuple, list)) else [output])]
+            # a second backward is over where it comes to the gradient of the only output; of several, at the very end
+            release = held.close if len(outputs) == 1 else None
+
+            def at_output(gradient: Tensor) -> Tensor:
+                gather()
+                return _passed([gradient], release)[0]
+
+            for y in outputs:
+                y.register_hook(at_output)
 
     for handle in (module.register_forward_pre_hook(before_forward), module.register_forward_hook(after_forward)):
         stack.callback(handle.remove)

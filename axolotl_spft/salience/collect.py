@@ -77,6 +77,16 @@ def should_share_rows(
     return not all(fits(entries, device, memory_gib) for device in devices_of(layers))
 
 
+def gradient_adder(total: Tensor, out_features: int, ranks: Ranks, sharded: bool) -> Callable[[Tensor, Tensor], None]:
+    """Adds dY^T X of a layer's dY and X, each (..., features), to ``total``: all of it, or this rank's rows of it.
+
+    Args:
+        sharded: whether that is this rank's rows, of the sum over all ranks, which then must all call it.
+    """
+    part = _gradient_part("", Tokens({}))
+    return _adder_to_shard(part, total, out_features, ranks) if sharded else _adder(part, total)
+
+
 @contextmanager
 def gathered_gradients(
     model: nn.Module, layers: Mapping[str, nn.Module], ranks: Ranks = _ONE_PROCESS, sharded: bool = False

@@ -3,13 +3,14 @@
 With t a number and every layer's weight W + t V, the gradient of the loss is dY^T x, and (H V) = d/dt (dY^T x) at 0. No
 weight is changed or made to require a gradient, so quantized and partitioned ones take part: the layer's output becomes
 y + t x V^T. Either autograd differentiates twice, which every step of the model must allow, or a central difference of
-t = +-step is taken, of 8-bit layers with their dequantized weights.
+t = +-step is taken, of 8-bit layers with their dequantized weights. With partitioned weights no rank holds more than
+one layer of V and of the products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.ops.backends.products import matmul
-from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards
+from axolotl_spft.salience.collect import gathered_gradients, gradient_adder, reduce_to_shards
 from axolotl_spft.salience.untouched import untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
 
@@ -40,28 +41,24 @@ def hessian_products(
     """
     step = _Step(layers, directions, ranks)
     products = {name: torch.zeros_like(direction) for name, direction in directions.items()}
-    way = BY_DIFFERENCE if _recomputes_or_partitions(model) else None
+    sharded = ranks.world > 1 and any(map(is_partitioned, model.parameters()))
+    way = BY_DIFFERENCE if _recomputes(model) else None
     for loss_of, _ in losses:
-        # the first batch decides
-        if way is None:
-            with untouched_rng():
-                found = _by_autograd(model, layers, directions, loss_of, ranks)
+        found = None
+        if way != BY_DIFFERENCE:
+            # the first batch decides
+            with untouched_rng() if way is None else nullcontext():
+                found = _by_autograd(model, layers, directions, loss_of, ranks, sharded)
             way = BY_DIFFERENCE if found is None else BY_AUTOGRAD
-            if found is None:
-                _add_by_difference(model, layers, directions, loss_of, step, products, ranks)
-        elif way == BY_AUTOGRAD:
-            found = _by_autograd(model, layers, directions, loss_of, ranks)
-        else:
-            found = None
+        if found is None:
             _add_by_difference(model, layers, directions, loss_of, step, products, ranks)
         for name, part in (found or {}).items():
             products[name].add_(part)
     return products, way or BY_DIFFERENCE
 
 
-def _recomputes_or_partitions(model: nn.Module) -> bool:
-    recomputes = model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return recomputes or any(is_partitioned(parameter) for parameter in model.parameters())
+def _recomputes(model: nn.Module) -> bool:
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 class _Step:
@@ -86,16 +83,19 @@ class _Step:
 
 
 class _Product(torch.autograd.Function):
-    """x V^T for a V that is asked for in forward and backward, so that no rank keeps that of all layers."""
+    """x V^T, or x V where ``flipped``, for a V that is asked for anew in each backward pass."""
+
+    differentiable_twice = True
 
     @staticmethod
-    def forward(ctx, x: Tensor, matrix: Callable[[], Tensor]) -> Tensor:
-        ctx.matrix = matrix
-        return matmul(x, matrix().to(x.dtype).t())
+    def forward(ctx, x: Tensor, matrix: Callable[[], Tensor], flipped: bool = False) -> Tensor:
+        ctx.matrix, ctx.flipped = matrix, flipped
+        v = matrix().to(x.dtype)
+        return matmul(x, v if flipped else v.t())
 
     @staticmethod
     def backward(ctx, grad_y: Tensor):
-        return matmul(grad_y, ctx.matrix().to(grad_y.dtype)), None
+        return _Product.apply(grad_y, ctx.matrix, not ctx.flipped), None, None
 
 
 def _rounds_its_input(layer: SpftLinear) -> bool:
@@ -155,22 +155,31 @@ def _by_autograd(
     directions: Mapping[str, Tensor],
     loss_of: LossOf,
     ranks: Ranks,
+    sharded: bool,
 ) -> dict[str, Tensor] | None:
-    """This batch's H V; None, on every rank, where a step of the model cannot be differentiated twice.
+    """This rank's rows of this batch's H V; None, on every rank, where a step cannot be differentiated twice.
 
     s = dL/dt is differentiated once more. Its derivative by a layer's y is dY' and that by the layer's own part of dX
     is x', where ' is d/dt; so H V = dY'^T x + dY^T x'.
+
+    Args:
+        sharded: whether no rank keeps whole matrices; ranks then wait for each other in every backward pass.
     """
     device = next(iter(directions.values())).device
     t = torch.zeros((), requires_grad=True, device=device, dtype=torch.float32)
     found = {
-        name: torch.zeros(layer.out_features, layer.in_features, device=directions[name].device, dtype=torch.float32)
+        name: torch.zeros(
+            directions[name].shape if sharded else (layer.out_features, layer.in_features),
+            device=directions[name].device,
+            dtype=torch.float32,
+        )
         for name, layer in layers.items()
     }
     with ExitStack() as stack:
-        watch = _Watch(t, found)
+        watch = _Watch(t)
         for name, layer in layers.items():
-            before, after = watch.hooks(name, _direction_of(layer, directions[name], ranks))
+            add = gradient_adder(found[name], layer.out_features, ranks, sharded)
+            before, after = watch.hooks(_direction_of(layer, directions[name], ranks), add, keeps_direction=not sharded)
             stack.callback(layer.register_forward_pre_hook(before).remove)
             stack.callback(layer.register_forward_hook(after).remove)
         loss = loss_of(model)
@@ -181,12 +190,14 @@ def _by_autograd(
                 watch.second = True
                 slope.backward()
             except RuntimeError as error:
-                if "not implemented" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+                ends_on_all = "not implemented" in str(error)
+                if not ends_on_all and (sharded or not isinstance(error, torch.OutOfMemoryError)):
                     raise
                 done = False
     if ranks.sum_numbers(int(done))[0] < ranks.world:
         return None
-    reduce_to_shards(found, ranks)
+    if not sharded:
+        reduce_to_shards(found, ranks)
     return found
 
 
@@ -197,29 +208,34 @@ class _Watch:
         second: whether that is what runs.
     """
 
-    def __init__(self, t: Tensor, found: dict[str, Tensor]):
-        self.t, self.found, self.second = t, found, False
-        self._inputs: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(self, t: Tensor):
+        self.t, self.second = t, False
 
-    def hooks(self, name: str, direction: Callable[[Tensor], Tensor]) -> tuple[Callable, Callable]:
+    def hooks(
+        self, direction: Callable[[Tensor], Tensor], add: Callable[[Tensor, Tensor], None], keeps_direction: bool
+    ) -> tuple[Callable, Callable]:
+        """Those before and after a layer's forward pass; ``add`` takes dY and x of the layer, or their derivatives."""
+        inputs: list[tuple[Tensor, Tensor]] = []
+
         def before(_, args: tuple) -> tuple:
             x = args[0]
             # an alias of the layer's own, whose gradient is this layer's part of dX alone
             own = x.view_as(x)
-            self._inputs[name] = x, own
+            inputs.append((x, own))
             return own, *args[1:]
 
         def after(_, args: tuple, y: Tensor) -> Tensor:
-            x, own = self._inputs.pop(name)
-            moved = y + self.t.to(y) * (x.to(y.dtype) @ direction(y).to(y.dtype).t())
+            x, own = inputs.pop()
+            kept = direction(y) if keeps_direction else None
+            moved = y + self.t.to(y) * _Product.apply(x.to(y.dtype), lambda: direction(y) if kept is None else kept)
             grad_y: list[Tensor] = []
 
             def at_output(gradient: Tensor) -> None:
-                self._add(name, gradient, x) if self.second else grad_y.append(gradient)
+                self._add(add, gradient, x) if self.second else grad_y.append(gradient)
 
             def at_input(gradient: Tensor) -> None:
                 if not self.second and gradient.requires_grad:
-                    gradient.register_hook(lambda tangent: self._add(name, grad_y[0], tangent))
+                    gradient.register_hook(lambda tangent: self._add(add, grad_y[0], tangent))
 
             moved.register_hook(at_output)
             if own.requires_grad:
@@ -228,11 +244,10 @@ class _Watch:
 
         return before, after
 
-    def _add(self, name: str, grad_y: Tensor, x: Tensor) -> None:
-        with torch.no_grad():
-            x = x.to(grad_y.dtype)
-            rows = matmul(grad_y.reshape(-1, grad_y.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
-            self.found[name].add_(rows.to(self.found[name]))
+    @staticmethod
+    @torch.no_grad()
+    def _add(add: Callable[[Tensor, Tensor], None], grad_y: Tensor, x: Tensor) -> None:
+        add(grad_y, x.to(grad_y.dtype))
 
 
 def _is_differentiable_twice(loss: Tensor) -> bool:
@@ -247,7 +262,18 @@ def _is_differentiable_twice(loss: Tensor) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction) or "ScaledDotProduct" in node.name():
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and not _is_known(node._forward_cls):
+            return False
+        if "ScaledDotProduct" in node.name():
             return False
         nodes.extend(following for following, _ in node.next_functions)
     return True
+
+
+def _is_known(function: type) -> bool:
+    # what DeepSpeed puts in the place of torch's linear function for ZeRO-3: its backward pass is plain products
+    own = getattr(function, "differentiable_twice", False)
+    return own or (function.__module__, function.__name__) == (
+        "deepspeed.runtime.zero.linear",
+        "LinearFunctionForZeroStage3",
+    )

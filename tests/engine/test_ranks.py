@@ -19,9 +19,10 @@ from axolotl_spft.errors import SpftError, SpftMemoryError
 from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.salience import collect
 from axolotl_spft.salience.collect import gathered_gradients
+from axolotl_spft.salience.hessian import BY_AUTOGRAD
 from axolotl_spft.salience.install import adapted_layers, check_same_mask
 from axolotl_spft.salience.metrics.balanced import score as balanced_score
-from axolotl_spft.salience.metrics.statistics import GRADIENT, Statistics
+from axolotl_spft.salience.metrics.statistics import GRADIENT, HESSIAN_GRADIENT, Statistics
 from axolotl_spft.salience.sample_pass import collect_statistics
 from axolotl_spft.salience.select import top_k, top_k_per_row
 from tests.engine.processes import on_ranks
@@ -249,9 +250,13 @@ def summed_gradients(model, layers, loss_fn, ranks: Ranks) -> dict[str, torch.Te
     return collect_statistics(model, layers, {GRADIENT}, batches, loss_fn, 2, ranks).sums[GRADIENT]
 
 
-def partitioned_pass() -> tuple[int, list[int], bool]:
-    """Of a ZeRO-3 pass: the most bytes at a time in matrices as large as a weight, the weights' own in float32, and
-    whether these are in parts again.
+def _shape_of(layer) -> tuple[int, int]:
+    return layer.out_features, layer.in_features
+
+
+def partitioned_pass() -> tuple[int, int, list[int], bool]:
+    """Of a ZeRO-3 pass, and of one that differentiates twice: the most bytes at a time in matrices as large as a weight;
+    the weights' own in float32, and whether these are in parts again.
     """
     # before deepspeed is imported: it would look for an accelerator
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(Ranks.current().rank)}
@@ -268,22 +273,30 @@ def partitioned_pass() -> tuple[int, list[int], bool]:
         base = tiny_llama()
     ranks, model = Ranks.current(), get_peft_model(base, SpftConfig(density=0.03))
     layers = adapted_layers(model)
-    shapes = {(layer.out_features, layer.in_features) for layer in layers.values()}
+    shapes = set(map(_shape_of, layers.values()))
     with LiveBytes(shapes, []) as tracker:
         sums = summed_gradients(model, layers, None, ranks)
+    batches = [token_batch(rows=1, seed=ranks.rank)]
+    with LiveBytes(shapes, []) as twice:
+        found = collect_statistics(model, layers, {HESSIAN_GRADIENT}, batches, None, 2, ranks)
+    assert found.notes == {"hessian": BY_AUTOGRAD}
+    # this rank's rows of the gradient, of H g and of what a batch adds to it have the shape of another layer's weight
+    parts = sum(4 * out // 2 * width for out, width in map(_shape_of, layers.values()) if (out // 2, width) in shapes)
     writing = summed_gradients(model, layers, loss_that_writes, ranks)
     for name, total in sums.items():
         torch.testing.assert_close(writing[name], total / 2)
     assert held.is_zero3()
     partitioned = [parameter.numel() == 0 for parameter in base.parameters() if hasattr(parameter, "ds_id")]
     sizes = [4 * layer.out_features * layer.in_features for layer in layers.values()]
-    return tracker.peak, sizes, all(partitioned) and len(partitioned) > len(layers)
+    return tracker.peak, twice.peak - 3 * parts, sizes, all(partitioned) and len(partitioned) > len(layers)
 
 
 def test_a_pass_over_partitioned_weights_never_has_all_gradients_on_a_rank():
-    for peak, sizes, partitioned_again in on_ranks(2, partitioned_pass):
+    for peak, peak_twice, sizes, partitioned_again in on_ranks(2, partitioned_pass):
         # a gathered weight and what DeepSpeed makes of it; the accumulators are parts
         assert 0 < peak <= 3 * max(sizes) < sum(sizes) / 3
+        # or one layer's direction
+        assert 0 < peak_twice <= 3 * max(sizes)
         assert partitioned_again
 
 
