@@ -79,8 +79,8 @@ class _Passage(torch.autograd.Function):
 
 def _passed(
     tensors: Sequence[Any], act: Callable[[], None] | None, act_again: Callable[[], None] | None = None
-) -> list:
-    """The same, but for those that require a gradient through `_Passage`."""
+) -> list[Any]:
+    """The same tensors; those that require a gradient have gone through `_Passage`."""
     passed = list(tensors)
     tracked = [i for i, x in enumerate(passed) if torch.is_grad_enabled() and _requires_grad(x)]
     if tracked and act is not None:

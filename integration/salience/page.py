@@ -88,8 +88,8 @@ Examples of `squared_gradient` (fisher) are the rows of a batch, or with sample 
 `position_ids` begin anew; sequences must not attend to each other, as Axolotl's do not. Of pairs of texts (DPO) each
 text counts as an example. `input_squares` leaves padding out: tokens that `attention_mask` masks, or without one the
 sequences without any label. `hessian_gradient` (grasp) reads the sample twice. It differentiates twice where every step
-of the model allows it (eager attention, plain torch operations, no gradient checkpointing, weights that are neither
-quantized nor partitioned), else it takes a central difference; the report says which.
+of the model allows it (eager attention, plain torch operations, no gradient checkpointing, weights that are not
+quantized), else it takes a central difference: the report says which, and it is the same one on every engine.
 
 ## Where each is tested
 
@@ -99,7 +99,7 @@ plain weights in parts and 4-bit ones whole on each rank. "tested" means, of a s
 - one process: the scores are those of the textbook's formula in float64, of a quantized base on the dequantized model;
   of `random` those drawn from the seed. (float: Llama, Qwen2 and GPT-2; 8bit and 4bit: Llama.)
 - DDP, ZeRO: two ranks give the mask of one process (Llama), but for one entry of a matrix at most, whose score is that
-  of another up to rounding; `grasp` under ZeRO-3 on a float base, a difference instead of a derivative, but for 15%.
+  of another up to rounding.
 
 "refused" is said before the model loads.
 

@@ -255,8 +255,8 @@ def _shape_of(layer) -> tuple[int, int]:
 
 
 def partitioned_pass() -> tuple[int, int, list[int], bool]:
-    """Of a ZeRO-3 pass, and of one that differentiates twice: the most bytes at a time in matrices as large as a weight;
-    the weights' own in float32, and whether these are in parts again.
+    """Of a ZeRO-3 pass, and of one that differentiates twice: the most bytes at a time in matrices as large as a
+    weight. Further the weights' own in float32, and whether these are in parts again.
     """
     # before deepspeed is imported: it would look for an accelerator
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(Ranks.current().rank)}
