@@ -9,6 +9,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
@@ -22,9 +23,10 @@ from tests.interpreter import DEVICE
 VOCABULARY = 67
 
 
-def _make(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+def make_tiny(config: PretrainedConfig, dtype: torch.dtype, images: bool = False) -> nn.Module:
+    """The model of a configuration, one that reads images too or one of text, with random weights."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
+    model = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_config(
         config,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -42,14 +44,14 @@ def _make(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
 def tiny_llama(dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
     options = {"hidden_size": 36, "intermediate_size": 50, "num_key_value_heads": 1, "num_attention_heads": 2}
     options |= {"num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
-    return _make(LlamaConfig(**(options | changes)), dtype)
+    return make_tiny(LlamaConfig(**(options | changes)), dtype)
 
 
 def tiny_qwen2(dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
     """With biases in q, k and v."""
     options = {"hidden_size": 28, "intermediate_size": 46, "num_key_value_heads": 1, "num_attention_heads": 2}
     options |= {"num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
-    model = _make(Qwen2Config(**(options | changes)), dtype)
+    model = make_tiny(Qwen2Config(**(options | changes)), dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("proj.bias"):
@@ -61,7 +63,7 @@ def tiny_gpt2(dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
     """With `Conv1D` layers, which store their weight transposed."""
     options = {"n_embd": 26, "n_inner": 42, "n_head": 2, "n_layer": 2, "vocab_size": VOCABULARY, "n_positions": 64}
     options |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return _make(GPT2Config(**(options | changes)), dtype)
+    return make_tiny(GPT2Config(**(options | changes)), dtype)
 
 
 def tiny_moe(dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
@@ -70,7 +72,7 @@ def tiny_moe(dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
     options |= {"num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
     options |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 18}
     options |= {"shared_expert_intermediate_size": 22, "decoder_sparse_step": 1}
-    return _make(Qwen2MoeConfig(**(options | changes)), dtype)
+    return make_tiny(Qwen2MoeConfig(**(options | changes)), dtype)
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {

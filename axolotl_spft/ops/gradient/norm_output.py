@@ -21,8 +21,10 @@ from axolotl_spft.ops.backends.dispatch import DTYPES
 from axolotl_spft.ops.gradient.columns import select_normed_columns
 from axolotl_spft.ops.gradient.saved_hooks import are_hooked, must_keep_alike
 
-# what DeepSpeed's ZeRO-3 passes each module's inputs and outputs through
-_ALIASES = ("PostBackwardFunctionModuleBackward", "PreBackwardFunctionForModuleBackward")
+# what DeepSpeed's ZeRO-3 passes each module's inputs and outputs through, itself and by torch's backward hooks
+_ALIASES = (
+    "PostBackwardFunctionModuleBackward", "PreBackwardFunctionForModuleBackward", "BackwardHookFunctionBackward",
+)  # fmt: skip
 
 
 class NormOutput:
