@@ -63,11 +63,30 @@ def test_blocks_train_as_masked_dense_adamw_does():
     assert sum(bool(mask.any()) for mask in masks.values()) > len(masks) / 2
 
 
-def check_against_masked_dense(architecture, accumulate, weight_decay, **options) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [
+        ("llama", ["embed_tokens", "lm_head", "q_proj"]),
+        ("qwen2", ["lm_head", "q_proj"]),
+        ("gpt2", ["wte", "wpe", "c_attn"]),
+    ],
+)
+def test_embeddings_and_heads_train_as_masked_dense_adamw_does(architecture, targets):
+    """Qwen2's and GPT-2's are tied: one delta, whose gradient both uses add to."""
+    masks = check_against_masked_dense(
+        architecture, 2, 0.1, tie_word_embeddings=architecture != "llama", target_modules=targets
+    )
+    assert sum(not any(part.isdigit() for part in name.split(".")) for name in masks) == 1 + (architecture != "qwen2")
+
+
+def check_against_masked_dense(
+    architecture, accumulate, weight_decay, tie_word_embeddings=None, **options
+) -> dict[str, torch.Tensor]:
     """The masks of the targeted weights, after the run with them has been compared."""
-    pretrained = ARCHITECTURES[architecture]()
+    changes = {} if tie_word_embeddings is None else {"tie_word_embeddings": tie_word_embeddings}
+    pretrained = ARCHITECTURES[architecture](**changes)
     start = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
-    sparse = get_peft_model(ARCHITECTURES[architecture](), SpftConfig(density=0.07, samples=8, **options))
+    sparse = get_peft_model(ARCHITECTURES[architecture](**changes), SpftConfig(density=0.07, samples=8, **options))
     select_mask(sparse, [token_batch(rows=4, seed=1), token_batch(rows=4, seed=2)])
     masks = dense_masks(sparse)
 
@@ -99,8 +118,11 @@ def check_against_masked_dense(architecture, accumulate, weight_decay, **options
 
     assert trained.keys() == start.keys()
     for name, before in start.items():
-        if name not in masks:
+        if tie_word_embeddings and name == "lm_head.weight":
+            assert torch.equal(trained[name], sparse.get_input_embeddings().weight)
+        elif name not in masks:
             assert torch.equal(trained[name], before)
+        if name not in masks:
             continue
         changed = (weights[name].detach() - before)[masks[name]]
         # a matrix may have no room for a block

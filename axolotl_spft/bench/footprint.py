@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from axolotl_spft.bench.methods import Method
-from axolotl_spft.tuner import SpftLinear, SpftModel
+from axolotl_spft.tuner import SpftModel
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 
 def footprint_bytes(method: Method) -> dict[str, int]:
@@ -20,7 +21,7 @@ def footprint_bytes(method: Method) -> dict[str, int]:
     trained = [parameter for parameter in method.model.parameters() if parameter.requires_grad]
     states = method.optimizer.state.values() if method.optimizer is not None else ()
     modules = list(method.model.modules())
-    sparse = [module for module in modules if isinstance(module, SpftLinear)]
+    sparse = [module for module in modules if isinstance(module, SparseLayer)]
     parts: dict[str, Iterable[Tensor]] = {
         "values": trained,
         "gradients": (parameter.grad for parameter in trained if parameter.grad is not None),
@@ -33,7 +34,7 @@ def footprint_bytes(method: Method) -> dict[str, int]:
     return {name: sum(_new_bytes(tensor, seen) for tensor in tensors) for name, tensors in parts.items()}
 
 
-def _masks(modules: list[nn.Module], sparse: list[SpftLinear]) -> Iterator[Tensor]:
+def _masks(modules: list[nn.Module], sparse: list[SparseLayer]) -> Iterator[Tensor]:
     for layer in sparse:
         for name in layer.spft_columns:
             yield from layer.mask(name)
@@ -42,7 +43,7 @@ def _masks(modules: list[nn.Module], sparse: list[SpftLinear]) -> Iterator[Tenso
         yield from getattr(module, "shira_indices", {}).values()
 
 
-def _derived(sparse: list[SpftLinear]) -> Iterator[Tensor]:
+def _derived(sparse: list[SparseLayer]) -> Iterator[Tensor]:
     for layer in sparse:
         for delta, places in layer._deltas.values():
             yield from (*delta.mask, *places)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -32,14 +32,22 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def gather_as_units(model: nn.Module, unit: type[nn.Module]) -> None:
-    """Let DeepSpeed's engine, made later, gather all weights below each ``unit`` whenever that module runs.
+def gather_as_units(model: nn.Module, *units: type[nn.Module]) -> None:
+    """Let DeepSpeed's engine, made later, gather all weights below each of ``units`` whenever that module runs.
 
     It would gather a module's own parameters only, but a sparse layer reads its base layer's and its values itself.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    set_z3_leaf_modules(model, [unit])
+    set_z3_leaf_modules(model, list(units))
+
+
+def gather_beside(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let DeepSpeed's engine, made later, gather parameters of another module too whenever ``module`` runs."""
+    from deepspeed.zero import register_external_parameter
+
+    for parameter in parameters:
+        register_external_parameter(module, parameter)
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def _bias_gradient(grad_y: Tensor) -> Tensor:
     return grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
 
 
-def _once_differentiable(backward: Callable) -> Callable:
+def once_differentiable(backward: Callable) -> Callable:
     """torch's own, which sets the mode for gradients each time, only where a gradient of the gradient is asked for."""
     careful = torch.autograd.function.once_differentiable(backward)
 
@@ -147,7 +147,7 @@ class _EagerLinear(torch.autograd.Function):
         return _forward(x, bias, values, delta, owner)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx, grad_y):
         need_x, _, need_bias, need_values = ctx.needs_input_grad[:4]
         kept, values = ctx.saved_tensors
@@ -164,7 +164,7 @@ class _FrozenLinear(torch.autograd.Function):
         return linear(x, cast(owner.plain_weight(), x.dtype), bias)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx, grad_y):
         grad_x = None
         if ctx.needs_input_grad[0]:

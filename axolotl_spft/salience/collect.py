@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.ops.backends.products import matmul
+from axolotl_spft.ops.embedding import row_gradients
 from axolotl_spft.salience.examples import Tokens
 from axolotl_spft.salience.metrics.statistics import GRADIENT, INPUT_SQUARES, SQUARED_GRADIENT
+from axolotl_spft.tuner.embedding import lookup_of, scale_of
 from axolotl_spft.tuner.offloading import execution_device
 
 _ONE_PROCESS = Ranks()
@@ -108,7 +110,8 @@ def gathered_sums(
 ) -> Iterator[dict[str, dict[str, Tensor]]]:
     """Within the block, every backward pass adds to the accumulators of each layer, with x its input and y its output.
 
-    ``gradient``: dW = dY^T X. ``squared_gradient``: the sum over examples of (dY_e^T X_e)^2 with an example's own rows
+    ``gradient``: dW = dY^T X, and of an embedding the sum of dY over the tokens of each row; of tied modules the sum of
+    both. ``squared_gradient``: the sum over examples of (dY_e^T X_e)^2 with an example's own rows
     of dY and X. ``input_squares``: the sum of x_j^2 over the tokens that are no padding.
 
     No weight is made to require a gradient, so quantized ones take part too. Alive at a time are the accumulators and
@@ -140,18 +143,17 @@ def gathered_sums(
     placed = {device: place_of(entries * len(matrices), device, memory_gib) for device in devices_of(layers)}
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            rows, device, adders = rows_of[name], device_of(layer), []
+            rows, device = rows_of[name], device_of(layer)
+            adders: dict[nn.Module, list] = {module: [] for module in (layer, *getattr(layer, "readers", ()))}
             for need in needs:
                 shape = (layer.in_features,) if need == INPUT_SQUARES else (rows.stop - rows.start, layer.in_features)
                 total = torch.zeros(shape, dtype=torch.float32, device=placed[device] if need in matrices else device)
                 sums[need][name] = total
-                if need == INPUT_SQUARES:
-                    adders.append(_adder_of_squares(total, tokens))
-                else:
-                    part = _PARTS[need](name, tokens)
-                    of_rows = (part, total, layer.out_features, ranks)
-                    adders.append(_adder_to_shard(*of_rows) if sharded else _adder(part, total))
-            hooks.callback(layer.register_forward_hook(_gathering_hook(adders)).remove)
+                shard = (layer.out_features, ranks) if sharded else None
+                for module, own in adders.items():
+                    own.append(_adder_of(need, name, module, total, tokens, shard))
+            for module, own in adders.items():
+                hooks.callback(module.register_forward_hook(_gathering_hook(own)).remove)
         embeddings = _input_embeddings(model)
         if embeddings is not None:
             hooks.callback(embeddings.register_forward_hook(_require_grad).remove)
@@ -163,7 +165,8 @@ def probed_outputs(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Within the block the outputs of these layers take part in every backward pass, though nothing is gathered."""
     with ExitStack() as hooks:
         for layer in layers:
-            hooks.callback(layer.register_forward_hook(_gathering_hook([])).remove)
+            for module in (layer, *getattr(layer, "readers", ())):
+                hooks.callback(module.register_forward_hook(_gathering_hook([])).remove)
         yield
 
 
@@ -211,8 +214,51 @@ def _squares_part(name: str, tokens: Tokens) -> _Part:
 _PARTS: dict[str, Callable[[str, Tokens], _Part]] = {GRADIENT: _gradient_part, SQUARED_GRADIENT: _squares_part}
 
 
+def _rows_part(embedding: nn.Embedding) -> _Part:
+    def part(grad_y: Tensor, ids: Tensor, rows: slice) -> Tensor:
+        tokens, sums = _row_gradients(embedding, grad_y, ids)
+        inside = ((tokens >= rows.start) & (tokens < rows.stop)).nonzero().squeeze(1)
+        of_rows = sums.new_zeros(rows.stop - rows.start, sums.shape[1])
+        return of_rows.index_add_(0, tokens[inside] - rows.start, sums[inside])
+
+    return part
+
+
+def _adder_of_rows(embedding: nn.Embedding, total: Tensor) -> Callable[[Tensor, Tensor], None]:
+    # without a dense gradient beside the accumulator: a vocabulary has rows for many more tokens than a batch
+    def add(grad_y: Tensor, ids: Tensor) -> None:
+        tokens, sums = _row_gradients(embedding, grad_y, ids)
+        total.index_add_(0, tokens.to(total.device), sums.to(total.device, total.dtype))
+
+    return add
+
+
+def _row_gradients(embedding: nn.Embedding, grad_y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    scale = scale_of(embedding)
+    return row_gradients(grad_y if scale is None else grad_y * scale, ids, lookup_of(embedding))
+
+
+def embedding_of(module: nn.Module) -> nn.Embedding | None:
+    """The embedding that a sparse layer looks tokens up in; None for one that multiplies."""
+    base_layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return base_layer if isinstance(base_layer, nn.Embedding) else None
+
+
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _adder_of(
+    need: str, name: str, module: nn.Module, total: Tensor, tokens: Tokens, shard: tuple[int, Ranks] | None
+) -> Callable[[Tensor, Tensor], None]:
+    """What adds one use of a weight to its accumulator."""
+    if need == INPUT_SQUARES:
+        return _adder_of_squares(total, tokens)
+    embedding = embedding_of(module)
+    if embedding is not None and shard is None:
+        return _adder_of_rows(embedding, total)
+    part = _PARTS[need](name, tokens) if embedding is None else _rows_part(embedding)
+    return _adder(part, total) if shard is None else _adder_to_shard(part, total, *shard)
 
 
 def _adder(part: _Part, total: Tensor) -> Callable[[Tensor, Tensor], None]:
@@ -249,7 +295,7 @@ def _gathering_hook(adders: Sequence[Callable[[Tensor, Tensor], None]]):
 
         def gather(grad_y: Tensor) -> None:
             with torch.no_grad():
-                inputs = x.to(grad_y.dtype)
+                inputs = x.to(grad_y.dtype) if x.is_floating_point() else x
                 for add in adders:
                     add(grad_y, inputs)
 

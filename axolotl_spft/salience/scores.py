@@ -9,8 +9,8 @@ from torch import Tensor
 
 from axolotl_spft.engine.ranks import Ranks, on_every_rank
 from axolotl_spft.errors import SpftError, first_of
-from axolotl_spft.salience.collect import device_of
-from axolotl_spft.salience.metrics.metric import OF_WEIGHT, Metric
+from axolotl_spft.salience.collect import device_of, embedding_of
+from axolotl_spft.salience.metrics.metric import OF_PRODUCTS, OF_WEIGHT, Metric
 from axolotl_spft.salience.metrics.statistics import Statistics
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import shapes_of
@@ -28,6 +28,14 @@ def check_base(metric: Metric, layers: Mapping[str, SpftLinear]) -> None:
         raise SpftError(
             f"`salience: {metric.name}` reads the weights, and a {kind} layer's cannot be read "
             f"({first_of(unreadable, ', ')}): use `salience: gradient`, or a base that is not quantized by {kind}"
+        )
+    embeddings = [name for name, layer in layers.items() if embedding_of(layer) is not None]
+    undefined = metric.needs & OF_PRODUCTS
+    if undefined and embeddings:
+        raise SpftError(
+            f"`salience: {metric.name}` needs {', '.join(sorted(undefined))} of each weight, which an embedding "
+            f"({first_of(embeddings, ', ')}), that multiplies no input, does not have: use `salience: gradient`, or "
+            "leave it out of `target_modules`"
         )
 
 

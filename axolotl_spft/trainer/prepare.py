@@ -9,7 +9,7 @@ import torch
 
 from axolotl_spft.engine.kind import engine_of
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.engine.zero3 import gather_as_units
+from axolotl_spft.engine.zero3 import gather_as_units, gather_beside
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
 from axolotl_spft.trainer.checkpoints import RunRecord
@@ -18,8 +18,9 @@ from axolotl_spft.trainer.model_card import keep_section_of_card
 from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of, select_mask_with_trainer
 from axolotl_spft.trainer.saved_adapter import copy_to_reference, has_reference, install_checkpoint_mask
 from axolotl_spft.trainer.watch import watch_training
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import slots_of
+from axolotl_spft.tuner.tied import TiedLayer
 
 # name: precision of the moments
 OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}
@@ -58,7 +59,10 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         say(str(select_mask_with_trainer(trainer, model)))
     say(f"Sparse mask: checksum {check_same_mask(model, ranks)[:16]} on all {ranks.world} ranks")
     if engine == "zero3":
-        gather_as_units(model, SpftLinear)
+        gather_as_units(model, SparseLayer, TiedLayer)
+        for layer in adapted_layers(model).values():
+            for reader in layer.readers:
+                gather_beside(reader, layer.spft_values.parameters())
     trainer.add_callback(RunRecord(ranks.world, engine))
     if optimizer in OPTIMIZERS:
         slots = slots_of(adapted_layers(model), model.active_adapter)

@@ -51,11 +51,12 @@ class Writer(Protocol):
 
 
 class Replaced(NamedTuple):
-    """The base layer, its parameters and its quantization state from before a merge."""
+    """From before a merge: the base layer, its parameters and quantization state, and the weights of its readers."""
 
     base_layer: nn.Module
     parameters: dict[str, nn.Parameter | None]
     state: object
+    tied: list[nn.Parameter]
 
 
 class BaseWeight:
@@ -147,7 +148,7 @@ class BaseWeight:
             delta: where they stand. Between a forward pass and its backward pass another adapter may have been chosen,
                 or all disabled or merged.
         """
-        if not self._holds(values, delta):
+        if not self._holds(values, delta.mask):
             if self._undo_merge:
                 return nullcontext(self._oriented(self._sum_before_merges(values, delta.mask)))
             if not self.in_place:
@@ -155,7 +156,7 @@ class BaseWeight:
             writer = None if self._writer is None else self._writer()
             if writer is not None:
                 writer.write_for_backward()
-            if not self._holds(values, delta):
+            if not self._holds(values, delta.mask):
                 if writer is not None:
                     writer.tell_missing()
                 return self._written_for_now(values, delta)
@@ -165,9 +166,9 @@ class BaseWeight:
         """W as (out_features, in_features), to be read at once, of a weight that is made afresh for each use."""
         return self._oriented(self._fresh_sum([]))
 
-    def _holds(self, values: Tensor, delta: Delta) -> bool:
+    def _holds(self, values: Tensor, mask: Mask) -> bool:
         held = self._written
-        return held is not None and _same(held.mask.columns, delta.mask.columns) and _same(held.values, values)
+        return held is not None and _same(held.mask.columns, mask.columns) and _same(held.values, values)
 
     @contextmanager
     def _written_for_now(self, values: Tensor, delta: Delta) -> Iterator[Tensor]:

@@ -13,8 +13,8 @@ from axolotl_spft.config import mask_option_names
 from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.optim.mask_changes import note_replacement
-from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.record import NAME, make_record, record_from_tensor, record_to_tensor
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import base_shapes_of, check_state, shapes_of, spft_layers
 
 
@@ -90,7 +90,7 @@ def _take_adapter(
     _keep_own_record(tuner, adapter_name, state_dict, record_key)
 
 
-def _layers_of(tuner: nn.Module, adapter_name: str) -> dict[str, SpftLinear]:
+def _layers_of(tuner: nn.Module, adapter_name: str) -> dict[str, SparseLayer]:
     return {name: layer for name, layer in spft_layers(tuner.model).items() if adapter_name in layer.spft_values}
 
 
@@ -109,7 +109,7 @@ def _keep_own_record(
 
 
 def _check_same_masks(
-    layers: Mapping[str, SpftLinear], state_dict: Mapping[str, Tensor], base: str, adapter_name: str
+    layers: Mapping[str, SparseLayer], state_dict: Mapping[str, Tensor], base: str, adapter_name: str
 ) -> None:
     for name, layer in layers.items():
         for tensor, own in zip(("spft_columns", "spft_row_offsets"), layer.mask(adapter_name)):

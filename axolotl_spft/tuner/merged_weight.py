@@ -64,6 +64,8 @@ class MergedWeight(BaseWeight):
             base_layer._parameters.update(undo.parameters)
             if undo.state is not None:
                 base_layer.state = undo.state
+            for reader, weight in zip(self.readers, undo.tied):
+                reader.get_base_layer().weight = weight
         else:
             assign_reversed(self.get_base_layer().weight.data.view(-1), undo)
 
@@ -87,12 +89,16 @@ class MergedWeight(BaseWeight):
             if check_finite and not torch.isfinite(weight).all():
                 raise _broken_adapter(name)
         base_layer = self.get_base_layer()
-        undo = Replaced(self.base_layer, dict(base_layer._parameters), copy.copy(getattr(base_layer, "state", None)))
+        state = copy.copy(getattr(base_layer, "state", None))
+        tied = [reader.get_base_layer().weight for reader in self.readers]
+        undo = Replaced(self.base_layer, dict(base_layer._parameters), state, tied)
         if self.quantization_backend is not None:
             self.quantization_backend.set_base_weight(self, weight)
         else:
             # a new parameter, so that a module that shares the old one keeps it
             base_layer.weight = nn.Parameter(weight, requires_grad=False)
+            for reader in self.readers:
+                reader.get_base_layer().weight = base_layer.weight
         return undo
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING, _get_submodules, get_quantization_kwargs
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -19,12 +18,15 @@ from axolotl_spft.budget import layer_budgets
 from axolotl_spft.config import RECORDED, SpftConfig
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import mask_from_positions
+from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.load import record_mask, take_state
 from axolotl_spft.tuner.record import NAME as RECORD
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import TENSORS, shapes_of, spft_layers
-from axolotl_spft.tuner.targets import check_target, problem_of_fused_experts, renamed_targets
+from axolotl_spft.tuner.targets import check_target, problem_of_fused_experts, renamed_targets, whole_names
+from axolotl_spft.tuner.tied import TiedLayer, mark_shared_weights, modules_tied_to
 from axolotl_spft.tuner.weighted_sum import add_weighted_adapter
 from axolotl_spft.tuner.without_mask import refuse_training_without_mask
 from axolotl_spft.tuner.write_ahead import WriteAhead
@@ -33,13 +35,14 @@ _SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.")
 
 
 class SpftModel(BaseTuner):
-    """A model whose targeted linear layers carry sparse deltas (Liu et al., ACL 2025, arXiv 2412.13488).
+    """A model whose targeted layers carry sparse deltas (Liu et al., ACL 2025, arXiv 2412.13488).
 
-    Targets are `torch.nn.Linear`, GPT-2's `Conv1D`, and the quantized linear layers that PEFT knows.
+    Targets are `torch.nn.Linear`, GPT-2's `Conv1D`, the quantized linear layers that PEFT knows, and
+    `torch.nn.Embedding`.
     """
 
     prefix = "spft_"
-    tuner_layer_cls = SpftLinear
+    tuner_layer_cls = SparseLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
     _handles: Sequence[RemovableHandle] = ()
     _guards: Sequence[RemovableHandle] = ()
@@ -104,7 +107,9 @@ class SpftModel(BaseTuner):
         if any(problems):
             raise SpftError("; ".join(filter(None, problems)))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        _mark_shared_weights(model)
+        holders = [name for name, layer in spft_layers(model).items() if adapter_name in layer.spft_columns]
+        config.target_modules = whole_names(config.target_modules, holders, model)
+        mark_shared_weights(model)
         _mark_shared_inputs(model)
         self._write_ahead(model)
         self._refuse_training_without_mask(model)
@@ -116,7 +121,10 @@ class SpftModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: SpftConfig, key: str) -> Any:
         # PEFT asks for a layer's index only where a name is the ending of a module's; those of all-linear are whole
         targets = peft_config.target_modules
-        if peft_config.layers_to_transform is not None and not isinstance(targets, str) and key in targets:
+        if not isinstance(targets, str) and f".{key}" in targets:
+            peft_config = copy.copy(peft_config)
+            peft_config.target_modules = {key}
+        elif peft_config.layers_to_transform is not None and not isinstance(targets, str) and key in targets:
             peft_config = copy.copy(peft_config)
             peft_config.target_modules = {key.rpartition(".")[2]}
         return super()._check_target_module_exists(peft_config, key)
@@ -204,18 +212,54 @@ class SpftModel(BaseTuner):
     def _create_and_replace(
         self, peft_config: SpftConfig, adapter_name, target, target_name, parent, current_key, **kwargs
     ) -> None:
-        if isinstance(target, SpftLinear):
-            target.add_empty_adapter(adapter_name)
+        if isinstance(target, TiedLayer):
+            target = target.owner
+        if isinstance(target, SparseLayer):
+            # of tied modules each name leads to the same layer
+            if adapter_name not in target.spft_columns:
+                target.add_empty_adapter(adapter_name)
             return
         quantization = get_quantization_kwargs(self)
-        check_target(target, current_key, quantization)
-        new_module = SpftLinear(target, adapter_name, **quantization)
+        tied = modules_tied_to(target, self.model)
+        for name, module in (tied or {current_key: target}).items():
+            check_target(module, name if name == current_key else f"{name} (tied to {current_key})", quantization)
+        self._refuse_to_part(peft_config, current_key, tied)
+        if tied:
+            owner_name = next(name for name, module in tied.items() if isinstance(module, nn.Embedding))
+            parent, target, target_name = _get_submodules(self.model, owner_name)
+        if isinstance(target, nn.Embedding):
+            new_module = SpftEmbedding(target, adapter_name)
+        else:
+            new_module = SpftLinear(target, adapter_name, **quantization)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+        for name, module in tied.items():
+            if name != owner_name:
+                other_parent, _, other_name = _get_submodules(self.model, name)
+                self._replace_module(other_parent, other_name, TiedLayer(module, new_module), module)
         if new_module.spft_values[adapter_name].is_meta:
             # PEFT has moved it to where an offloaded base layer's weight seems to lie
             new_module.add_empty_adapter(adapter_name)
+
+    def _refuse_to_part(self, peft_config: SpftConfig, name: str, tied: Iterable[str]) -> None:
+        """Raise where a module is targeted, and one that is tied to it is not to be trained as it is."""
+        for other in tied:
+            if isinstance(self._check_target_module_exists(peft_config, other), _ExcludedModule):
+                raise SpftError(
+                    f"`target_modules` takes {name}, and `exclude_modules` or `modules_to_save` names {other}, but the "
+                    "model ties the two: they are one weight, which one sparse delta trains in both places. Leave one "
+                    "of the names out, or load the model with `tie_word_embeddings: false`"
+                )
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: SpftConfig) -> None:
+        # what PEFT warns of for targets does not happen here
+        peft_config = copy.copy(peft_config)
+        peft_config.target_modules = set()
+        super()._check_tied_modules(model, peft_config)
+
+    def _get_tied_target_modules(self, *args: Any, **kwargs: Any) -> list[str]:
+        return []  # a merge changes tied modules together
 
     def _fill_randomly(self, adapter_name: str, config: SpftConfig) -> None:
         layers = {name: layer for name, layer in spft_layers(self.model).items() if adapter_name in layer.spft_values}
@@ -254,27 +298,9 @@ class SpftModel(BaseTuner):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-def _mark_shared_weights(model: nn.Module) -> None:
-    """Tell each sparse layer whether another module uses its weight too, as tied embeddings do."""
-    users: Counter[int] = Counter()
-    for module in model.modules():
-        for child in module._modules.values():
-            if child is not None:
-                users.update({_place(parameter) for parameter in child._parameters.values() if parameter is not None})
-    for layer in spft_layers(model).values():
-        weight = layer.get_base_layer()._parameters.get("weight")
-        layer.share_weight(weight is not None and users[_place(weight)] > 1)
-
-
-def _place(parameter: nn.Parameter) -> tuple[str, int]:
-    """What parameters that are the same, or lie in the same memory, have in common."""
-    # those on the meta device, and those that ZeRO-3 has partitioned, are nowhere
-    return ("address", parameter.data_ptr()) if parameter.data_ptr() else ("id", id(parameter))
-
-
 def _mark_shared_inputs(model: nn.Module) -> None:
-    """Tell sparse layers which others read the same tensor."""
-    layers = spft_layers(model)
+    """Tell linear layers which others read the same tensor."""
+    layers = {name: layer for name, layer in spft_layers(model).items() if isinstance(layer, SpftLinear)}
     for names in group_by_input({name: layer.in_features for name, layer in layers.items()}):
         readers = [layers[name] for name in names]
         shared_input = SharedInput(readers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -14,12 +14,16 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.linear import register_owner
+from axolotl_spft.ops.linear import Delta, owner_of, register_owner
 from axolotl_spft.ops.mask.csr import Mask, empty_mask, mask_from_positions, positions
+from axolotl_spft.ops.mask.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.held_values import hold_values, note_deletion
 from axolotl_spft.tuner.merged_weight import MergedWeight
 from axolotl_spft.tuner.offloading import execution_device, keep_resident, kept_quant_state, tensor_in
+
+if TYPE_CHECKING:
+    from axolotl_spft.tuner.tied import TiedLayer
 
 
 class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
@@ -36,10 +40,14 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         shape: (out_features, in_features) of W.
         transposed: whether W is stored as (in_features, out_features).
         quantization_backend: PEFT's, of a quantized base layer.
+
+    Attributes:
+        readers: layers of other modules that hold the same W, which compute with this one's S.
     """
 
     adapter_layer_names = ("spft_values",)
     other_param_names = ("spft_columns", "spft_row_offsets")
+    readers: tuple[TiedLayer, ...] = ()
 
     def __init__(
         self,
@@ -62,6 +70,7 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._undo_merge = []
+        self._deltas = {}
         self._owner = register_owner(self)
 
     def __getstate__(self) -> dict:
@@ -109,6 +118,10 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
     def _forget_derived(self) -> None:
         """Forget what was worked out from the masks and from where the tensors lie; called whenever one changes."""
         self._in_place = None
+        # of the active adapters: where their values stand, and for several where each one's go in the union
+        self._deltas: dict[tuple[str, ...], tuple[Delta, tuple[Tensor, ...]]] = {}
+        for reader in self.readers:
+            reader.forget()
 
     # --- adapters
 
@@ -252,9 +265,51 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         names = (active,) if isinstance(active, str) else active
         return tuple([name for name in names if name in columns and columns[name].numel()])
 
+    def adapters_to_apply(self) -> tuple[str, ...]:
+        """The adapters whose S belongs to the weight in a forward pass that begins now."""
+        if self._disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return ()
+        return () if self.merged_adapters else self._filled_active_adapters()
+
+    def delta_of(self, names: tuple[str, ...]) -> tuple[Delta, Tensor]:
+        """Where the values of these adapters together stand, and the values: (nnz)."""
+        have_delta(self._owner, names)
+        delta, places = self._deltas[names]
+        if len(names) == 1:
+            return delta, self.values(names[0])
+        each = [self.values(name) for name in names]
+        total = each[0].new_zeros(delta.mask.nnz)
+        for values, at in zip(each, places):
+            total = total.index_add(0, at, values.to(total.dtype))
+        return delta, total
+
+    def _make_delta(self, names: tuple[str, ...]) -> tuple[Delta, tuple[Tensor, ...]]:
+        mask, places = self.mask(names[0]), ()
+        # training later must be able to keep what an evaluation has made
+        with torch.inference_mode(False), torch.no_grad():
+            if len(names) > 1:
+                mask, places = self._union(names)
+            plan = make_plan(mask, self.in_features, columns=self._columns_to_keep(names))
+        return Delta(mask, plan), places
+
+    def _columns_to_keep(self, names: tuple[str, ...]) -> Tensor | None:
+        """See ``columns`` of `make_plan`."""
+        return None
+
     def extra_repr(self) -> str:
         counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())
         return ", ".join(filter(None, [quantization_extra_repr(self), f"nnz={{{counts}}}"]))
 
     def __repr__(self) -> str:
         return "spft." + super().__repr__()
+
+
+@torch.compiler.assume_constant_result
+def have_delta(owner: int, names: tuple[str, ...]) -> None:
+    """Make the delta of these adapters if there is none yet: torch.compile runs this while it traces the layer."""
+    # by its number: some versions of torch.compile take no module here
+    layer = owner_of(owner)
+    if names not in layer._deltas:
+        layer._deltas[names] = layer._make_delta(names)

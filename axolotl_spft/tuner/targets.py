@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -43,7 +44,7 @@ def check_target(target: nn.Module, name: str, quantization: dict) -> None:
         quantization: what PEFT's `resolve_quantization_backend` is given beside the module.
 
     Raises:
-        TypeError: it computes something else than y = x W^T + b, or its W cannot be read.
+        TypeError: it computes something else than y = x W^T + b or y = W[ids], or its W cannot be read.
     """
     kind = type(target).__name__
     if isinstance(target, BaseTunerLayer):
@@ -54,10 +55,16 @@ def check_target(target: nn.Module, name: str, quantization: dict) -> None:
     backend = resolve_quantization_backend(target, **quantization)
     if backend is not None and backend.layer_type == "linear":
         return
-    if backend is not None or not _multiplies_by_its_weight(target):
+    if backend is not None or not (_multiplies_by_its_weight(target) or _looks_up_its_weight(target)):
         raise TypeError(
-            f"Target module `{name}` is a {kind}, which is not supported: target torch.nn.Linear, transformers' Conv1D "
-            "or a quantized linear layer, without a forward of its own, or name it in `exclude_modules`"
+            f"Target module `{name}` is a {kind}, which is not supported: target torch.nn.Linear, transformers' "
+            "Conv1D, torch.nn.Embedding or a quantized linear layer, without a forward of its own, or name it in "
+            "`exclude_modules`"
+        )
+    if getattr(target, "max_norm", None) is not None:
+        raise TypeError(
+            f"Target module `{name}` has `max_norm: {target.max_norm}`, by which its forward pass changes the frozen "
+            "weight: set `max_norm = None` on it, or name the module in `exclude_modules`"
         )
     weight = target._parameters.get("weight")
     if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
@@ -102,7 +109,7 @@ def renamed_targets(names: Iterable[str], model: nn.Module) -> set[str]:
     modules = [f".{name}" for name, _ in model.named_modules()]
     renamed = set()
     for name in names:
-        now = name
+        now = name = name.removeprefix(".")
         if not any(module.endswith(f".{name}") for module in modules):
             each = (re.subn(pattern, text, name) for pattern, text in renames.items())
             now = next((new for new, count in each if count), name)
@@ -115,3 +122,33 @@ def _multiplies_by_its_weight(module: nn.Module) -> bool:
     kind = type(module)
     # of the class, not of the module, around which accelerate may have put hooks
     return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _SAME_FORWARD
+
+
+def _looks_up_its_weight(module: nn.Module) -> bool:
+    """Whether y = W[ids], or that times ``embed_scale``, is all that the module computes."""
+    kind = type(module)
+    scaled = issubclass(kind, nn.Embedding) and kind.__name__.endswith("ScaledWordEmbedding")
+    return kind.forward is nn.Embedding.forward or (scaled and hasattr(module, "embed_scale"))
+
+
+def whole_names(targets: Iterable[str] | str, holders: Iterable[str], model: nn.Module) -> set[str] | str:
+    """The targets that a config records, where embeddings or heads are among them by their whole names.
+
+    Where PEFT finds ``embed_tokens`` or ``lm_head`` among the targets, it saves the module's whole weight beside the
+    adapter, and a frozen weight need not be saved. A whole name without a dot gets one before it.
+
+    Args:
+        targets: ``target_modules``.
+        holders: names of the modules that hold the adapter.
+    """
+    if isinstance(targets, str):
+        embeddings = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+        if not any(re.fullmatch(targets, name) for name in embeddings):
+            return targets
+        kept = set()
+    else:
+        kept = {name for name in targets if name not in EMBEDDING_LAYER_NAMES}
+        if len(kept) == len(set(targets)):
+            return targets
+    others = [name for name in holders if not any(f".{name}".endswith(f".{target}") for target in kept)]
+    return kept | {name if "." in name else f".{name}" for name in others}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 HOW_TO_SELECT = "call select_mask(model, batches) first, or give the trainer an SpftCallback"
 
@@ -47,7 +47,7 @@ def refuse_training_without_mask(module: nn.Module, *_: Any) -> None:
     waiting: set[str] = set()
     filled: set[str] = set()
     for layer in module.modules():
-        if not isinstance(layer, SpftLinear):
+        if not isinstance(layer, SparseLayer):
             continue
         if layer.disable_adapters or layer.merged:
             return

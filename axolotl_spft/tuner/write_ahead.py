@@ -15,13 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from axolotl_spft.ops.linear import owners_made
 from axolotl_spft.ops.weight.sums import Sum, can_collect, collect_sums, restore_sums_, write_sums_
 from axolotl_spft.tuner.base_weight import WRITING, Written
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 
 class _Known(NamedTuple):
     """What a layer's weight is to hold for an adapter, and where."""
 
-    layer: SpftLinear
+    layer: SparseLayer
     held: Written
     names: tuple[str, ...]
     delta: tuple
@@ -129,7 +129,7 @@ class WriteAhead:
         self._missing = False
 
     @property
-    def layers(self) -> list[SpftLinear]:
+    def layers(self) -> list[SparseLayer]:
         """All sparse layers of the model."""
         if self._made != owners_made():
             self._find_layers()
@@ -141,7 +141,7 @@ class WriteAhead:
             (module._modules, name, child)
             for module in self._model.modules()
             for name, child in module._modules.items()
-            if isinstance(child, SpftLinear)
+            if isinstance(child, SparseLayer)
         ]
         for _, _, layer in self._places:
             layer.__dict__["_writer"] = ref(self)
@@ -267,7 +267,7 @@ def _is_captured() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _may_be_written(layer: SpftLinear, names: tuple[str, ...]) -> bool:
+def _may_be_written(layer: SparseLayer, names: tuple[str, ...]) -> bool:
     return (
         layer._written is None
         and layer._filled_active_adapters() == names
@@ -277,7 +277,7 @@ def _may_be_written(layer: SpftLinear, names: tuple[str, ...]) -> bool:
     )
 
 
-def _known(layer: SpftLinear) -> _Known | None:
+def _known(layer: SparseLayer) -> _Known | None:
     names = layer._filled_active_adapters()
     delta = layer._deltas.get(names)
     if len(names) != 1 or delta is None or not _may_be_written(layer, names):

@@ -65,8 +65,8 @@ def test_all_linear_takes_every_linear_layer_but_the_head(architecture, per_laye
 
 
 def test_a_target_of_another_kind_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"`model.embed_tokens` is a Embedding, which is not supported"):
-        get_peft_model(tiny_llama(), SpftConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(TypeError, match=r"`model.norm` is a LlamaRMSNorm, which is not supported"):
+        get_peft_model(tiny_llama(), SpftConfig(target_modules=["model.norm"]))
 
 
 def test_a_new_adapter_is_empty_and_changes_nothing():

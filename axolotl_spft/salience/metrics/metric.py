@@ -29,6 +29,8 @@ NEEDS = (*GATHERED, WEIGHT, SYNAPTIC_FLOW, HESSIAN_GRADIENT)
 FROM_SAMPLE = frozenset({*GATHERED, HESSIAN_GRADIENT})
 # what cannot be had of a weight that cannot be read
 OF_WEIGHT = frozenset({WEIGHT, SYNAPTIC_FLOW})
+# what is defined by the products of a weight with its inputs, which an embedding has none of
+OF_PRODUCTS = frozenset({SQUARED_GRADIENT, INPUT_SQUARES, SYNAPTIC_FLOW, HESSIAN_GRADIENT})
 # what of one matrix depends on all the others, at the pretrained weights
 OF_ALL_MATRICES = frozenset({SYNAPTIC_FLOW, HESSIAN_GRADIENT})
 

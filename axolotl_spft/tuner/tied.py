@@ -1,0 +1,129 @@
+"""Modules that hold one weight, as a model's tied embedding and head do: one S, which all of them compute with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from axolotl_spft.tuner.layer import multiply
+from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded
+from axolotl_spft.tuner.shared_input import SharedInput
+from axolotl_spft.tuner.sparse_layer import SparseLayer
+from axolotl_spft.tuner.state import spft_layers
+
+
+class TiedLayer(nn.Module, BaseTunerLayer):
+    """A linear layer or an embedding that holds the W of another sparse layer, and computes with that one's S.
+
+    It has no adapters of its own: they are chosen, merged, saved and deleted with the owner's.
+
+    Args:
+        base_layer: the module that is tied.
+        owner: the sparse layer of the module that it is tied to; an `SpftEmbedding`.
+    """
+
+    adapter_layer_names = ()
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, owner: SparseLayer):
+        super().__init__()
+        self.base_layer = base_layer
+        # in a tuple, past torch's registration: the owner is a module of its own elsewhere in the model
+        self._owners = (owner,)
+        self._shared_input = SharedInput([self])
+        owner.readers += (self,)
+
+    @property
+    def owner(self) -> SparseLayer:
+        """The sparse layer that holds S."""
+        return self._owners[0]
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return self.owner.merged_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.owner.active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.owner.disable_adapters
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """The owner's are set."""
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """The owner's are enabled."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """The owner's are merged, into the weight that both hold."""
+
+    def unmerge(self) -> None:
+        """The owner's are unmerged."""
+
+    def forget(self) -> None:
+        """Forget what was worked out from the mask."""
+        self._shared_input.forget()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base_layer, names = self.base_layer, self.owner.adapters_to_apply()
+        if not names:
+            return base_layer(x, *args, **kwargs)
+        if isinstance(base_layer, nn.Embedding):
+            return self.owner.look_up(x, base_layer, names)
+        if not is_offloaded(base_layer):
+            return multiply(x, base_layer, self.owner, names, self._shared_input)
+        with brought_in(base_layer):
+            return multiply(x.to(execution_device(base_layer)), base_layer, self.owner, names, self._shared_input)
+
+
+def modules_tied_to(target: nn.Module, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold the weight of ``target``, itself among them, where one of them is an embedding.
+
+    Empty where no other module holds the weight, or none of them is an embedding.
+    """
+    weight = target._parameters.get("weight")
+    if weight is None:
+        return {}
+    names = dict(_names_tied(model))
+    found, own = {}, next(name for name, module in model.named_modules() if module is target)
+    for name, module in model.named_modules():
+        other = module._parameters.get("weight")
+        if other is not None and (
+            weight_place(other) == weight_place(weight)
+            # on the meta device, where offloaded weights are, each module has its own
+            or (weight.is_meta and names.get(name, name) == names.get(own, own))
+        ):
+            found[name] = module
+    return found if len(found) > 1 and any(isinstance(module, nn.Embedding) for module in found.values()) else {}
+
+
+def _names_tied(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """By what transformers knows of the model, each module that is tied, and the one that it is tied to."""
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        yield target.removesuffix(".weight"), source.removesuffix(".weight")
+
+
+def mark_shared_weights(model: nn.Module) -> None:
+    """Tell each sparse layer whether a module uses its weight that does not compute with its S."""
+    users: Counter[tuple[str, int]] = Counter()
+    for module in model.modules():
+        for child in module._modules.values():
+            if child is not None:
+                users.update(
+                    {weight_place(parameter) for parameter in child._parameters.values() if parameter is not None}
+                )
+    for layer in spft_layers(model).values():
+        weight = layer.get_base_layer()._parameters.get("weight")
+        layer.share_weight(weight is not None and users[weight_place(weight)] > 1 + len(layer.readers))
+
+
+def weight_place(parameter: nn.Parameter) -> tuple[str, int]:
+    """What parameters that are the same, or lie in the same memory, have in common."""
+    # those on the meta device, and those that ZeRO-3 has partitioned, are nowhere
+    return ("address", parameter.data_ptr()) if parameter.data_ptr() else ("id", id(parameter))
