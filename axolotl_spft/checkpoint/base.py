@@ -34,6 +34,7 @@ class BaseCheckpoint:
         keys = self.shards.file_of
         self.keys = KeyMap(model, keys, {key: self.shards.shape(key) for key in keys})
         self.transposed = transposed_modules(model)
+        self.embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
     def has(self, module: str) -> bool:
         """Whether the checkpoint holds the weight of ``module``."""

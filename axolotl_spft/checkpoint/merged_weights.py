@@ -94,7 +94,8 @@ class MergedWeights:
         untied: dict[str, str] = {}
         for module, delta in adapter.deltas.items():
             own = next((name for name in (f"{module}.weight", module) if name in keys.tied), None)
-            if own is None:
+            # the delta of an embedding is of all that is tied to it, and one of a head leaves the embedding as it is
+            if own is None or module in base.embeddings:
                 self._deltas[base.parameter(module)] = delta
                 self._module_of[base.parameter(module)] = module
             else:

@@ -92,6 +92,9 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def module_shapes(model: nn.Module, modules: Collection[str]) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of some modules, in the model's order; of stacked experts (experts x out, in)."""
     shapes = {name: shape for name, shape in linear_shapes(model).items() if name in modules}
+    for name, module in model.named_modules():
+        if name in modules and isinstance(module, nn.Embedding):
+            shapes[name] = (module.num_embeddings, module.embedding_dim)
     for name, parameter in model.named_parameters():
         if name in modules and parameter.ndim == 3:
             shapes[name] = (parameter.shape[0] * parameter.shape[1], parameter.shape[2])

@@ -16,6 +16,7 @@ from axolotl_spft.optim.mask_changes import note_replacement
 from axolotl_spft.tuner.record import NAME, make_record, record_from_tensor, record_to_tensor
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import base_shapes_of, check_state, shapes_of, spft_layers
+from axolotl_spft.tuner.tied import TiedLayer
 
 
 def record_mask(tuner: nn.Module, adapter_name: str, source: Mapping | None) -> None:
@@ -66,7 +67,8 @@ def _take_adapter(
         record = _given_record(state_dict, record_key)
         renamed = bool(getattr(tuner.model, "_checkpoint_conversion_mapping", None))
         shapes = (record or {}).get("shapes") or None
-        check_state(state_dict, layers, base, adapter_name, config.nnz, config.base_shapes, shapes, renamed)
+        tied = [name for name, module in tuner.model.named_modules() if isinstance(module, TiedLayer)]
+        check_state(state_dict, layers, base, adapter_name, config.nnz, config.base_shapes, shapes, renamed, tied)
     except SpftFileError:
         if not held:
             _remove(tuner, adapter_name)

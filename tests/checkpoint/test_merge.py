@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaModel
 
 from axolotl_spft.checkpoint.adapter import CONFIG_FILE, read_adapter
@@ -37,13 +38,13 @@ def _equal(folder, expected):
 @pytest.mark.parametrize("layout", ["20KB", "5GB"])
 def test_a_streamed_merge_is_the_merge_in_memory(tmp_path, name, layout):
     base = save_base(tmp_path / "base", BASES[name], max_shard_size=layout)
-    targets = {"target_modules": ["lm_head", "q_proj", "down_proj"]} if name == "tied" else {}
+    targets = {"target_modules": ["lm_head", "q_proj", "down_proj"]} if name in ("tied", "llama") else {}
     adapter = save_adapter(tmp_path / "adapter", base, **targets)
     report = merge(adapter, tmp_path / "merged", base)
     _equal(tmp_path / "merged", merged_in_memory(base, adapter))
     old, new = Shards(base), Shards(tmp_path / "merged")
     assert list(new.headers) == list(old.headers) and (len(old.headers) > 1) == (layout == "20KB")
-    assert new.file_of.keys() - old.file_of.keys() == ({"lm_head.weight"} if name == "tied" else set())
+    assert new.file_of.keys() == old.file_of.keys()
     assert report["matrices"] == report["matrices_measured"] and report["values"] == read_adapter(adapter).nnz
     if layout == "20KB":
         index = json.loads((tmp_path / "merged" / INDEX_FILE).read_text())
@@ -51,10 +52,37 @@ def test_a_streamed_merge_is_the_merge_in_memory(tmp_path, name, layout):
         assert index["metadata"]["total_size"] == data and index["weight_map"].keys() == new.file_of.keys()
     config = json.loads((base / "config.json").read_text())
     merged = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert merged == config | ({"tie_word_embeddings": False} if name == "tied" else {})
+    assert merged == config
     for file in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "merged" / file).read_bytes() == (base / file).read_bytes()
     assert not (tmp_path / "merged" / STAGING).exists()
+
+
+def test_a_delta_of_a_head_alone_unties_it(tmp_path):
+    """As other tools train it, such as those whose adapters are converted; here a tied model has one delta for both."""
+    base = save_base(tmp_path / "base", BASES["tied"])
+    untied = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=False)
+    untied.lm_head.weight.data.copy_(untied.model.embed_tokens.weight)
+    untied.save_pretrained(tmp_path / "untied")
+    adapter = save_adapter(tmp_path / "adapter", tmp_path / "untied", target_modules=["lm_head", "q_proj"])
+    merge(adapter, tmp_path / "merged", base)
+    _equal(tmp_path / "merged", merged_in_memory(tmp_path / "untied", adapter))
+    assert Shards(tmp_path / "merged").file_of.keys() - Shards(base).file_of.keys() == {"lm_head.weight"}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    with pytest.raises(SpftFileError, match=r"lm_head.*load the model with `tie_word_embeddings: false`"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+
+
+def test_an_embedding_that_the_base_has_under_the_name_of_its_head(tmp_path):
+    base = save_base(tmp_path / "base", BASES["tied"], max_shard_size="5GB")
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"])
+    expected = merged_in_memory(base, adapter)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    merge(adapter, tmp_path / "merged", base)
+    assert Shards(tmp_path / "merged").file_of.keys() == tensors.keys()
+    _equal(tmp_path / "merged", expected)
 
 
 def test_a_base_without_the_prefix_of_its_head(tmp_path):
