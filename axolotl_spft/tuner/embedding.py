@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from axolotl_spft.ops.embedding import Lookup, embed, sparse_embedding
 from axolotl_spft.ops.mask.csr import Mask
 from axolotl_spft.tuner.base_weight import WRITING
+from axolotl_spft.tuner.mixed_batch import look_up_by_row_
 from axolotl_spft.tuner.offloading import execution_device, is_offloaded
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 
@@ -20,6 +22,8 @@ class SpftEmbedding(SparseLayer):
     As a matrix (out_features, in_features) W has a row for each token.
     """
 
+    mixes_rows = True
+
     def __init__(self, base_layer: nn.Module, adapter_name: str):
         super().__init__(base_layer, adapter_name, (base_layer.num_embeddings, base_layer.embedding_dim))
         # read by models, of their embeddings
@@ -27,11 +31,17 @@ class SpftEmbedding(SparseLayer):
         self.padding_idx = base_layer.padding_idx
         self.add_empty_adapter(adapter_name)
 
-    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = self.adapters_to_apply()
+    def forward(
+        self, ids: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        by_row = adapter_names is not None and not self._disable_adapters
+        names = () if by_row else self.adapters_to_apply()
         if not names:
+            if by_row:
+                self.revert()
             with self.brought_in():
-                return self.base_layer(ids, *args, **kwargs)
+                y = self.base_layer(ids, *args, **kwargs)
+            return look_up_by_row_(y, ids, self, self.get_base_layer(), adapter_names) if by_row else y
         return self.look_up(ids, self.get_base_layer(), names)
 
     def look_up(self, ids: Tensor, embedding: nn.Embedding, names: tuple[str, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from axolotl_spft.ops.backends.products import cast
 from axolotl_spft.ops.branch import add_sparse_branch
 from axolotl_spft.ops.linear import frozen_linear, sparse_linear
 from axolotl_spft.tuner.base_weight import keep_dequantizable
+from axolotl_spft.tuner.mixed_batch import add_branches_
 from axolotl_spft.tuner.offloading import execution_device, is_offloaded
 from axolotl_spft.tuner.shared_input import SharedInput
 from axolotl_spft.tuner.sparse_layer import SparseLayer
@@ -21,6 +23,8 @@ from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 class SpftLinear(SparseLayer):
     """y = x (W + S)^T + b with a frozen W (out_features, in_features) and one sparse S per adapter."""
+
+    mixes_rows = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **quantization_kwargs: Any):
         innermost = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
@@ -50,11 +54,18 @@ class SpftLinear(SparseLayer):
     def _columns_to_keep(self, names: tuple[str, ...]) -> Tensor | None:
         return self._shared_input.columns(names)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        if adapter_names is not None and not self._disable_adapters:
+            self.revert()
+            return add_branches_(self._base_output(x, *args, **kwargs), x, self, adapter_names)
         disabled, names = self._disable_adapters, self.adapters_to_apply()
         if not names and (disabled or not self.keeps_gathered_weight):
             return self._base_output(x, *args, **kwargs)
-        if self.forward_only:
+        # the layer of another method inside multiplies W, and adds what is its own
+        nested = isinstance(self._modules["base_layer"], BaseTunerLayer)
+        if self.forward_only or (names and nested):
             delta, values = self.delta_of(names)
             y = self._base_output(x, *args, **kwargs)
             return add_sparse_branch(y, x, values, delta.mask, delta.plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.load import record_mask, take_state
+from axolotl_spft.tuner.mixed_batch import adapters_by_row
 from axolotl_spft.tuner.record import NAME as RECORD
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.sparse_layer import SparseLayer
@@ -194,12 +195,13 @@ class SpftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise SpftError(
-                "`adapter_names`, an adapter for each example of a batch, is not supported: call set_adapter() and run "
-                "the examples of each adapter by themselves"
-            )
-        yield
+        adapter_names = kwargs.pop("adapter_names", None)
+        with ExitStack() as stack:
+            if adapter_names is not None:
+                stack.enter_context(adapters_by_row(self.model, spft_layers(self.model), adapter_names, args, kwargs))
+                if self._ahead is not None:
+                    stack.enter_context(self._ahead.paused())
+            yield
 
     def disable_adapter_layers(self) -> None:
         if self._ahead is not None:

@@ -43,11 +43,13 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
 
     Attributes:
         readers: layers of other modules that hold the same W, which compute with this one's S.
+        mixes_rows: whether the forward pass takes ``adapter_names``, an adapter for each row of a batch.
     """
 
     adapter_layer_names = ("spft_values",)
     other_param_names = ("spft_columns", "spft_row_offsets")
     readers: tuple[TiedLayer, ...] = ()
+    mixes_rows = False
 
     def __init__(
         self,
@@ -258,6 +260,11 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         # as PEFT's, without the failing look-ups on the innermost layer: this runs in every forward and backward
         base_layer = self._modules["base_layer"]
         return base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+
+    def has_values(self, adapter_name: str) -> bool:
+        """Whether the layer has an adapter of this name that has entries."""
+        columns = self._modules["spft_columns"]._buffers
+        return adapter_name in columns and columns[adapter_name].numel() > 0
 
     def _filled_active_adapters(self) -> tuple[str, ...]:
         # by the mask: values that ZeRO-3 has partitioned have no entries of their own

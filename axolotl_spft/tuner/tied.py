@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from axolotl_spft.tuner.layer import multiply
+from axolotl_spft.tuner.mixed_batch import add_branches_, look_up_by_row_
 from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded
 from axolotl_spft.tuner.shared_input import SharedInput
 from axolotl_spft.tuner.sparse_layer import SparseLayer
@@ -28,6 +30,7 @@ class TiedLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ()
     other_param_names = ()
+    mixes_rows = True
 
     def __init__(self, base_layer: nn.Module, owner: SparseLayer):
         super().__init__()
@@ -70,8 +73,18 @@ class TiedLayer(nn.Module, BaseTunerLayer):
         """Forget what was worked out from the mask."""
         self._shared_input.forget()
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base_layer, names = self.base_layer, self.owner.adapters_to_apply()
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        base_layer, owner = self.base_layer, self.owner
+        if adapter_names is not None and not owner.disable_adapters:
+            owner.revert()
+            with brought_in(base_layer) if is_offloaded(base_layer) else nullcontext():
+                y = base_layer(x, *args, **kwargs)
+            if isinstance(base_layer, nn.Embedding):
+                return look_up_by_row_(y, x, owner, base_layer, adapter_names)
+            return add_branches_(y, x, owner, adapter_names)
+        names = owner.adapters_to_apply()
         if not names:
             return base_layer(x, *args, **kwargs)
         if isinstance(base_layer, nn.Embedding):

@@ -126,7 +126,7 @@ class WriteAhead:
         # forward passes by thread and module, backward passes by autograd's number
         self._running: set[Hashable] = set()
         self._last_backward = -1
-        self._missing = False
+        self._missing = self._paused = False
 
     @property
     def layers(self) -> list[SparseLayer]:
@@ -184,6 +184,16 @@ class WriteAhead:
         finally:
             self._end(key)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block the weights hold W: rows of one batch use different adapters."""
+        self.restore()
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def write_for_backward(self) -> None:
         """See `axolotl_spft.tuner.base_weight.Writer`."""
         number = torch._C._current_graph_task_id()
@@ -210,6 +220,8 @@ class WriteAhead:
                     known.layer.revert()
 
     def _begin(self, key: Hashable) -> None:
+        if self._paused:
+            return
         with WRITING:
             outermost = not self._running
             self._running.add(key)

@@ -287,12 +287,6 @@ def test_no_sum_of_a_merged_adapter():
         model.add_weighted_adapter(["a"], [1], "sum")
 
 
-def test_an_adapter_for_each_example_is_refused():
-    model = with_adapter(tiny_llama())
-    with pytest.raises(SpftError, match="`adapter_names`, an adapter for each example"):
-        model(**token_batch(), adapter_names=["default", "default"])
-
-
 def test_a_saved_adapter_is_loaded_by_peft_only(tmp_path):
     with_adapter(tiny_llama()).save_pretrained(tmp_path)
     plain = tiny_llama()
