@@ -1,4 +1,4 @@
-"""The PEFT method `SPFT`: importing this package registers it."""
+"""The PEFT method `SPFT`: importing this package registers it, for mixed models too."""
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
@@ -6,9 +6,10 @@ from peft.utils import register_peft_method
 from axolotl_spft.config import SpftConfig
 from axolotl_spft.peft_type import SPFT
 from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.mixed_model import SparseMixedModel
 from axolotl_spft.tuner.model import SpftModel
 
 if SPFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="spft", config_cls=SpftConfig, model_cls=SpftModel, prefix="spft_")
 
-__all__ = ["SpftConfig", "SpftLinear", "SpftModel"]
+__all__ = ["SparseMixedModel", "SpftConfig", "SpftLinear", "SpftModel"]

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 from weakref import ref
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -104,6 +105,9 @@ class BaseWeight:
 
     def _may_hold_delta(self) -> bool:
         if self.quantization_backend is not None or self.shared_weight or is_deepspeed_zero3_enabled():
+            return False
+        # what the layer of another method inside multiplies is W
+        if isinstance(self.base_layer, BaseTunerLayer):
             return False
         weight = self.get_base_layer().weight
         return (

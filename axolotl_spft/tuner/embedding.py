@@ -31,9 +31,7 @@ class SpftEmbedding(SparseLayer):
         self.padding_idx = base_layer.padding_idx
         self.add_empty_adapter(adapter_name)
 
-    def forward(
-        self, ids: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, ids: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         by_row = adapter_names is not None and not self._disable_adapters
         names = () if by_row else self.adapters_to_apply()
         if not names:

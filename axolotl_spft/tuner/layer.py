@@ -54,9 +54,7 @@ class SpftLinear(SparseLayer):
     def _columns_to_keep(self, names: tuple[str, ...]) -> Tensor | None:
         return self._shared_input.columns(names)
 
-    def forward(
-        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None and not self._disable_adapters:
             self.revert()
             return add_branches_(self._base_output(x, *args, **kwargs), x, self, adapter_names)

@@ -16,7 +16,13 @@ from axolotl_spft.tuner.offloading import is_offloaded, rewritten
 
 
 class MergedWeight(BaseWeight):
-    """Mixin of a tuner layer: its base layer's weight becomes W plus deltas, and W again."""
+    """Mixin of a tuner layer: its base layer's weight becomes W plus deltas, and W again.
+
+    Attributes:
+        shares_base: whether layers of other methods may merge into the same weight: in a mixed model.
+    """
+
+    shares_base = False
 
     def merge_deltas(self, deltas: Mapping[str, tuple[Tensor, Mask]], check_finite: bool) -> None:
         """Make the base layer's own weight W plus all deltas, which are values and mask by adapter.
@@ -50,12 +56,26 @@ class MergedWeight(BaseWeight):
             raise SpftError(f"adapter `{adapter_name}` is merged: call unmerge_adapter() before delete_adapter()")
 
     def unmerge_deltas(self) -> None:
-        """Undo every `merge_deltas`, bit for bit."""
+        """Undo every `merge_deltas`, bit for bit; where others have merged into the weight since, by subtraction."""
         if self._undo_merge:
             self.refuse_if_quantized_and_offloaded()
+        if self.shares_base:
+            self._subtract_merged()
+            return
         with rewritten(self.get_base_layer()):
             while self._undo_merge:
                 self._undo(self._undo_merge.pop())
+
+    def _subtract_merged(self) -> None:
+        self._undo_merge.clear()
+        with rewritten(self.get_base_layer()):
+            weight = self._fresh_sum([])
+            for name in self.merged_adapters:
+                add_at_(weight, self.mask(name), -self.values(name).detach(), self.transposed)
+            if self.quantization_backend is not None:
+                self.quantization_backend.set_base_weight(self, weight)
+            else:
+                self.get_base_layer().weight.data.copy_(weight)
 
     def _undo(self, undo: Replaced | list[tuple[Tensor, Tensor]]) -> None:
         if isinstance(undo, Replaced):

@@ -62,22 +62,31 @@ class SpftModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
-        """Add the adapter with S = sum over i of weights[i] S_i, on the positions of all of them.
+        """Add a combination of adapters, ``linear``: S = sum over i of weights[i] S_i, on the positions of all of them.
 
-        It is not made active.
+        It is not made active. Where there is an adapter of that name already it stays, with a warning.
 
         Args:
             adapters: names of adapters of this model.
             weights: one of each.
             adapter_name: a new name.
-            combination_type: ``linear`` is the only one: the others of LoRA's are about matrices of low rank.
+            combination_type: ``linear``, or PEFT's ``ties`` (arXiv 2306.01708), ``dare_linear``, ``dare_ties`` (arXiv
+                2311.03099) or ``magnitude_prune``, on the values at these positions.
+            density: share of the positions at which each adapter keeps its value, in (0, 1]; of the others than linear.
+            majority_sign_method: how ``ties`` and ``dare_ties`` elect a sign: by ``total`` or by ``frequency``.
 
         Raises:
             SpftError: the arguments, or the adapters, do not allow it.
         """
-        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

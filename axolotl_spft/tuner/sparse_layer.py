@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,13 +164,26 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
         self._forget_derived()
 
-    def add_up(self, adapter_name: str, weights: Mapping[str, float]) -> None:
-        """Make an adapter's S the sum of other adapters' S times their weights, on the positions of all of them."""
-        names = tuple(name for name in weights if name in self.spft_values)
-        mask, places = self._union(names)
-        total = torch.zeros(mask.nnz, dtype=torch.float32, device=mask.columns.device)
-        for name, at in zip(names, places):
-            total.index_add_(0, at, weights[name] * self.values(name).detach().to(torch.float32))
+    def add_up(
+        self,
+        adapter_name: str,
+        weights: Sequence[tuple[str, float]],
+        combine: Callable[[list[Tensor], Tensor], Tensor],
+    ) -> None:
+        """Make an adapter's S a combination of other adapters' S, on the positions of all of them.
+
+        Args:
+            weights: the other adapters, and the weight of each.
+            combine: makes the combination's values (n) of each adapter's values (n), float32, and their weights.
+        """
+        given = [(name, weight) for name, weight in weights if name in self.spft_values]
+        names = tuple(dict.fromkeys(name for name, _ in given))
+        mask, union_places = self._union(names)
+        places, each = dict(zip(names, union_places)), []
+        for name, _ in given:
+            values = self.values(name).detach().to(torch.float32)
+            each.append(values.new_zeros(mask.nnz).index_add_(0, places[name], values))
+        total = combine(each, torch.tensor([weight for _, weight in given], device=mask.columns.device))
         self.set_mask(adapter_name, mask, total.to(self.spft_values[names[0]].dtype))
 
     def _union(self, adapter_names: tuple[str, ...]) -> tuple[Mask, tuple[Tensor, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from peft.utils.quantization_utils import resolve_quantization_backend
@@ -24,7 +24,7 @@ def check_is_peft_model(model: nn.Module) -> None:
     Raises:
         SpftError: it is not.
     """
-    if isinstance(model, PeftModel):
+    if isinstance(model, (PeftModel, PeftMixedModel)):
         return
     injected = any(isinstance(module, BaseTunerLayer) for module in model.modules())
     how = ", which add_adapter() or inject_adapter_in_model() has put sparse layers into," if injected else ""

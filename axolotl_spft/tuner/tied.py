@@ -73,9 +73,7 @@ class TiedLayer(nn.Module, BaseTunerLayer):
         """Forget what was worked out from the mask."""
         self._shared_input.forget()
 
-    def forward(
-        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         base_layer, owner = self.base_layer, self.owner
         if adapter_names is not None and not owner.disable_adapters:
             owner.revert()

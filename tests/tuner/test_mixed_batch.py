@@ -105,6 +105,17 @@ def test_generation(make, options):
         options["num_beams"] = 3
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_embeddings_and_heads(tied):
+    targets = {"target_modules": ["embed_tokens", "lm_head", "down_proj"], "density": 0.2, "init_weights": False}
+    model = get_peft_model(tiny_llama(tie_word_embeddings=tied), SpftConfig(**targets), "a")
+    model.add_adapter("b", SpftConfig(**targets))
+    model.eval()
+    expected = one_by_one(model, lambda model: model(**rows()).logits)
+    assert_rows_are_those_of(expected, model(**rows(), adapter_names=NAMES).logits, 1e-5)
+
+
 def test_modules_to_save_of_each_row():
     model = with_two(tiny_llama(), modules_to_save=["lm_head"])
     with torch.no_grad():

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from peft import PeftModel, TaskType, get_peft_model, inject_adapter_in_model
+from peft.utils import merge_utils
 from torch import nn
 
 from axolotl_spft import SpftConfig, SpftModel, select_mask
@@ -267,8 +268,10 @@ def test_a_weighted_sum_is_saved_and_loaded(tmp_path):
     [
         ((["a", "c"], [1, 1], "sum"), "must name adapters of this model, which are ['a', 'b']"),
         ((["a", "b"], [1], "sum"), "2 adapters, but 1 weights"),
-        ((["a"], [1], "b"), "an adapter `b` already"),
-        ((["a"], [1], "sum", "ties"), "`combination_type: ties` must be linear"),
+        ((["a"], [1], "sum", "svd"), "`combination_type: svd` must be one of linear, ties, dare_linear"),
+        ((["a"], [1], "sum", "linear", 0.5), "`density: 0.5` must be"),
+        ((["a"], [1], "sum", "ties", 0), "`density: 0` must be a number in (0, 1]"),
+        ((["a"], [1], "sum", "ties", 1, "none"), "`majority_sign_method: none` must be total or frequency"),
         ((["b"], [1], "sum"), "hold no values yet"),
     ],
 )
@@ -278,6 +281,31 @@ def test_a_sum_that_cannot_be_is_refused_and_changes_nothing(arguments, said):
     with pytest.raises(SpftError, match=re.escape(said)):
         model.add_weighted_adapter(*arguments)
     assert set(model.peft_config) == {"a", "b"}
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "dare_linear", "dare_ties"])
+def test_combinations_are_those_of_peft_at_the_positions_of_all(method):
+    """Without pruning PEFT's functions give the same of dense matrices, and 0 where no adapter has a position."""
+    model = with_adapter(tiny_llama(), adapter_name="a", density=0.4)
+    model.add_adapter("b", SpftConfig(init_weights=False, density=0.4))
+    model.add_weighted_adapter(["a", "b", "a"], [0.5, -2.0, 1.0], "sum", method, density=1.0)
+    model.add_weighted_adapter(["a", "b"], [1, 1], "pruned", method, density=0.5)
+    for layer in adapted_layers(model).values():
+        dense = [layer.get_delta_weight(name) for name in ("a", "b", "a")]
+        expected = getattr(merge_utils, method)(dense, torch.tensor([0.5, -2.0, 1.0]), density=1.0)
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected)
+        kept = layer.get_delta_weight("pruned")
+        assert 0 < (kept != 0).sum() < (layer.get_delta_weight("sum") != 0).sum()
+    assert model.peft_config["pruned"].mask_source["combination_type"] == method
+
+
+def test_a_sum_of_a_name_that_is_taken_changes_nothing():
+    model = with_adapter(tiny_llama(), adapter_name="a")
+    model.add_adapter("b", SpftConfig(init_weights=False))
+    before = weights_of(model)
+    with pytest.warns(UserWarning, match="there is an adapter `b` already, which stays as it is"):
+        model.add_weighted_adapter(["a"], [2.0], "b")
+    assert same_weights(model, before)
 
 
 def test_no_sum_of_a_merged_adapter():

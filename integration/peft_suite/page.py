@@ -1,0 +1,56 @@
+"""The page README.md of this folder, from results.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results.json")
+PAGE = Path(__file__).with_name("README.md")
+
+_HEAD = """# PEFT's own tests
+
+`python -m integration.peft_suite.run --peft FOLDER` runs the tests of a checkout of PEFT that are parametrized with `ShiraConfig`, the method of PEFT
+nearest to this one, with `SpftConfig` as well. The checkout is yours to make, of the release that is installed; none of its code is here. Where
+the tests load a model, a small random one of the same architecture stands in for it, so nothing is downloaded.
+
+Each case of SHiRA has one of ours with the same modules and as many values as a LoRA of its rank. Ours has a random mask and random values: a new
+sparse adapter has no mask, and trains nothing before it has one.
+
+"""  # noqa: E501
+
+
+def page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    return f"{_HEAD}{table(results)}{_failures(results)}"
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many tests of each part passed of those that were run, by method."""
+    lines = ["| part | PEFT | SPFT passed | SHiRA passed | skipped by PEFT (SPFT, SHiRA) |", "|---|---|---|---|---|"]
+    for part, found in results.items():
+        ours, theirs = found.get("SPFT"), found.get("SHiRA")
+        skipped = ", ".join(str(counts["skipped"]) if counts else "-" for counts in (ours, theirs))
+        lines.append(f"| {part} | {found['peft']} | {_passed(ours)} | {_passed(theirs)} | {skipped} |")
+    return "\n".join(lines) + "\n"
+
+
+def _passed(counts: Mapping[str, Any] | None) -> str:
+    if counts is None:
+        return "not run"
+    late = f" ({counts['not run']} not run: out of time)" if counts["not run"] else ""
+    return f"{counts['passed']} of {counts['passed'] + counts['failed']}{late}"
+
+
+def _failures(results: Mapping[str, Mapping[str, Any]]) -> str:
+    said = Counter(text for found in results.values() for text in found.get("SPFT", {}).get("said", {}).values())
+    if not said:
+        return ""
+    lines = ["", "What SPFT's failures said:", "", "| times | message |", "|---|---|"]
+    lines += [f"| {count} | {_cell(text)} |" for text, count in sorted(said.items(), key=lambda each: (-each[1], each))]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
