@@ -87,6 +87,8 @@ class SpftConfig(PeftConfig):
         self.peft_type = SPFT
         # a model records in a config of its own, so only what is made from a saved one begins with a record
         self.is_saved = self.nnz is not None
+        # in a model whose saved adapter is still to be loaded: what was recorded of it
+        self.awaited: dict[str, Any] | None = None
         if not any(getattr(self, name) is not None for name in BUDGETS):
             self.density = DEFAULT_DENSITY
         if self.target_modules is None:

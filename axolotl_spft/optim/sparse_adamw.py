@@ -37,6 +37,8 @@ class SparseAdamW(torch.optim.Optimizer):
             none of float32 and lower precision.
     """
 
+    # read by what watches the steps of all other optimizers
+    knows_masks = True
     # of masks as they were after that many changes; a copy's are taken to be of the masks of now
     _moments_of: int | None = None
 

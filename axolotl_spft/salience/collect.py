@@ -154,9 +154,7 @@ def gathered_sums(
                     own.append(_adder_of(need, name, module, total, tokens, shard))
             for module, own in adders.items():
                 hooks.callback(module.register_forward_hook(_gathering_hook(own)).remove)
-        embeddings = _input_embeddings(model)
-        if embeddings is not None:
-            hooks.callback(embeddings.register_forward_hook(_require_grad).remove)
+        _let_inputs_take_part(model, hooks)
         yield sums
 
 
@@ -168,6 +166,31 @@ def probed_outputs(layers: Iterable[nn.Module]) -> Iterator[None]:
             for module in (layer, *getattr(layer, "readers", ())):
                 hooks.callback(module.register_forward_hook(_gathering_hook([])).remove)
         yield
+
+
+@contextmanager
+def reached_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """Within the block every backward pass adds the names of the layers whose weight gets a gradient of more than 0s.
+
+    Yields:
+        The names so far.
+    """
+    reached: set[str] = set()
+
+    def noting(name: str) -> Callable[[Tensor, Tensor], None]:
+        def note(grad_y: Tensor, x: Tensor) -> None:
+            # of an embedding x are tokens, of which each has a row
+            if name not in reached and grad_y.any() and (x.any() or not x.is_floating_point()):
+                reached.add(name)
+
+        return note
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            for module in (layer, *getattr(layer, "readers", ())):
+                hooks.callback(module.register_forward_hook(_gathering_hook([noting(name)])).remove)
+        _let_inputs_take_part(model, hooks)
+        yield reached
 
 
 def reduce_to_shards(sums: dict[str, Tensor], ranks: Ranks) -> None:
@@ -304,6 +327,12 @@ def _gathering_hook(adders: Sequence[Callable[[Tensor, Tensor], None]]):
         return None if probed is y else probed
 
     return forward_hook
+
+
+def _let_inputs_take_part(model: nn.Module, hooks: ExitStack) -> None:
+    embeddings = _input_embeddings(model)
+    if embeddings is not None:
+        hooks.callback(embeddings.register_forward_hook(_require_grad).remove)
 
 
 def _require_grad(_, args: tuple, output: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from axolotl_spft.salience.groups import check_groups, groups_of, may_move_to_ho
 from axolotl_spft.salience.metrics.metric import Metric, load_metric
 from axolotl_spft.salience.metrics.statistics import INPUT_SQUARES
 from axolotl_spft.salience.out_of_memory import named_out_of_memory
-from axolotl_spft.salience.sample_pass import collect_statistics
+from axolotl_spft.salience.sample_pass import collect_statistics, unreached_by_sample
 from axolotl_spft.salience.scores import check_base, scorer
 from axolotl_spft.salience.untouched import untouched_rng
 from axolotl_spft.salience.untrained import frozen_by_the_run, never_called, notes_on, unreached_by
@@ -98,9 +98,12 @@ def _scored(
         )
     with named_out_of_memory(ranks):
         found = collect_statistics(model, layers, metric.needs, batches, loss_fn, config.samples, ranks, memory_gib)
-    # what reads inputs or weights alone knows only what the model's own structure tells
-    tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
-    unreached = unreached_by(tell, ranks) if tell else never_called(model, layers)
+        # of what reads inputs or weights alone the sums tell nothing
+        tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
+        unreached = unreached_by(tell, ranks) if tell else never_called(model, layers)
+        if batches is not None and not tell and not found.read:
+            by_sample = unreached_by_sample(model, layers, batches, loss_fn, config.samples, ranks)
+            unreached = [name for name in layers if name in {*unreached, *by_sample}]
     untrained = [name for name in layers if name in {*frozen, *unreached}]
     score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank, read_weight)
     shapes = list(shapes_of(layers).values())

@@ -47,8 +47,9 @@ def select_mask(
 
     Args:
         model: a `PeftModel` with an SPFT adapter.
-        batches: dicts for ``model(**batch)`` on the model's device; not read (and may be None) where the salience
-            needs none or ``mask_path`` names a file. The salience ``grasp`` reads them twice.
+        batches: dicts for ``model(**batch)`` on the model's device; not read (and may be None) where ``mask_path``
+            names a file. Where the salience needs none, they tell which matrices the loss uses, mostly the first batch
+            alone, and may be None too. The salience ``grasp`` reads them twice.
         loss_fn: the loss of (model, batch), a scalar; ``model(**batch).loss`` by default.
         adapter_name: the active adapter by default.
         learning_rate: of the run; read by the warm-up of the option ``score_after``, which trains a step on each batch,

@@ -13,7 +13,13 @@ from tqdm import tqdm
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import gathered_while_used, is_partitioned
 from axolotl_spft.errors import SpftError, first_of
-from axolotl_spft.salience.collect import experts_of, gathered_sums, reduce_to_shards, should_share_rows
+from axolotl_spft.salience.collect import (
+    experts_of,
+    gathered_sums,
+    reached_layers,
+    reduce_to_shards,
+    should_share_rows,
+)
 from axolotl_spft.salience.data_free import synaptic_flow
 from axolotl_spft.salience.examples import Batch, Tokens, count_examples
 from axolotl_spft.salience.hessian import hessian_products
@@ -104,11 +110,9 @@ def summed(
     memory_gib: float | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], int]:
     """This rank's rows of what `gathered_sums` gathers, summed over the batches of all ranks; the examples read."""
-    # where the weights are partitioned, whole accumulators would not fit beside them
-    partitioned = ranks.world > 1 and any(is_partitioned(parameter) for parameter in model.parameters())
-    # all ranks or none
+    # where the weights are partitioned, whole accumulators would not fit beside them; all ranks or none
     sharded = (
-        partitioned
+        _is_partitioned(model, ranks)
         or ranks.sum_numbers(int(should_share_rows(layers, ranks, accumulators_of(needs), memory_gib)))[0] > 0
     )
     read = 0
@@ -131,6 +135,54 @@ def summed(
     for of_layers in sums.values():
         _check_sums(of_layers, ranks)
     return sums, read
+
+
+def unreached_by_sample(
+    model: nn.Module,
+    layers: Mapping[str, SpftLinear],
+    batches: Iterable[Batch],
+    loss_fn: LossFn | None,
+    samples: int,
+    ranks: Ranks,
+) -> list[str]:
+    """The layers that no gradient reaches on the sample, of which no more is read than reaches all layers.
+
+    Without a batch or a loss none is known to be unreached.
+    """
+    sample, names = _Sample(batches, loss_fn, samples, ranks), list(layers)
+    partitioned, unreached = _is_partitioned(model, ranks), []
+    with untouched_rng(), quiet(model), reached_layers(model, layers) as reached:
+        try:
+            for loss_of, _ in sample.losses("Used modules"):
+                run_on_all_ranks(lambda loss_of=loss_of: loss_of(model).backward(), ranks, partitioned)
+                counts = ranks.sum_numbers(*(int(name in reached) for name in names))
+                unreached = [name for name, count in zip(names, counts) if not count]
+                if not unreached:
+                    break
+        except NoLossError:
+            return []
+    # a sample without any gradient, all of whose labels are masked say, tells nothing
+    return unreached if len(unreached) < len(names) else []
+
+
+def _is_partitioned(model: nn.Module, ranks: Ranks) -> bool:
+    return ranks.world > 1 and any(is_partitioned(parameter) for parameter in model.parameters())
+
+
+class NoLossError(SpftError):
+    """The model gave no loss for a batch."""
+
+
+def loss_of_batch(model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Tensor:
+    """What ``loss_fn`` makes of a batch, or without one the model's own loss.
+
+    Raises:
+        NoLossError: there is none.
+    """
+    loss = loss_fn(model, batch) if loss_fn else model(**batch).loss
+    if loss is None:
+        raise NoLossError("the model gave no loss: put `labels` into the batches, or pass `loss_fn`")
+    return loss
 
 
 class _Sample:
@@ -160,17 +212,11 @@ class _Sample:
                 if self._kept is not None and batches is not self._kept:
                     self._kept.append(batch)
                 self.tokens.read(batch)
-                yield lambda model, batch=batch: self._loss(model, batch), count
+                yield lambda model, batch=batch: loss_of_batch(model, batch, self.loss_fn), count
                 read += count
                 bar.update(min(count, self.samples - bar.n))
                 if read >= self.samples:
                     break
-
-    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        loss = self.loss_fn(model, batch) if self.loss_fn else model(**batch).loss
-        if loss is None:
-            raise SpftError("the model gave no loss: put `labels` into the batches, or pass `loss_fn`")
-        return loss
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from axolotl_spft.salience.choose import choose_positions
 from axolotl_spft.salience.examples import Batch
 from axolotl_spft.salience.metrics.metric import OF_ALL_MATRICES, Metric, load_metric
 from axolotl_spft.salience.out_of_memory import run_on_all_ranks
-from axolotl_spft.salience.sample_pass import batches_of_all_ranks, quiet
+from axolotl_spft.salience.sample_pass import batches_of_all_ranks, loss_of_batch, quiet
 from axolotl_spft.salience.scores import scorer
 from axolotl_spft.salience.untouched import untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
@@ -144,10 +144,7 @@ def _train(
         optimizer.zero_grad()
 
     def backward(batch: Batch) -> None:
-        loss = loss_fn(model, batch) if loss_fn else model(**batch).loss
-        if loss is None:
-            raise SpftError("the model gave no loss: put `labels` into the batches, or pass `loss_fn`")
-        loss.backward()
+        loss_of_batch(model, batch, loss_fn).backward()
 
     while done < steps:
         count = 0

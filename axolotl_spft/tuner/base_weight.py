@@ -10,7 +10,7 @@ for each use: dequantized or cloned, S added, dropped.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 from weakref import ref
@@ -42,7 +42,13 @@ class Written(NamedTuple):
 
 
 class Writer(Protocol):
-    """Writes W + S of many layers at once."""
+    """Writes W + S of many layers at once.
+
+    Attributes:
+        layers: all sparse layers of the model that it writes for.
+    """
+
+    layers: Sequence[BaseWeight]
 
     def write_for_backward(self) -> None:
         """Write for the rest of the backward pass that runs in this thread, if one does and it has not been tried."""

@@ -9,7 +9,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from axolotl_spft.config import mask_option_names
+from axolotl_spft.config import RECORDED, mask_option_names
 from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.optim.mask_changes import note_replacement
@@ -30,6 +30,7 @@ def record_mask(tuner: nn.Module, adapter_name: str, source: Mapping | None) -> 
     config.nnz = sum(layer.mask(adapter_name).nnz for layer in layers.values())
     config.base_shapes = base_shapes_of(layers)
     config.mask_source = None if source is None else dict(source)
+    config.awaited = None
     record = record_to_tensor(make_record(config, shapes_of(layers), source))
     device = next((layer.spft_columns[adapter_name].device for layer in layers.values()), None)
     tuner.spft_record[adapter_name] = record.to(device)
@@ -63,12 +64,14 @@ def _take_adapter(
         _keep_own_record(tuner, adapter_name, state_dict, record_key)
         return
     held = sum(layer.mask(adapter_name).nnz for layer in layers.values())
+    expected = config.awaited or {name: getattr(config, name) for name in RECORDED}
     try:
         record = _given_record(state_dict, record_key)
         renamed = bool(getattr(tuner.model, "_checkpoint_conversion_mapping", None))
         shapes = (record or {}).get("shapes") or None
         tied = [name for name, module in tuner.model.named_modules() if isinstance(module, TiedLayer)]
-        check_state(state_dict, layers, base, adapter_name, config.nnz, config.base_shapes, shapes, renamed, tied)
+        nnz, base_shapes = expected["nnz"], expected["base_shapes"]
+        check_state(state_dict, layers, base, adapter_name, nnz, base_shapes, shapes, renamed, tied)
     except SpftFileError:
         if not held:
             _remove(tuner, adapter_name)
@@ -78,7 +81,7 @@ def _take_adapter(
             if layer.mask(adapter_name).nnz:
                 note_replacement(layer.spft_values[adapter_name], adapter_name)
     changed = [layer.take_mask(adapter_name, state_dict, f"{base}{name}.") for name, layer in layers.items()]
-    source = config.mask_source
+    source = expected["mask_source"]
     if record is not None and "mask_source" in record:
         source = record["mask_source"]
         options = record.get("options", {})

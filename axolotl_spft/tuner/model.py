@@ -22,6 +22,7 @@ from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.load import record_mask, take_state
 from axolotl_spft.tuner.mixed_batch import adapters_by_row
+from axolotl_spft.tuner.offloading import fill_in
 from axolotl_spft.tuner.record import NAME as RECORD
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.sparse_layer import SparseLayer
@@ -105,9 +106,10 @@ class SpftModel(BaseTuner):
         # the caller may use the object again, for another adapter or another model: what is recorded of one is not true
         # of the other
         self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
-        if not config.is_saved:
-            for name in RECORDED:
-                setattr(config, name, None)
+        # a saved adapter's record is what its file has to bring; until that is loaded there is nothing
+        config.awaited = {name: getattr(config, name) for name in RECORDED} if config.is_saved else None
+        for name in RECORDED:
+            setattr(config, name, None)
         if isinstance(config.target_modules, str):
             problems = [problem_of_fused_experts(config.target_modules, model, is_pattern=True)]
         else:
@@ -302,6 +304,12 @@ class SpftModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         endings = tuple(f".{tensor}" for tensor in (*TENSORS, RECORD))
         return {f"{key}.{adapter_name}" if key.endswith(endings) else key: value for key, value in remapped.items()}
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """As torch's, with the record as it is where it is kept, if accelerate offloads it."""
+        state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
+        fill_in(state_dict, f"{prefix}{RECORD}.", self._modules[RECORD])
+        return state_dict
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:
         """As torch's, after `take_state`; see there for what it raises."""

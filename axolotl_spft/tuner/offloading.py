@@ -7,7 +7,7 @@ layer. So it asks here for what it needs, in the forward and in the backward pas
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,22 @@ def tensor_in(container: nn.Module, name: str) -> Tensor:
         )
     tensor = hook.weights_map[name].to(execution_device(container))
     return _NotTrained.apply(tensor.detach().requires_grad_(), name) if held.requires_grad else tensor
+
+
+def fill_in(state_dict: MutableMapping[str, Tensor], prefix: str, container: nn.Module) -> None:
+    """Put the tensors of an adapter that is offloaded into a state dict, which has got them from the meta device.
+
+    Args:
+        prefix: what the container's keys begin with.
+
+    Raises:
+        SpftError: one has no memory anywhere.
+    """
+    if is_offloaded(container):
+        for name in (*container._parameters, *container._buffers):
+            key = f"{prefix}{name}"
+            if key in state_dict and state_dict[key].is_meta:
+                state_dict[key] = tensor_in(container, name).detach()
 
 
 def keep_resident(container: nn.Module) -> None:

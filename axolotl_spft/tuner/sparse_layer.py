@@ -20,7 +20,8 @@ from axolotl_spft.ops.mask.plan import make_plan
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.held_values import hold_values, note_deletion
 from axolotl_spft.tuner.merged_weight import MergedWeight
-from axolotl_spft.tuner.offloading import execution_device, keep_resident, kept_quant_state, tensor_in
+from axolotl_spft.tuner.offloading import execution_device, fill_in, keep_resident, kept_quant_state, tensor_in
+from axolotl_spft.tuner.without_mask import refuse_layer_without_mask
 
 if TYPE_CHECKING:
     from axolotl_spft.tuner.tied import TiedLayer
@@ -95,6 +96,13 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         # before the base layer adds its weight: a state dict holds W and S, not W + S and S
         self.revert()
         super()._save_to_state_dict(*args, **kwargs)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """As torch's, with the tensors of an adapter that is offloaded as they are where they are kept."""
+        state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
+        for part in ("spft_values", "spft_columns", "spft_row_offsets"):
+            fill_in(state_dict, f"{prefix}{part}.", self._modules[part])
+        return state_dict
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.revert()
@@ -286,12 +294,21 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         return tuple([name for name in names if name in columns and columns[name].numel()])
 
     def adapters_to_apply(self) -> tuple[str, ...]:
-        """The adapters whose S belongs to the weight in a forward pass that begins now."""
+        """The adapters whose S belongs to the weight in a forward pass that begins now.
+
+        Raises:
+            SpftError: the pass is about to train an adapter that has no mask in any layer of the model.
+        """
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return ()
-        return () if self.merged_adapters else self._filled_active_adapters()
+        if self.merged_adapters:
+            return ()
+        names = self._filled_active_adapters()
+        if not names:
+            refuse_layer_without_mask(self)
+        return names
 
     def delta_of(self, names: tuple[str, ...]) -> tuple[Delta, Tensor]:
         """Where the values of these adapters together stand, and the values: (nnz)."""

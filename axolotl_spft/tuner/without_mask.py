@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.tuner.sparse_layer import SparseLayer
+
+if TYPE_CHECKING:
+    from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 HOW_TO_SELECT = "call select_mask(model, batches) first, or give the trainer an SpftCallback"
 
@@ -42,13 +44,35 @@ def refuse_training_without_mask(module: nn.Module, *_: Any) -> None:
     Raises:
         SpftError: an adapter that is about to be trained has no values in any layer.
     """
-    if _choosing or not module.training or not torch.is_grad_enabled():
+    if _trains(module):
+        # by what sparse layers hold: their class asks here itself
+        _refuse(layer for layer in module.modules() if "spft_values" in layer._modules)
+
+
+def refuse_layer_without_mask(layer: SparseLayer) -> None:
+    """The same from within a layer without entries, to which a call past the model's own forward pass may have led.
+
+    The other layers of its model have to be known, since one that the mask leaves empty is right.
+
+    Raises:
+        SpftError: as `refuse_training_without_mask`.
+    """
+    # its values are a buffer where the mask was chosen and leaves it empty
+    if torch.compiler.is_compiling() or not layer.spft_values._parameters or not _trains(layer):
         return
+    writer = None if layer._writer is None else layer._writer()
+    if writer is not None:
+        _refuse(writer.layers)
+
+
+def _trains(module: nn.Module) -> bool:
+    return module.training and torch.is_grad_enabled() and not _choosing
+
+
+def _refuse(layers: Iterable[SparseLayer]) -> None:
     waiting: set[str] = set()
     filled: set[str] = set()
-    for layer in module.modules():
-        if not isinstance(layer, SparseLayer):
-            continue
+    for layer in layers:
         if layer.disable_adapters or layer.merged:
             return
         active = set(layer.active_adapters)

@@ -136,17 +136,47 @@ def test_the_pooler_of_a_head_that_does_not_read_it():
     assert "a pooler" in report.notes[0]
 
 
-def test_a_pooler_and_a_second_head_whose_output_no_loss_reads():
+@pytest.mark.parametrize("salience", ["gradient", "magnitude", "lift", "random"])
+def test_a_pooler_and_a_second_head_whose_output_no_loss_reads(salience):
     torch.manual_seed(0)
+    options = {"density": 0.05, "samples": 2, "salience": salience}
     sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = get_peft_model(BertModel(BertConfig(**sizes, vocab_size=VOCABULARY)), SpftConfig(density=0.05, samples=2))
+    model = get_peft_model(BertModel(BertConfig(**sizes, vocab_size=VOCABULARY)), SpftConfig(**options))
     report = selected(
         model, [{"input_ids": BATCH["input_ids"]}], lambda model, batch: model(**batch)[0].square().mean()
     )
     assert report.untrained == ("pooler.dense",)
     config = GPT2Config(n_embd=24, n_layer=1, n_head=2, vocab_size=VOCABULARY, num_labels=1)
-    model = get_peft_model(GPT2DoubleHeadsModel(config), SpftConfig(density=0.05, samples=2, scope="global"))
+    model = get_peft_model(GPT2DoubleHeadsModel(config), SpftConfig(**options, scope="global"))
     assert selected(model).untrained == ("multiple_choice_head.summary",)
+
+
+class Counting(list):
+    """Batches that are counted as they are read."""
+
+    read = 0
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.read += 1
+            yield batch
+
+
+def test_a_salience_without_a_sample_reads_no_more_than_shows_what_is_used():
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.05, samples=12, salience="magnitude"))
+    batches = Counting([BATCH] * 4)
+    report = select_mask(model, batches)
+    assert (batches.read, report.samples, report.untrained) == (1, 0, ())
+    # as long as a module is not reached, up to the end of the sample
+    model = get_peft_model(Experts(), SpftConfig(target_modules=r"experts\.\d", num_values=9, salience="random"))
+    batches = Counting([{"x": torch.randn(3, 6)}] * 4)
+    with pytest.warns(UserWarning, match=r"no gradient reached experts\.1 "):
+        select_mask(model, batches, lambda model, batch: model(**batch).square().sum())
+    assert batches.read == 4
+    # nothing is known without a loss, or without any label
+    for batch in ({"input_ids": BATCH["input_ids"]}, {**BATCH, "labels": torch.full_like(BATCH["labels"], -100)}):
+        model = get_peft_model(tiny_llama(), SpftConfig(density=0.05, samples=2, salience="magnitude"))
+        assert select_mask(model, [batch]).untrained == ()
 
 
 class Experts(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -139,6 +140,34 @@ def test_moments_of_another_mask_are_refused():
     step(other, of_other)
     assert values_of(model) is before
     assert torch.equal(values_of(model), values_of(other))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9), torch.optim.Adagrad])
+def test_moments_of_another_mask_are_refused_for_every_optimizer(kind):
+    model, other = one_layer([1]), one_layer([4])
+    optimizer, of_other = kind(model.parameters(), lr=0.1), kind(other.parameters(), lr=0.1)
+    step(model, optimizer)
+    step(other, of_other)
+    loaded_by_load_state_dict(model, one_layer([1]))
+    # of the same positions
+    step(model, optimizer)
+    loaded_by_load_state_dict(model, other)
+    with pytest.raises(SpftError, match=f"{type(optimizer).__name__}'s moments belong to positions of before another"):
+        step(model, optimizer)
+    # each is done about them: the state that belongs to the mask, one that begins anew, one that is brought to it
+    optimizer.load_state_dict(of_other.state_dict())
+    step(model, optimizer)
+    install(model, [2])
+    optimizer.state.clear()
+    step(model, optimizer)
+    for tensor in optimizer.state[values_of(model)].values():
+        tensor.zero_()
+    install(model, [3])
+    step(model, optimizer)
+    install(model, [0])
+    with pytest.raises(SpftError, match="moments belong to positions of before another"):
+        step(model, optimizer)
+    step(model, kind(model.parameters(), lr=0.1))
 
 
 def test_the_recorded_slots_are_those_of_the_mask_of_now():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from axolotl_spft import SpftConfig, select_mask
@@ -151,6 +152,9 @@ def test_an_adapter_that_is_added_to_an_offloaded_model(tmp_path):
     expected = logits(model)
     offload(model, "cpu with buffers", tmp_path)
     assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path / "again")
+    one, other = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "again"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     model.load_adapter(tmp_path / "adapter", "second")
     for name in ("second", "default"):
         model.set_adapter(name)

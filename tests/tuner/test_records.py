@@ -76,6 +76,24 @@ def test_the_configuration_of_a_loaded_model_is_used_again(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(**WIDE), tmp_path / "wide")), logits(wide))
 
 
+def test_a_saved_configuration_alone_says_nothing_of_what_is_held(tmp_path):
+    made = with_adapter(tiny_llama())
+    made.save_pretrained(tmp_path / "made")
+    model = get_peft_model(tiny_llama(), SpftConfig.from_pretrained(tmp_path / "made"))
+    assert [getattr(model.peft_config["default"], name) for name in RECORDED] == [None] * 3
+    twin = copy.deepcopy(model)
+    select_mask(model, [token_batch()])
+    assert model.peft_config["default"].mask_source["salience"] == "gradient"
+    # what the file must bring is still known
+    twin.peft_config["default"].awaited["nnz"] += 1
+    with pytest.raises(SpftError, match="nnz"):
+        twin.load_adapter(tmp_path / "made", "default")
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "made").peft_config["default"]
+    assert [getattr(loaded, name) for name in RECORDED] == [
+        getattr(made.peft_config["default"], name) for name in RECORDED
+    ]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_safe_merge_names_the_adapter_that_is_broken(shared):
     base = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3))

@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.mask.csr import empty_mask
 from axolotl_spft.salience.install import adapted_layers
 from tests.models import ARCHITECTURES, VOCABULARY, logits, tiny_llama, token_batch, with_adapter
 
@@ -55,6 +56,24 @@ def test_a_stack_of_layers_that_is_called_past_the_tuner():
         model(torch.ones(2, 5))
     with pytest.raises(SpftError, match=SAID):
         model.base_model(torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
+def test_a_module_within_the_model_that_is_called_itself(architecture):
+    model = empty(ARCHITECTURES[architecture](), scope="global").train()
+    inner = model.base_model.model.base_model
+    ids = token_batch()["input_ids"]
+    with pytest.raises(SpftError, match=SAID):
+        inner(ids)
+    with torch.no_grad():
+        inner(ids)
+    model.eval()
+    inner(ids)
+    select_mask(model.train(), [token_batch()])
+    # a matrix that gets nothing of the budget is none without a mask
+    layers = adapted_layers(model)
+    layers[next(iter(layers))].set_mask("default", empty_mask(*next(iter(layers.values())).get_base_weight().shape))
+    inner(ids)[0].sum().backward()
 
 
 def test_a_compiled_model():
