@@ -68,7 +68,9 @@ def _take_adapter(
         renamed = bool(getattr(tuner.model, "_checkpoint_conversion_mapping", None))
         shapes = (record or {}).get("shapes") or None
         tied = [name for name, module in tuner.model.named_modules() if isinstance(module, TiedLayer)]
-        check_state(state_dict, layers, base, adapter_name, config.nnz, config.base_shapes, shapes, renamed, tied)
+        repaired = ((record or {}).get("mask_source") or {}).get("repaired")
+        recorded = (config.nnz, config.base_shapes, shapes, renamed, tied, repaired)
+        check_state(state_dict, layers, base, adapter_name, *recorded)
     except SpftFileError:
         if not held:
             _remove(tuner, adapter_name)
