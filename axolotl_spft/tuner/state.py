@@ -101,6 +101,9 @@ def check_state(
         found = problems_of(Mask(columns, row_offsets), values, layer.out_features, layer.in_features)
         if not found and originals_key in state_dict:
             found = problems_of_originals(state_dict[originals_key], values.numel())
+            if layer.quantization_backend is not None and not layer.repairs:
+                kind = layer.quantization_backend.backend_name
+                found.append(f"it repairs a quantized weight, and the entries of a {kind} layer cannot be replaced")
             originals_found += values.numel()
         problems.extend(f"{name}: {problem}" for problem in found)
         total += values.numel()

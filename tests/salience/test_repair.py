@@ -17,12 +17,14 @@ from axolotl_spft.checkpoint.base import BaseCheckpoint
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.ops.mask.csr import positions
+from axolotl_spft.salience import repair as repair_module
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.salience.metrics.statistics import INPUT_SQUARES
 from axolotl_spft.salience.report import relative_errors
 from axolotl_spft.salience.sample_pass import collect_statistics
 from axolotl_spft.tuner.state import shapes_of
 from tests.checkpoint.saved import save_base
+from tests.engine.test_ranks import LiveBytes
 from tests.models import logits, tiny_llama, token_batch
 from tests.quantizers import KINDS, PROJECTIONS, load_quantized, three_bits  # noqa: F401
 
@@ -271,6 +273,21 @@ def test_it_loads_without_the_unquantized_weights_and_says_what_it_is(base, tmp_
         save_file(broken, path, {"format": "pt"})
         with pytest.raises(SpftFileError, match=message):
             PeftModel.from_pretrained(load_quantized(base, "nf4"), tmp_path / "adapter")
+
+
+def test_beside_the_pass_there_is_at_most_one_matrix_in_float32(base, monkeypatch):
+    # fewer than a small matrix has
+    monkeypatch.setattr(repair_module, "_ROWS", 4)
+    peaks, sizes = [], []
+    for repair in (0.0, 0.4):
+        model = load_quantized(base, "nf4", torch.bfloat16)
+        model = get_peft_model(model, SpftConfig(density=0.1, samples=4, repair=repair, target_modules=PROJECTIONS))
+        shapes = set(shapes_of(adapted_layers(model)).values())
+        sizes = [4 * rows * columns for rows, columns in shapes]
+        with LiveBytes(shapes, []) as tracker:
+            select_mask(model, batches())
+        peaks.append(tracker.peak)
+    assert 0 < peaks[0] <= peaks[1] <= peaks[0] + max(sizes)
 
 
 def test_options_are_checked_together():
