@@ -75,9 +75,7 @@ def choose_in_matrix(
     """The ``count`` positions of one matrix, whose scores are asked for only where there are any."""
     if repair is None:
         return _highest(scope, shape, count, score, ranks)
-    repaired = _repaired(scope, name, shape, count, ranks, repair)
-
-    chosen = repaired
+    chosen = repaired = _repaired(scope, name, shape, count, ranks, repair)
     if len(repaired) < count:
         with _set_aside(score(), repaired, shape, ranks) as scores:
             others = _highest(scope, shape, count - len(repaired), lambda: scores, ranks).cpu()

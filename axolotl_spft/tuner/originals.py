@@ -66,6 +66,14 @@ class Originals:
         originals = self.originals(adapter_name) if self.repairs else None
         return Part(self.values(adapter_name), self.mask(adapter_name), originals)
 
+    def refuse_to_forget_originals(self, adapter_name: str, originals: Tensor | None) -> None:
+        """Raise where an adapter's values would suddenly be added to something else than before."""
+        if originals is None and adapter_name in self.spft_originals:
+            raise SpftError(
+                f"adapter `{adapter_name}` repairs a quantized base: with other positions it needs what the weight was "
+                "there before it was quantized (`originals`)"
+            )
+
     def refuse_to_replace_merged(self, deltas: Mapping[str, Part]) -> None:
         """Raise where a merge of these adapters would replace entries that hold one which was merged before."""
         replacing = [name for name, part in deltas.items() if part.originals is not None]

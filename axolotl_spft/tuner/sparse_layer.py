@@ -160,6 +160,7 @@ class SparseLayer(nn.Module, BaseTunerLayer, Originals, MergedWeight):
         """
         if self.merged:
             raise SpftError("the mask cannot change while an adapter is merged: call unmerge_adapter() first")
+        self.refuse_to_forget_originals(adapter_name, originals)
         self.revert()
         for part in (self.spft_values, self.spft_columns, self.spft_row_offsets, self.spft_originals):
             keep_resident(part)
@@ -206,11 +207,12 @@ class SparseLayer(nn.Module, BaseTunerLayer, Originals, MergedWeight):
             torch.equal(mine.to("cpu", torch.int64), new.to("cpu", torch.int64))
             for mine, new in zip(own, (columns, row_offsets))
         )
-        originals = state_dict.get(f"{prefix}spft_originals.{adapter_name}")
+        given = state_dict.get(f"{prefix}spft_originals.{adapter_name}")
+        if given is not None or adapter_name in self.spft_originals:
+            self.set_originals(adapter_name, None if given is None else given.clone())
         if not same:
-            self.set_mask(adapter_name, Mask(columns.clone(), row_offsets.clone()))
-        if originals is not None or adapter_name in self.spft_originals:
-            self.set_originals(adapter_name, None if originals is None else originals.clone())
+            mask = Mask(columns.clone(), row_offsets.clone())
+            self.set_mask(adapter_name, mask, originals=self.originals(adapter_name))
         return not same
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -306,8 +308,7 @@ class SparseLayer(nn.Module, BaseTunerLayer, Originals, MergedWeight):
         return delta, total
 
     def _make_delta(self, names: tuple[str, ...]) -> tuple[Delta, tuple[Tensor, ...]]:
-        _, mask, originals = self._part(names[0])
-        places = ()
+        (_, mask, originals), places = self._part(names[0]), ()
         # training later must be able to keep what an evaluation has made
         with torch.inference_mode(False), torch.no_grad():
             if len(names) > 1:

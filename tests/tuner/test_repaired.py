@@ -147,6 +147,9 @@ def test_a_layer_whose_entries_cannot_be_replaced_refuses_them():
     layer = next(iter(adapted_layers(model).values()))
     layer.quantization_backend.supports_merge = False
     originals = torch.zeros(layer.mask("default").nnz)
+    repaired = next(iter(adapted_layers(with_repair(quantize(tiny_llama(), "4bit"))).values()))
+    with pytest.raises(SpftError, match="with other positions it needs what the weight was"):
+        repaired.set_mask("default", layer.mask("default"))
     with pytest.raises(SpftError, match=r"entries of a bnb 4bit layer cannot be replaced.*axolotl spft merge"):
         layer.set_mask("default", layer.mask("default"), originals=originals)
 
