@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from axolotl_spft import SpftCallback, SpftConfig
@@ -40,21 +41,24 @@ def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"), tiny_llama)
 
 
-def make(kind, base, folder, **changes):
+def make(kind, base, folder, wrapped=False, **changes):
     trainer, config, rows, options = KINDS[kind]
+    model, sparse = load_quantized(base, "nf4"), SpftConfig(density=0.05, samples=8, repair=0.4)
     return trainer(
-        load_quantized(base, "nf4"),
+        get_peft_model(model, sparse) if wrapped else model,
         args=arguments(config, folder, **(options | {"gradient_accumulation_steps": 1} | changes)),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
-        peft_config=SpftConfig(density=0.05, samples=8, repair=0.4),
+        peft_config=None if wrapped else sparse,
         callbacks=[SpftCallback()],
     )
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_the_reference_is_the_repaired_start(base, tmp_path, kind):
-    trainer = make(kind, base, tmp_path, max_steps=3, save_strategy="no")
+# to a model that has an adapter, as GRPO's trainer is given one, TRL adds an empty one to compare with
+@pytest.mark.parametrize("kind, wrapped", [("dpo", False), ("dpo", True), ("kto", False)])
+def test_the_reference_is_the_repaired_start(base, tmp_path, kind, wrapped):
+    trainer = make(kind, base, tmp_path, wrapped, max_steps=3, save_strategy="no")
+    assert ("ref" in peft_model_of(trainer).peft_config) == wrapped
     trainer.train()
     model = peft_model_of(trainer)
     first = trainer.state.log_history[0]["loss"]
