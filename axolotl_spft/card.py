@@ -19,7 +19,8 @@ _SOURCE = {
     "samples": "training examples read for it",
     "seed": "seed",
     "repair": "share of the values that repair quantization",
-    "repair_from": "repaired from",
+    "repaired": "values that begin at the weight before quantization",
+    "repair_from": "which was read from",
 }
 _BUDGETS = ("density", "num_values", "match_lora_rank")
 

@@ -73,6 +73,14 @@ class SpftConfig(PeftConfig):
         "GiB that the sums of the salience pass may take on a GPU, by default half of what is free. More are kept on "
         "the host by default; with this key they take several passes, or with scope global or blocks go to the host.",
     )
+    repair: float = _option(
+        0.0,
+        "Of a quantized base: share of the budget that goes to the entries with the largest quantization error. Above "
+        "0, all values begin at the weight from before quantization.",
+    )
+    repair_from: str | None = _option(
+        None, "Folder, or name on the hub, of the unquantized weights, where these are not the base model's."
+    )
     seed: int | None = _option(None, "Seed of random choices; the run's seed under Axolotl, else 0.")
     mask_path: str | None = _option(None, "A saved mask: used when the file exists, else computed and saved there.")
     init_weights: bool = _option(
@@ -145,7 +153,7 @@ class SpftConfig(PeftConfig):
 RECORDED = ("nnz", "base_shapes", "mask_source")
 # options that say where an adapter's layers are, or how it begins, and nothing of how its mask is chosen
 _OF_THE_PLACE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-                 "mask_path", "init_weights")  # fmt: skip
+                 "mask_path", "repair_from", "init_weights")  # fmt: skip
 
 
 def option_names() -> tuple[str, ...]:

@@ -72,6 +72,8 @@ _RULES = {
     "samples": (lambda v: _is_int(v) and v >= 1, "must be a whole number of at least 1"),
     "score_after": (lambda v: _is_int(v) and v >= 0, "must be a whole number of at least 0"),
     "salience_memory_gib": (lambda v: _is_number(v) and v > 0, "must be a number above 0"),
+    "repair": (lambda v: _is_number(v) and 0 <= v <= 1, "must be a number from 0 (off) to 1"),
+    "repair_from": (lambda v: isinstance(v, str) and bool(v), "must be a folder, or the name of a model of the hub"),
     "seed": (lambda v: _is_int(v) and 0 <= v < 2**63, "must be a whole number of at least 0"),
     "mask_path": (
         lambda v: isinstance(v, str) and bool(v) and not Path(v).expanduser().is_dir(),
@@ -81,7 +83,7 @@ _RULES = {
 }
 _OPTIONAL = ("density", "num_values", "match_lora_rank", "density_pattern", "min_density", "max_density",
              "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "salience_memory_gib",
-             "seed", "mask_path")  # fmt: skip
+             "repair_from", "seed", "mask_path")  # fmt: skip
 
 
 def _remedy(name: str, value: Any) -> str:
@@ -92,7 +94,7 @@ def _remedy(name: str, value: Any) -> str:
         number = float(value)
     except (TypeError, ValueError):
         return ""
-    if number.is_integer() and "density" not in name:
+    if number.is_integer() and "density" not in name and name != "repair":
         number = int(number)
     if isinstance(value, bool) or not _RULES[name][0](number):
         return ""
@@ -141,7 +143,7 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
     if len(budgets) > 1:
         problems.append(f"{' and '.join(budgets)} each set the number of trained values: keep exactly one")
     # what breaks its own rule is not compared with others
-    return problems + ([] if problems else _problems_of_shares(options))
+    return problems + ([] if problems else _problems_of_shares(options) + _problems_of_repair(options))
 
 
 def _problems_of_shares(options: Mapping[str, Any]) -> list[str]:
@@ -182,4 +184,23 @@ def _problems_of_shares(options: Mapping[str, Any]) -> list[str]:
         )
     if pattern == "block" and options.get("init_weights") is False:
         problems.append("`init_weights: False` draws single entries: write `pattern: element`")
+    return problems
+
+
+def _problems_of_repair(options: Mapping[str, Any]) -> list[str]:
+    """Combinations with the option ``repair``, each valid by itself, that have no meaning."""
+    repair, source = options.get("repair") or 0, options.get("repair_from")
+    if not repair:
+        rule = f"`repair_from: {source}` is read with `repair` above 0 alone: set that too, or leave it out"
+        return [rule] if source else []
+    problems = []
+    if options.get("pattern") == "block":
+        problems.append(
+            f"`repair: {repair}` spends values on single entries, and `pattern: block` trains whole blocks: write "
+            "`pattern: element`, or leave `repair` out"
+        )
+    if options.get("init_weights") is False:
+        problems.append(
+            f"`repair: {repair}` has no meaning with `init_weights: False`, which draws values: leave it out"
+        )
     return problems

@@ -1,7 +1,8 @@
 """A saved adapter as plain tensors: ``adapter_config.json`` and ``adapter_model.safetensors``, without any model.
 
 Per targeted module the file holds a CSR matrix under ``base_model.model.<module>.spft_values``, ``.spft_columns`` and
-``.spft_row_offsets``, everything else that was trained (``modules_to_save``, biases) under the name of its parameter,
+``.spft_row_offsets``, beside them ``.spft_originals`` where a quantized base is repaired, everything else that was
+trained (``modules_to_save``, biases) under the name of its parameter,
 and in ``base_model.spft_record`` a JSON object as bytes, which has the modules' shapes.
 """
 
@@ -24,6 +25,7 @@ from axolotl_spft.files import atomic_path, check_safetensors
 from axolotl_spft.ops.mask.csr import Mask, problems_of
 from axolotl_spft.peft_type import SPFT
 from axolotl_spft.tuner.record import FILE_KEY, read_record, record_to_tensor
+from axolotl_spft.tuner.state import ORIGINALS, problems_of_originals
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -32,11 +34,16 @@ _VALUES, _COLUMNS, _ROW_OFFSETS = "spft_values", "spft_columns", "spft_row_offse
 
 @dataclass(frozen=True)
 class SavedDelta:
-    """A sparse S of one module: ``values`` (nnz), their ``mask``, and ``shape`` (out_features, in_features)."""
+    """A sparse S of one module: ``values`` (nnz), their ``mask``, and ``shape`` (out_features, in_features).
+
+    ``originals`` (nnz) are what the weight was before it was quantized, where the adapter repairs that: the values are
+    then added to these, not to the quantized weight.
+    """
 
     values: Tensor
     mask: Mask
     shape: tuple[int, int]
+    originals: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,11 @@ class SavedAdapter:
     @property
     def nnz(self) -> int:
         return sum(delta.mask.nnz for delta in self.deltas.values())
+
+    @property
+    def repaired(self) -> int:
+        """How many values are added to what the weights were before they were quantized."""
+        return sum(delta.mask.nnz for delta in self.deltas.values() if delta.originals is not None)
 
     @property
     def mask_source(self) -> dict:
@@ -98,7 +110,7 @@ def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]
         if absent:
             problems.append(f"{name}: {', '.join(absent)} missing")
             continue
-        values, mask = parts[0], Mask(*parts[1:])
+        values, mask, originals = parts[0], Mask(*parts[1:]), tensors.pop(f"{name}.{ORIGINALS}", None)
         if (recorded is not None and name not in recorded) or (shapes is not None and name not in shapes):
             problems.append(f"{name}: the base model has no such module")
             continue
@@ -106,10 +118,15 @@ def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]
         if shapes is not None and tuple(shapes[name]) != shape:
             problems.append(f"{name}: {shape} in the adapter, {tuple(shapes[name])} in the base model")
         problems += [f"{name}: {problem}" for problem in problems_of(mask, values, *shape)]
-        deltas[name] = SavedDelta(values, mask, shape)
+        if originals is not None:
+            problems += [f"{name}: {problem}" for problem in problems_of_originals(originals, values.numel())]
+        deltas[name] = SavedDelta(values, mask, shape, originals)
     adapter = SavedAdapter(config, deltas, tensors, record, recorded is not None)
     if not problems and not deltas:
         problems.append("it holds no sparse values")
+    recorded_repair = adapter.mask_source.get("repaired", adapter.repaired)
+    if not problems and recorded_repair != adapter.repaired:
+        problems.append(f"{adapter.repaired} original weights, but it records that {recorded_repair} are repaired")
     if not problems and config.get("nnz") not in (None, adapter.nnz):
         problems.append(f"{adapter.nnz} values, but adapter_config.json records nnz: {config['nnz']}")
     if problems:
@@ -157,6 +174,8 @@ def write_adapter(folder: str | os.PathLike, adapter: SavedAdapter) -> None:
     for name, delta in adapter.deltas.items():
         for part, tensor in zip((_VALUES, _COLUMNS, _ROW_OFFSETS), (delta.values, *delta.mask)):
             tensors[f"{_PREFIX}{name}.{part}"] = tensor
+        if delta.originals is not None:
+            tensors[f"{_PREFIX}{name}.{ORIGINALS}"] = delta.originals
     options = {name: adapter.config[name] for name in mask_option_names() if name in adapter.config}
     record = {"mask_source": adapter.mask_source or None, "options": options, **adapter.record}
     if adapter.has_shapes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from axolotl_spft.checkpoint.keys import KeyMap
@@ -64,6 +66,14 @@ class BaseCheckpoint:
                 f"{self.shards.folder} holds no weight for the module {module}: name the base model that was trained"
             )
         return name
+
+    def matrix_shape(self, module: str) -> tuple[int, int]:
+        """(out_features, in_features) of W of a module; see `read_matrix`."""
+        name = self.parameter(module)
+        group = self.keys.group_of[name]
+        tensors = {key: torch.empty(self.shards.shape(key), device="meta") for key in group.keys}
+        shape = tuple(group.convert(tensors, self.keys.config)[name].shape)
+        return shape[::-1] if module in self.transposed else (prod(shape[:-1]), shape[-1])
 
     def read_parameter(self, name: str) -> Tensor:
         """A parameter as the model stores it, in the dtype of the checkpoint."""

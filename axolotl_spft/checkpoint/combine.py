@@ -48,6 +48,7 @@ def combine(
         given = [(a.deltas[module], w) for a, w in zip(adapters, weights) if module in a.deltas]
         shape = _shape(module, adapters)
         at, values, counts, conflicts = _union([(*_entries(delta, shape[1]), w) for delta, w in given], method)
+        originals = _originals(module, [delta for delta, _ in given], at, shape[1])
         row = table.setdefault(module.rpartition(".")[2], {"positions": 0, "shared": 0, "conflicts": 0, "kept": 0})
         row["positions"] += len(at)
         row["shared"] += int((counts > 1).sum())
@@ -57,11 +58,12 @@ def combine(
             if wanted < len(at):
                 kept, _ = taken(values, threshold(lambda v=values: [v], wanted))
                 at, values = at[kept], values[kept]
+                originals = None if originals is None else originals[kept]
         row["kept"] += len(at)
         dtype = given[0][0].values.dtype
         for delta, _ in given[1:]:
             dtype = torch.promote_types(dtype, delta.values.dtype)
-        deltas[module] = SavedDelta(values.to(dtype), mask_from_positions(at, *shape), shape)
+        deltas[module] = SavedDelta(values.to(dtype), mask_from_positions(at, *shape), shape, originals)
     known = all(any(a.has_shapes for a in adapters if module in a.deltas) for module in modules)
     first = adapters[0].config
     source = {"sum of": [a.mask_source for a in adapters], "weights": weights, "method": method}
@@ -94,11 +96,26 @@ def _check(adapters: Sequence[SavedAdapter], weights: Sequence[float], density: 
             "an adapter holds modules that were trained whole (`modules_to_save`), which are no differences and cannot "
             "be added up: merge one of the adapters into the base model instead"
         )
-    if any(adapter.config.get("repair") for adapter in adapters[1:]):
+
+
+def _originals(module: str, deltas: Sequence[SavedDelta], at: Tensor, in_features: int) -> Tensor | None:
+    """What the weight was before quantization at the positions ``at`` of all deltas; None where none tells it."""
+    given = [delta for delta in deltas if delta.originals is not None]
+    if not given:
+        return None
+    if len(given) < len(deltas):
         raise SpftFileError(
-            "several of the adapters may repair the base's quantization, which must not be added twice: combine a "
-            "repaired adapter with ones that are not, and name it first"
+            f"{module}: some of the adapters repair a quantized base and some do not, and no file has the entries of "
+            "the base that a sum of both needs: load them on the base and call add_weighted_adapter()"
         )
+    originals = torch.zeros(len(at), dtype=given[0].originals.dtype)
+    for delta in given:
+        originals[torch.searchsorted(at, positions(delta.mask, in_features))] = delta.originals.to(originals.dtype)
+    for delta in given:
+        own = originals[torch.searchsorted(at, positions(delta.mask, in_features))]
+        if not torch.equal(own, delta.originals.to(originals.dtype)):
+            raise SpftFileError(f"{module}: the adapters repair different base models: combine adapters of one base")
+    return originals
 
 
 def _shape(module: str, adapters: Sequence[SavedAdapter]) -> tuple[int, int]:

@@ -23,6 +23,8 @@ from axolotl_spft.checkpoint.shard_writer import is_written, write_shard
 from axolotl_spft.checkpoint.shards import INDEX_FILE, NAMES, Shards, find_checkpoint, size_bytes
 from axolotl_spft.checkpoint.skeleton import module_shapes, skeleton
 from axolotl_spft.errors import SpftFileError
+from axolotl_spft.files import check_safetensors, count_entries
+from axolotl_spft.tuner.state import ORIGINALS
 
 STAGING, MARK = ".spft-merge", "spft_merge"
 _THREADS, _PIECE_BYTES, _PIECES = 4, 4096, 64
@@ -57,14 +59,16 @@ def merge(
     """
     adapter_folder, output = Path(adapter_folder), Path(output)
     config = read_config(adapter_folder)
-    onto = onto or ("quantized" if quantization else "base")
-    if quantization is None and (onto == "quantized" or config.get("repair")):
+    check_safetensors(adapter_folder / WEIGHTS_FILE)
+    if onto is None and (quantization or not count_entries(adapter_folder / WEIGHTS_FILE, f".{ORIGINALS}")):
+        onto = "quantized" if quantization else "base"
+    if quantization is None and onto != "base":
+        told = "`--onto quantized` needs to know how the base was quantized"
+        if onto is None:
+            told = f"{adapter_folder} repairs a quantized base, of which nothing here tells the settings"
         raise SpftFileError(
-            f"{adapter_folder} was trained on a quantized base, of which nothing here tells the settings: name the "
-            "run's configuration file instead of the adapter, or add `--quantization nf4`"
-            if onto == "base"
-            else "`--onto quantized` needs to know how the base was quantized: name the run's configuration file "
-            "instead of the adapter, or add `--quantization nf4`"
+            f"{told}: name the run's configuration file instead of the adapter, or add `--quantization nf4`"
+            + (", or `--onto base`" if onto is None else "")
         )
     base_name = base or config.get("base_model_name_or_path")
     if not base_name:
@@ -76,7 +80,7 @@ def merge(
     adapter, model = read_for(adapter_folder, base_folder, trust_remote_code)
     checkpoint = BaseCheckpoint(base_folder, model)
     quantizer = Quantizer(quantization, model, dtype) if quantization else None
-    merged = MergedWeights(checkpoint, adapter, quantizer, onto == "quantized", bool(config.get("repair")))
+    merged = MergedWeights(checkpoint, adapter, quantizer, onto == "quantized")
     mark = {MARK: _fingerprint(adapter_folder, checkpoint.shards, onto, quantization, dtype)}
     written = _write_files(checkpoint.shards, merged, output, mark)
     _finish(checkpoint, merged, adapter, model, adapter_folder, output)
@@ -88,6 +92,7 @@ def merge(
         "matrices": len(adapter.deltas),
         "matrices_measured": len(merged.exactness),
         "trained_on_quantized": quantization is not None,
+        "repaired": adapter.repaired,
         **total(merged.exactness).summary(),
     }
 

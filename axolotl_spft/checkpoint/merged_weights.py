@@ -1,7 +1,7 @@
 """What a merge makes of the tensors of a base checkpoint, and how exact it is.
 
 Symbols: W is a weight of the base, Q(W) what a quantized base holds of it, S the adapter's sparse delta. Training
-computed with W + S, or with Q(W) + S on a quantized base.
+computed with W + S, or with Q(W) + S on a quantized base, or with the entries of W + S in Q(W) where it was repaired.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ class MergedWeights:
     Args:
         quantizer: what training quantized the base with, if it did.
         onto_quantized: whether the merged weights are Q(W) + S instead of W + S.
-        repaired: whether the values started at W - Q(W): then S adds to Q(W) at its positions in either case.
 
     Attributes:
         additional: key -> tensor, which the base checkpoint does not have: heads, and weights that were tied.
@@ -79,9 +78,8 @@ class MergedWeights:
         adapter: SavedAdapter,
         quantizer: Quantizer | None = None,
         onto_quantized: bool = False,
-        repaired: bool = False,
     ):
-        self._base, self._quantizer, self._onto_quantized, self._repaired = base, quantizer, onto_quantized, repaired
+        self._base, self._quantizer, self._onto_quantized = base, quantizer, onto_quantized
         self.exactness: dict[str, Exactness] = {}
         self._lock, self._made = threading.Lock(), None
         keys = base.keys
@@ -171,11 +169,12 @@ class MergedWeights:
             rounded = self._quantizer.round_trip(weight)
         merged = weight if rounded is None or not self._onto_quantized else rounded.clone()
         if delta is not None:
-            start = weight if rounded is None else rounded
-            own = rounded if self._repaired and rounded is not None else merged
             at = positions(delta.mask, weight.shape[1])
-            before = own.view(-1)[at]
-            trained = rounded_sum(start.view(-1)[at], delta.values)
+            before, start = (each.view(-1)[at] for each in (merged, weight if rounded is None else rounded))
+            if delta.originals is not None:
+                self._check_originals(module, weight.view(-1)[at], delta.originals)
+                before, start = (delta.originals.to(each.dtype) for each in (before, start))
+            trained = rounded_sum(start, delta.values)
             result = rounded_sum(before, delta.values).to(weight.dtype)
             exactness = _rounding(before, delta.values, result)
             merged = merged.clone() if merged is weight else merged
@@ -187,6 +186,13 @@ class MergedWeights:
             self.exactness[own_name] = exactness
         merged = merged.to(weight.dtype)
         return merged.t().contiguous() if transposed else merged.view(stored.shape)
+
+    def _check_originals(self, module: str, entries: Tensor, originals: Tensor) -> None:
+        if not torch.equal(entries.to(originals.dtype), originals):
+            raise SpftFileError(
+                f"{module}: the weights before quantization that the adapter holds are not those of "
+                f"{self._base.shards.folder}: name the unquantized base model that was trained"
+            )
 
 
 def _dtype_of(base: BaseCheckpoint) -> torch.dtype:

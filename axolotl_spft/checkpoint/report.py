@@ -7,6 +7,12 @@ def describe_merge(report: dict) -> str:
     """What was written and how exact it is, in sentences."""
     kind = "as training on the quantized base saw it" if report["onto"] == "quantized" else "as it is"
     lines = [f"{report['output']}: {report['values']:,} values merged onto the base {kind}"]
+    if report["repaired"]:
+        others = "Q(W), what quantization left of it" if report["onto"] == "quantized" else "W"
+        lines.append(
+            f"{report['repaired']:,} of the values were trained from W, the weight before quantization: these entries "
+            f"are W + S, the others of their matrices {others}"
+        )
     done = len(report["files"]) - len(report["files_written"])
     if done:
         lines.append(f"{done} of {len(report['files'])} files were finished already and are not measured")

@@ -40,10 +40,12 @@ class Delta(NamedTuple):
     Attributes:
         mask: the CSR mask.
         plan: the `Plan` of the mask.
+        originals: (nnz) what a quantized weight has at these entries in place of its own; None where that stays.
     """
 
     mask: Mask
     plan: Plan
+    originals: Tensor | None = None
 
 
 class WeightOwner(Protocol):
@@ -180,10 +182,10 @@ def frozen_linear(x: Tensor, bias: Tensor | None, owner: WeightOwner) -> Tensor:
 # --- the same as custom ops, for torch.compile
 
 _DELTA = (
-    "Tensor values, Tensor mask_columns, Tensor row_offsets, Tensor? rows, Tensor? columns, Tensor offsets, "
-    "Tensor? column_ranks, int[] row_stops, int[] value_stops, int in_features"
+    "Tensor values, Tensor mask_columns, Tensor row_offsets, Tensor? originals, Tensor? rows, Tensor? columns, "
+    "Tensor offsets, Tensor? column_ranks, int[] row_stops, int[] value_stops, int in_features"
 )
-_TENSORS = 7
+_TENSORS = 8
 _library = torch.library.Library("spft", "DEF")
 _library.define("select_columns(Tensor x, Tensor columns) -> Tensor")
 _library.define(f"linear(Tensor x, Tensor? kept, Tensor? bias, {_DELTA}, int owner) -> Tensor")
@@ -194,8 +196,8 @@ _library.define(
 
 
 def _delta_of(arguments: Sequence) -> Delta:
-    mask_columns, row_offsets, *plan = arguments
-    return Delta(Mask(mask_columns, row_offsets), Plan(*plan))
+    mask_columns, row_offsets, originals, *plan = arguments
+    return Delta(Mask(mask_columns, row_offsets), Plan(*plan), originals)
 
 
 _library.impl("select_columns", select_columns, "CompositeExplicitAutograd")
@@ -298,4 +300,4 @@ def sparse_linear(
     """
     if not torch.compiler.is_compiling():
         return _EagerLinear.apply(x, kept, bias, values, delta, owner)
-    return torch.ops.spft.linear(x, kept, bias, values, *delta.mask, *delta.plan, number)
+    return torch.ops.spft.linear(x, kept, bias, values, *delta.mask, delta.originals, *delta.plan, number)

@@ -70,6 +70,8 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
     low_precision = run.engine.startswith("zero") and run.dtype_bytes == 2
     value_bytes = 2 if low_precision else run.value_bytes
     in_place = run.bits == 16 and run.engine != "zero3"
+    # an unquantized entry for each value
+    repaired_bytes = 2 if run.options.get("repair") and run.bits < 16 else 0
     metric = load_metric(run.options.get("salience", "gradient"))
     accumulators = 0 if run.options.get("mask_path") else accumulators_of(metric.needs)
     parts = memory_per_rank(
@@ -77,7 +79,7 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
         shapes=shape.targets,
         nnz=nnz,
         value_bytes=value_bytes,
-        original_bytes=run.dtype_bytes if in_place else 0,
+        original_bytes=run.dtype_bytes if in_place else repaired_bytes,
         engine=run.engine,
         world=run.gpus,
         # other optimizers of the AdamW kind keep as much
@@ -121,7 +123,7 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
         salience=on_gpu,
         salience_host=on_host,
         salience_peak=base + gathered + on_gpu + without_gradients if accumulators else 0,
-        file=file_bytes(shape, nnz, run.value_bytes),
+        file=file_bytes(shape, nnz, run.value_bytes) + nnz * repaired_bytes,
     )
 
 

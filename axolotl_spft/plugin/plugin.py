@@ -63,6 +63,7 @@ class SpftPlugin(BasePlugin):
         if cfg.adapter == ADAPTER:
             from axolotl_spft.engine.ranks import Ranks
             from axolotl_spft.plugin.quantization import make_exceptions
+            from axolotl_spft.plugin.repair_rules import check_unquantized_weights
             from axolotl_spft.plugin.saved_adapter import check_lora_model_dir
             from axolotl_spft.plugin.versions import installed, untested
             from axolotl_spft.salience.mask_file import check_mask_path
@@ -76,6 +77,8 @@ class SpftPlugin(BasePlugin):
             if mask_path and not cfg.lora_model_dir and first:
                 check_mask_path(Path(mask_path).expanduser())
             make_exceptions(cfg)
+            if first:
+                check_unquantized_weights(cfg)
             if cfg.merge_lora:
                 from axolotl_spft.plugin.streamed_merge import merge_instead
 

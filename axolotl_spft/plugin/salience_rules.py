@@ -12,7 +12,7 @@ from axolotl_spft.plugin.deepspeed_json import read_deepspeed_json, zero_stage
 from axolotl_spft.salience.metrics.metric import OF_ALL_MATRICES, OF_WEIGHT, load_metric
 
 # kinds of quantized weights that can be multiplied but not read
-_NOT_READABLE = ("gptq", "awq", "aqlm", "eetq")
+NOT_READABLE = ("gptq", "awq", "aqlm", "eetq")
 
 
 def problems_of_salience(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
@@ -44,8 +44,8 @@ def problems_of_salience(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> 
             f"`salience_memory_gib: {memory}` cannot be kept with `salience: {metric.name}`, which needs its sums for "
             "all matrices at once: leave it out, or use another salience"
         )
-    kind = _kind_of_base(cfg)
-    if kind in _NOT_READABLE and metric.needs & OF_WEIGHT:
+    kind = kind_of_base(cfg)
+    if kind in NOT_READABLE and metric.needs & OF_WEIGHT:
         problems.append(
             f"`salience: {metric.name}` reads the weights, and those of a base quantized by {kind.upper()} cannot be "
             "read: use `salience: gradient`, `balanced` or `fisher`, or another base"
@@ -67,16 +67,17 @@ def _stage_of(cfg: Mapping[str, Any]) -> int:
         return 0
 
 
-def _kind_of_base(cfg: Mapping[str, Any]) -> str | None:
+def kind_of_base(cfg: Mapping[str, Any]) -> str | None:
     """How the base is quantized, as far as the keys and a config.json on this machine tell."""
     if cfg.get("gptq"):
         return "gptq"
     asked = (cfg.get("model_kwargs") or cfg.get("overrides_of_model_kwargs") or {}).get("quantization_config")
-    found = asked or _config_of(str(cfg.get("base_model") or "")).get("quantization_config")
+    found = asked or config_of(str(cfg.get("base_model") or "")).get("quantization_config")
     return str(found.get("quant_method")).lower() if isinstance(found, Mapping) else None
 
 
-def _config_of(base_model: str) -> Mapping[str, Any]:
+def config_of(base_model: str) -> Mapping[str, Any]:
+    """The config.json of a model on this machine; empty where there is none."""
     from huggingface_hub import try_to_load_from_cache
 
     path: Any = Path(base_model, "config.json")

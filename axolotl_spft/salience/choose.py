@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftConfigError
 from axolotl_spft.salience.blocks import block_entries, block_scores, top_blocks
 from axolotl_spft.salience.bounded import bounded_counts
+from axolotl_spft.salience.repair import Repair
 from axolotl_spft.salience.select import Shape, top_k, top_k_per_row
 
 
@@ -23,6 +25,7 @@ def choose_positions(
     score_of: Callable[[int], Tensor],
     ranks: Ranks,
     trainable: Sequence[bool] | None = None,
+    repair: Repair | None = None,
 ) -> list[Tensor]:
     """The positions that the config's scope, pattern and budget give each matrix; `axolotl_spft.budget` says how many.
 
@@ -33,6 +36,7 @@ def choose_positions(
             several times for each.
         ranks: the processes that share the rows.
         trainable: whether each matrix can be trained at all; all by default. The others get nothing.
+        repair: takes its share of the values of each matrix, and keeps what these begin at.
 
     Returns:
         For each matrix row * in_features + column: int64, ascending; the same on every rank.
@@ -43,6 +47,8 @@ def choose_positions(
     trainable = [True] * len(shapes) if trainable is None else list(trainable)
     if config.block is not None:
         return _blocks(config, names, shapes, score_of, ranks, trainable)
+    if repair is not None and config.scope == "global":
+        return _global_beside_repair(config, names, shapes, score_of, ranks, trainable, repair)
     if config.scope == "global":
         fewest, most = _bounds(config, names, shapes, trainable)
         total = total_budget(shapes, **config.budget(names))
@@ -52,19 +58,102 @@ def choose_positions(
     else:
         counts = layer_budgets(shapes, **config.budget(names), trainable=trainable)
     return [
-        choose_in_matrix(config.scope, shape, count, lambda index=index: score_of(index), ranks)
-        for index, (shape, count) in enumerate(zip(shapes, counts))
+        choose_in_matrix(config.scope, name, shape, count, lambda index=index: score_of(index), ranks, repair)
+        for index, (name, shape, count) in enumerate(zip(names, shapes, counts))
     ]
 
 
-def choose_in_matrix(scope: str, shape: Shape, count: int, score: Callable[[], Tensor], ranks: Ranks) -> Tensor:
+def choose_in_matrix(
+    scope: str,
+    name: str,
+    shape: Shape,
+    count: int,
+    score: Callable[[], Tensor],
+    ranks: Ranks,
+    repair: Repair | None = None,
+) -> Tensor:
     """The ``count`` positions of one matrix, whose scores are asked for only where there are any."""
+    if repair is None:
+        return _highest(scope, shape, count, score, ranks)
+    chosen = repaired = _repaired(scope, name, shape, count, ranks, repair)
+    if len(repaired) < count:
+        with _set_aside(score(), repaired, shape, ranks) as scores:
+            others = _highest(scope, shape, count - len(repaired), lambda: scores, ranks).cpu()
+        chosen = torch.cat([repaired, others]).sort().values
+    repair.keep(name, chosen)
+    return chosen
+
+
+def _highest(scope: str, shape: Shape, count: int, score: Callable[[], Tensor], ranks: Ranks) -> Tensor:
     if not count:
         return torch.empty(0, dtype=torch.int64)
     scores = score()
     if scope == "row":
         return top_k_per_row(scores, shape, count, ranks)
     return top_k(lambda _: scores, [shape], count, ranks)[0]
+
+
+def _repaired(scope: str, name: str, shape: Shape, count: int, ranks: Ranks, repair: Repair) -> Tensor:
+    return _highest(scope, shape, repair.count(name, count), lambda: repair.scores(name), ranks).cpu()
+
+
+@contextmanager
+def _set_aside(scores: Tensor, taken: Tensor, shape: Shape, ranks: Ranks) -> Iterator[Tensor]:
+    """Within the block the scores of positions that are taken already are below all others.
+
+    They are put back, since a score may be the pass's own sum.
+    """
+    scores = scores.contiguous()
+    flat, at = scores.view(-1), _of_this_rank(taken, shape, ranks).to(scores.device)
+    before = flat[at]
+    flat[at] = -torch.inf
+    try:
+        yield scores
+    finally:
+        flat[at] = before
+
+
+def _of_this_rank(at: Tensor, shape: Shape, ranks: Ranks) -> Tensor:
+    """The positions in this rank's rows, counted from the first of these."""
+    rows = ranks.rows(shape[0])
+    return at[(at >= rows.start * shape[1]) & (at < rows.stop * shape[1])] - rows.start * shape[1]
+
+
+def _global_beside_repair(
+    config: SpftConfig,
+    names: Sequence[str],
+    shapes: Sequence[Shape],
+    score_of: Callable[[int], Tensor],
+    ranks: Ranks,
+    trainable: list[bool],
+    repair: Repair,
+) -> list[Tensor]:
+    """Repair has its share of what each matrix would have under scope layer; the rest compete over all matrices."""
+    counts = layer_budgets(shapes, **config.budget(names), trainable=trainable)
+    repaired = [
+        _repaired("layer", name, shape, count, ranks, repair) for name, shape, count in zip(names, shapes, counts)
+    ]
+    fewest, most = _bounds(config, names, shapes, trainable)
+    held = [len(each) for each in repaired]
+
+    def score(index: int) -> Tensor:
+        scores = score_of(index).clone(memory_format=torch.contiguous_format)
+        scores.view(-1)[_of_this_rank(repaired[index], shapes[index], ranks).to(scores.device)] = -torch.inf
+        return scores
+
+    counts = bounded_counts(
+        score,
+        [max(0, bound - own) for bound, own in zip(fewest, held)],
+        [max(0, bound - own) for bound, own in zip(most, held)],
+        total_budget(shapes, **config.budget(names)) - sum(held),
+        ranks,
+    )
+    chosen = []
+    for index, (name, shape) in enumerate(zip(names, shapes)):
+        others = _highest("layer", shape, counts[index], lambda index=index: score(index), ranks).cpu()
+        chosen.append(torch.cat([repaired[index], others]).sort().values)
+        repair.keep(name, chosen[-1])
+    return chosen
 
 
 def _bounds(

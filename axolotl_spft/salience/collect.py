@@ -112,7 +112,8 @@ def gathered_sums(
 
     ``gradient``: dW = dY^T X, and of an embedding the sum of dY over the tokens of each row; of tied modules the sum of
     both. ``squared_gradient``: the sum over examples of (dY_e^T X_e)^2 with an example's own rows
-    of dY and X. ``input_squares``: the sum of x_j^2 over the tokens that are no padding.
+    of dY and X. ``input_squares``: the sum of x_j^2 over the tokens that are no padding, of layers that multiply; where
+    these alone are needed, every forward pass adds to them.
 
     No weight is made to require a gradient, so quantized ones take part too. Alive at a time are the accumulators and
     one layer's dense gradient, of which a sharded pass makes one rank's rows at a time.
@@ -146,15 +147,19 @@ def gathered_sums(
             rows, device = rows_of[name], device_of(layer)
             adders: dict[nn.Module, list] = {module: [] for module in (layer, *getattr(layer, "readers", ()))}
             for need in needs:
+                if need == INPUT_SQUARES and embedding_of(layer) is not None:
+                    continue
                 shape = (layer.in_features,) if need == INPUT_SQUARES else (rows.stop - rows.start, layer.in_features)
                 total = torch.zeros(shape, dtype=torch.float32, device=placed[device] if need in matrices else device)
                 sums[need][name] = total
                 shard = (layer.out_features, ranks) if sharded else None
                 for module, own in adders.items():
                     own.append(_adder_of(need, name, module, total, tokens, shard))
+            hook = _gathering_hook if matrices else _input_hook
             for module, own in adders.items():
-                hooks.callback(module.register_forward_hook(_gathering_hook(own)).remove)
-        _let_inputs_take_part(model, hooks)
+                hooks.callback(module.register_forward_hook(hook(own)).remove)
+        if matrices:
+            _let_inputs_take_part(model, hooks)
         yield sums
 
 
@@ -308,6 +313,14 @@ def _adder_of_squares(total: Tensor, tokens: Tokens) -> Callable[[Tensor, Tensor
         total.add_((rows if counted is None else rows[counted]).to(torch.float32).square().sum(0))
 
     return add
+
+
+def _input_hook(adders: Sequence[Callable[[Tensor, Tensor], None]]):
+    def forward_hook(_, args: tuple, y: Tensor) -> None:
+        for add in adders:
+            add(y, args[0].to(y.dtype))
+
+    return forward_hook
 
 
 def _gathering_hook(adders: Sequence[Callable[[Tensor, Tensor], None]]):

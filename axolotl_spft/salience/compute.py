@@ -20,6 +20,7 @@ from axolotl_spft.salience.groups import check_groups, groups_of, may_move_to_ho
 from axolotl_spft.salience.metrics.metric import Metric, load_metric
 from axolotl_spft.salience.metrics.statistics import INPUT_SQUARES
 from axolotl_spft.salience.out_of_memory import named_out_of_memory
+from axolotl_spft.salience.repair import Repair
 from axolotl_spft.salience.sample_pass import collect_statistics, unreached_by_sample
 from axolotl_spft.salience.scores import check_base, scorer
 from axolotl_spft.salience.untouched import untouched_rng
@@ -54,8 +55,11 @@ def compute_masks(
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
     ranks: Ranks,
     learning_rate: float | None = None,
+    repair: Repair | None = None,
 ) -> Computed:
     """The masks of the config's salience, scope and budget, of those layers that can be trained.
+
+    ``repair`` has its share of them, and keeps what the values of a repaired matrix begin at.
 
     Raises:
         SpftError: as `select_mask`.
@@ -75,7 +79,7 @@ def compute_masks(
                 warmed_up(model, config, layers, adapter_name, batches, loss_fn, learning_rate, able, ranks)
             )
             read_weight = partial(weight_with_values, adapter_name=adapter_name)
-        return _scored(model, config, layers, metric, frozen, batches, loss_fn, ranks, read_weight)
+        return _scored(model, config, layers, metric, frozen, batches, loss_fn, ranks, read_weight, repair)
 
 
 def _scored(
@@ -88,16 +92,28 @@ def _scored(
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
     ranks: Ranks,
     read_weight: Callable[[SpftLinear], Tensor],
+    repair: Repair | None,
 ) -> Computed:
     memory_gib = config.salience_memory_gib
     groups = groups_of(layers, metric.needs, memory_gib)
     if len(groups) > 1 and not may_move_to_host(config, metric, layers):
         check_groups(config, metric, len(groups))
         return _scored_in_groups(
-            model, config, layers, groups, metric, frozen, repeatable(batches or ()), loss_fn, ranks, read_weight
+            model,
+            config,
+            layers,
+            groups,
+            metric,
+            frozen,
+            repeatable(batches or ()),
+            loss_fn,
+            ranks,
+            read_weight,
+            repair,
         )
     with named_out_of_memory(ranks):
-        found = collect_statistics(model, layers, metric.needs, batches, loss_fn, config.samples, ranks, memory_gib)
+        needs = _needs(metric, repair)
+        found = collect_statistics(model, layers, needs, batches, loss_fn, config.samples, ranks, memory_gib)
         # of what reads inputs or weights alone the sums tell nothing
         tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
         unreached = unreached_by(tell, ranks) if tell else never_called(model, layers)
@@ -107,13 +123,19 @@ def _scored(
     untrained = [name for name in layers if name in {*frozen, *unreached}]
     score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank, read_weight)
     shapes = list(shapes_of(layers).values())
+    if repair is not None:
+        repair.squares = found.sums[INPUT_SQUARES]
     # a function of the user's own may draw numbers
     with untouched_rng():
         chosen = choose_positions(
-            config, list(layers), shapes, score_of, ranks, [name not in untrained for name in layers]
+            config, list(layers), shapes, score_of, ranks, [name not in untrained for name in layers], repair
         )
     masks = {name: mask_from_positions(positions, *shape) for name, positions, shape in zip(layers, chosen, shapes)}
     return Computed(masks, {"samples": found.read, **found.notes}, notes_on(unreached, frozen), untrained)
+
+
+def _needs(metric: Metric, repair: Repair | None) -> frozenset[str]:
+    return metric.needs if repair is None else metric.needs | {INPUT_SQUARES}
 
 
 def _scored_in_groups(
@@ -127,9 +149,10 @@ def _scored_in_groups(
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
     ranks: Ranks,
     read_weight: Callable[[SpftLinear], Tensor],
+    repair: Repair | None,
 ) -> Computed:
     """The same masks from a pass over the same batches for each group, of which one has sums at a time."""
-    names, shapes = list(layers), shapes_of(layers)
+    names, shapes, needs = list(layers), shapes_of(layers), _needs(metric, repair)
     unreached: list[str] = []
     while True:
         untrained = {*frozen, *unreached}
@@ -142,15 +165,17 @@ def _scored_in_groups(
             others = [layer for name, layer in layers.items() if name not in group]
             with named_out_of_memory(ranks), probed_outputs(others):
                 found = collect_statistics(
-                    model, group, metric.needs, batches, loss_fn, config.samples, ranks, config.salience_memory_gib
+                    model, group, needs, batches, loss_fn, config.samples, ranks, config.salience_memory_gib
                 )
+            if repair is not None:
+                repair.squares = found.sums[INPUT_SQUARES]
             tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
             found_unreached += unreached_by(tell, ranks)
             score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank, read_weight)
             with untouched_rng():
                 for name in group:
                     score = partial(score_of, names.index(name))
-                    at = choose_in_matrix(config.scope, shapes[name], counts[name], score, ranks)
+                    at = choose_in_matrix(config.scope, name, shapes[name], counts[name], score, ranks, repair)
                     masks[name] = mask_from_positions(at, *shapes[name])
             del score_of, score
         if found_unreached == unreached:

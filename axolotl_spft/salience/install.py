@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
@@ -20,11 +20,20 @@ def adapted_layers(model: nn.Module) -> dict[str, SpftLinear]:
     return spft_layers(model.base_model.model)
 
 
-def install_masks(model: nn.Module, adapter_name: str, masks: Mapping[str, Mask], source: Mapping) -> None:
-    """Give the adapter these masks with values of 0, and record them in its config."""
-    layers = adapted_layers(model)
+def install_masks(
+    model: nn.Module,
+    adapter_name: str,
+    masks: Mapping[str, Mask],
+    source: Mapping,
+    originals: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Give the adapter these masks with values of 0, and record them in its config.
+
+    ``originals`` are what the weights that are repaired were at the entries of their masks: (nnz) by name.
+    """
+    layers, originals = adapted_layers(model), originals or {}
     for name, mask in masks.items():
-        layers[name].set_mask(adapter_name, mask)
+        layers[name].set_mask(adapter_name, mask, originals=originals.get(name) if mask.nnz else None)
     record_mask(model.base_model, adapter_name, source)
     retire_empty_values(model)
 

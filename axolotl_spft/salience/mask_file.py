@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from axolotl_spft.errors import SpftFileError
+from axolotl_spft.errors import SpftFileError, first_of
 from axolotl_spft.files import atomic_path, check_safetensors, check_writable
 from axolotl_spft.ops.mask.csr import Mask, problems_of
 from axolotl_spft.tuner.record import read_record
+from axolotl_spft.tuner.state import ORIGINALS, problems_of_originals
 
 _COLUMNS, _ROW_OFFSETS = ".spft_columns", ".spft_row_offsets"
 
@@ -122,6 +124,30 @@ def load_masks(
             f"the mask in {path} is damaged or belongs to another model: {'; '.join(sorted(problems)[:5])}. {remedy}"
         )
     return masks, source
+
+
+def load_originals(path: str | os.PathLike, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
+    """The original weights of the repaired matrices of an adapter's ``adapter_model.safetensors``: (nnz) by name.
+
+    Args:
+        masks: that it holds, by name.
+
+    Raises:
+        SpftFileError: they do not fit the masks, or are not as many as the file records.
+    """
+    found, problems = {}, []
+    with safe_open(path, framework="pt") as file:
+        for key in (key for key in file.keys() if key.endswith(f".{ORIGINALS}")):  # noqa: SIM118
+            name, tensor = _bare(key).removesuffix(f".{ORIGINALS}"), file.get_tensor(key)
+            held = masks[name].nnz if name in masks else 0
+            problems += [f"{name}: {text}" for text in problems_of_originals(tensor, held)]
+            found[name] = tensor
+    recorded = (read_record(path).get("mask_source") or {}).get("repaired", 0)
+    if not problems and recorded and recorded != sum(map(len, found.values())):
+        problems.append(f"{sum(map(len, found.values()))} original weights, but it records {recorded}")
+    if problems:
+        raise SpftFileError(f"{path} is damaged: {first_of(problems, '; ')}. Take an intact copy of it")
+    return found
 
 
 def _parsed(text: str) -> object:

@@ -14,21 +14,23 @@ from torch import Tensor, nn
 from axolotl_spft.config import SpftConfig
 from axolotl_spft.engine.ranks import Ranks, on_every_rank
 from axolotl_spft.errors import SpftError, SpftFileError
-from axolotl_spft.ops.mask.csr import Mask
+from axolotl_spft.ops.mask.csr import Mask, positions
 from axolotl_spft.salience.blocks import is_of_blocks
 from axolotl_spft.salience.compute import compute_masks
 from axolotl_spft.salience.examples import Batch
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, install_masks
 from axolotl_spft.salience.mask_file import check_mask_path, load_masks, save_masks
 from axolotl_spft.salience.release import give_back_memory
+from axolotl_spft.salience.repair import REPAIRED, open_repair
 from axolotl_spft.salience.report import MaskReport, report_masks
 from axolotl_spft.salience.untrained import frozen_by_the_run, note_on_frozen
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.state import shapes_of
 from axolotl_spft.tuner.targets import check_is_peft_model
 
+_STILL_REPAIRED = " (its values begin at the unquantized weights all the same)"
 # recorded where they are set
-_OF_SHARES = ("density_pattern", "min_density", "max_density", "score_after")
+_OF_SHARES = ("density_pattern", "min_density", "max_density", "score_after", "repair")
 
 
 @torch.inference_mode(False)
@@ -39,7 +41,10 @@ def select_mask(
     adapter_name: str | None = None,
     learning_rate: float | None = None,
 ) -> MaskReport:
-    """Choose the positions that an empty adapter trains, and put values of 0 there.
+    """Choose the positions that an empty adapter trains, and put values of 0 there: deviations from the weight.
+
+    With the option ``repair`` that is the weight from before quantization, which takes the place of a quantized one at
+    these positions.
 
     The adapter's `SpftConfig` says how: salience, scope, budget, samples, seed, mask_path. Most saliences sum what they
     need of the loss' gradients over batches until ``samples`` examples are read. Nothing else is changed: random
@@ -94,31 +99,39 @@ def select_mask(
         )
     notes: list[str] = []
     untrained: list[str] = []
+    repair, unrepaired = None, []
+    if config.repair:
+        repair, unrepaired = open_repair(model.base_model.model, config, layers, ranks)
     if found:
         masks, source = on_every_rank(lambda: _masks_from_file(path, config, layers), ranks)
         origin = f"{config.mask_path} ({_describe(source)})"
         notes = note_on_frozen(masks, frozen_by_the_run(layers, adapter_name), config.mask_path)
+        for name, mask in masks.items() if repair is not None else ():
+            repair.keep(name, positions(mask, layers[name].in_features).cpu())
         for name, made_with in _other_options(config, source) if ranks.rank == 0 else ():
             warnings.warn(
                 f"`{name}: {getattr(config, name)}` is not read: the mask in {path} was made "
                 f"{'without' if made_with is None else f'with {made_with}'}; name another `mask_path` to "
-                "compute the mask anew",
+                "compute the mask anew" + (_STILL_REPAIRED if name == "repair" and repair is not None else ""),
                 stacklevel=3,
             )
     else:
         if path is not None:
             on_every_rank(lambda: check_mask_path(path) if ranks.rank == 0 else None, ranks)
         masks, record, notes, untrained = compute_masks(
-            model, config, layers, adapter_name, batches, loss_fn, ranks, learning_rate
+            model, config, layers, adapter_name, batches, loss_fn, ranks, learning_rate, repair
         )
         source |= record
         give_back_memory()
         origin = _describe(source)
         if path is not None and ranks.rank == 0:
             _save(path, masks, shapes_of(layers), source)
+    notes = [*notes, *unrepaired]
     if notes and ranks.rank == 0:
         warnings.warn(" ".join(notes), stacklevel=3)
-    install_masks(model, adapter_name, masks, source)
+    if repair is not None:
+        source = {**source, **repair.record()}
+    install_masks(model, adapter_name, masks, source, None if repair is None else repair.originals)
     check_same_mask(model, ranks, adapter_name)
     return report_masks(
         {name: (masks[name], layer.in_features) for name, layer in layers.items()},
@@ -126,6 +139,8 @@ def select_mask(
         source.get("samples", 0),
         [*notes, *_notes_on_budget(config, layers, masks)],
         untrained,
+        None if repair is None else repair.errors,
+        bool(repair and repair.squares),
     )
 
 
@@ -167,6 +182,8 @@ def _describe(source: Mapping) -> str:
 def _masks_from_file(path: Path, config: SpftConfig, layers: Mapping[str, SpftLinear]) -> tuple[dict[str, Mask], dict]:
     shapes = shapes_of(layers)
     masks, source = load_masks(path, shapes, "Name another `mask_path` to compute the mask anew")
+    # of the adapter whose mask it was
+    source = {key: value for key, value in source.items() if key not in REPAIRED}
     held = sum(mask.nnz for mask in masks.values())
     asked = config.allowed_counts(shapes)
     if held not in asked:

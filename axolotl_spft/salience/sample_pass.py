@@ -115,14 +115,22 @@ def summed(
         _is_partitioned(model, ranks)
         or ranks.sum_numbers(int(should_share_rows(layers, ranks, accumulators_of(needs), memory_gib)))[0] > 0
     )
-    read = 0
+    read, of_inputs_alone = 0, set(needs) == {INPUT_SQUARES}
+
+    def run(loss_of: Callable[[nn.Module], Tensor]) -> None:
+        # the forward pass has all inputs
+        with torch.set_grad_enabled(not of_inputs_alone):
+            loss = loss_of(model)
+        if not of_inputs_alone:
+            loss.backward()
+
     with (
         untouched_rng(),
         quiet(model),
         gathered_sums(model, layers, needs, sample.tokens, ranks, sharded, memory_gib) as sums,
     ):
         for loss_of, count in sample.losses("Salience"):
-            run_on_all_ranks(lambda loss_of=loss_of: loss_of(model).backward(), ranks, sharded)
+            run_on_all_ranks(lambda loss_of=loss_of: run(loss_of), ranks, sharded)
             read += count
         for need, of_layers in sums.items():
             if need == INPUT_SQUARES:
@@ -131,7 +139,8 @@ def summed(
             elif not sharded:
                 reduce_to_shards(of_layers, ranks)
     if not read:
-        raise SpftError("the salience pass found no batches: give at least one, or use `salience: magnitude`")
+        remedy = "" if of_inputs_alone else ", or use `salience: magnitude`"
+        raise SpftError(f"the salience pass found no batches: give at least one{remedy}")
     for of_layers in sums.values():
         _check_sums(of_layers, ranks)
     return sums, read

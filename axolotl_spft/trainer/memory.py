@@ -12,6 +12,7 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.salience.collect import should_share_rows
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.salience.metrics.metric import accumulators_of, load_metric
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import shapes_of
 
 
@@ -34,7 +35,7 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
     values = {id(layer.spft_values[adapter]) for layer in layers}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in values]
-    first, base_layer = layers[0], layers[0].get_base_layer()
+    first = layers[0]
     accumulators = 0 if held else accumulators_of(load_metric(config.salience).needs)
     low_precision = engine.startswith("zero") and (args.bf16 or args.fp16)
     return memory_per_rank(
@@ -42,7 +43,7 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
         shapes=shapes,
         nnz=held or total_budget(shapes, **config.budget(list(named))),
         value_bytes=2 if low_precision else first.spft_values[adapter].element_size(),
-        original_bytes=base_layer.weight.element_size() if first.in_place else 0,
+        original_bytes=_original_bytes(config.repair, layers),
         engine=engine,
         world=ranks.world,
         state_bits=state_bits,
@@ -51,6 +52,14 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
         accumulators=accumulators,
         shares_rows=should_share_rows(named, ranks, accumulators, config.salience_memory_gib),
     )
+
+
+def _original_bytes(repair: float, layers: list[SparseLayer]) -> int:
+    """Of the entry of W that is kept for each value: to put it back, or of a repaired one from before quantization."""
+    if layers[0].in_place:
+        return layers[0].get_base_layer().weight.element_size()
+    repaired = repair or any(len(layer.spft_originals) for layer in layers)
+    return 2 if repaired and any(layer.repairs for layer in layers) else 0
 
 
 def _bucket_elements(args: Any) -> int:

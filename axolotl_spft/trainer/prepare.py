@@ -16,7 +16,12 @@ from axolotl_spft.trainer.checkpoints import RunRecord
 from axolotl_spft.trainer.memory import memory_of_run
 from axolotl_spft.trainer.model_card import keep_section_of_card
 from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of, select_mask_with_trainer
-from axolotl_spft.trainer.saved_adapter import copy_to_reference, has_reference, install_checkpoint_mask
+from axolotl_spft.trainer.saved_adapter import (
+    compare_with_repaired_start,
+    copy_to_reference,
+    has_reference,
+    install_checkpoint_mask,
+)
 from axolotl_spft.trainer.watch import watch_training
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import slots_of
@@ -42,21 +47,25 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         SpftFileError: the checkpoint does not fit.
     """
     model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
-    if has_reference(model) and has_mask(model):
+    is_saved = has_mask(model)
+    if has_reference(model) and is_saved:
         copy_to_reference(model)
     if checkpoint:
         install_checkpoint_mask(model, checkpoint)
+        if not is_saved:
+            compare_with_repaired_start(trainer, model)
         if has_reference(model):
             # beside adapters in folders of their own transformers does not load the one that is trained
             model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
     say(str(memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(optimizer or "", 32))))
     if checkpoint:
         say(f"Sparse mask: the one of the checkpoint {checkpoint}")
-    elif has_mask(model):
+    elif is_saved:
         retire_empty_values(model)
         say("Sparse mask: the one of the adapter that was loaded")
     else:
         say(str(select_mask_with_trainer(trainer, model)))
+        compare_with_repaired_start(trainer, model)
     say(f"Sparse mask: checksum {check_same_mask(model, ranks)[:16]} on all {ranks.world} ranks")
     if engine == "zero3":
         gather_as_units(model, SparseLayer, TiedLayer)

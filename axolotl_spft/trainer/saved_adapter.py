@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 from torch import nn
@@ -11,8 +13,8 @@ from axolotl_spft.config import SpftConfig
 from axolotl_spft.config_rules import BUDGETS
 from axolotl_spft.errors import SpftError
 from axolotl_spft.peft_type import SPFT
-from axolotl_spft.salience.install import adapted_layers, install_masks
-from axolotl_spft.salience.mask_file import load_masks
+from axolotl_spft.salience.install import adapted_layers, install_masks, retire_empty_values
+from axolotl_spft.salience.mask_file import load_masks, load_originals
 from axolotl_spft.trainer.checkpoints import ADAPTER_FILE
 from axolotl_spft.tuner.load import record_mask
 from axolotl_spft.tuner.record import read_record
@@ -20,7 +22,7 @@ from axolotl_spft.tuner.state import shapes_of
 
 # what a mask depends on beside the budget and the targeted modules
 MASK_OPTIONS = ("salience", "scope", "density_pattern", "min_density", "max_density", "pattern", "block_size",
-                "samples", "score_after", "seed")  # fmt: skip
+                "samples", "score_after", "repair", "seed")  # fmt: skip
 # as TRL names it
 _REFERENCE = "ref"
 _ANEW = "leave `resume_from_checkpoint` out and set another `output_dir` to start anew"
@@ -34,8 +36,40 @@ def copy_to_reference(model: nn.Module) -> None:
     """
     trained = model.active_adapter
     for layer in adapted_layers(model).values():
-        layer.set_mask(_REFERENCE, layer.mask(trained), layer.spft_values[trained].detach().clone())
+        values = layer.spft_values[trained].detach().clone()
+        layer.set_mask(_REFERENCE, layer.mask(trained), values, layer.originals(trained))
     record_mask(model.base_model, _REFERENCE, model.peft_config[trained].mask_source)
+
+
+def compare_with_repaired_start(trainer: Any, model: nn.Module) -> None:
+    """Let a trainer of TRL's that compares with a reference find a repaired model as its training starts.
+
+    Without a filled adapter to compare with, the reference would be the quantized base without its repair.
+
+    Raises:
+        SpftError: the trainer has asked the reference already, or takes all adapters away for it.
+    """
+    trained = model.active_adapter
+    # trainers without a reference have no such attribute; with a `beta` of 0, none is asked
+    compares = hasattr(trainer, "ref_model") and trainer.ref_model is None and getattr(trainer, "beta", 1) != 0
+    if not compares or not any(trained in layer.spft_originals for layer in adapted_layers(model).values()):
+        return
+    if getattr(trainer.args, "precompute_ref_log_probs", False):
+        raise SpftError(
+            "`precompute_ref_log_probs: true` has asked the reference before the base was repaired: leave it out, or "
+            "`repair`"
+        )
+    if not any(hasattr(sys.modules[kind.__module__], "use_adapter") for kind in type(trainer).__mro__):
+        raise SpftError(
+            f"a {type(trainer).__name__} compares with the base without any adapter, which `repair` is a part of: "
+            "leave `repair` out, or use TRL's DPO, KTO, GRPO or RLOO trainer"
+        )
+    if not has_reference(model):
+        model.add_adapter(_REFERENCE, model.peft_config[trained])
+    copy_to_reference(model)
+    for layer in adapted_layers(model).values():
+        layer.values(_REFERENCE).data.zero_()
+    retire_empty_values(model)
 
 
 def has_reference(model: nn.Module) -> bool:
@@ -74,7 +108,8 @@ def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
     options = read_record(path).get("options", {})
     for name in MASK_OPTIONS:
         setattr(config, name, options.get(name, getattr(recorded, name)))
-    install_masks(model, model.active_adapter, masks, source or recorded.mask_source or {})
+    originals = load_originals(path, masks)
+    install_masks(model, model.active_adapter, masks, source or recorded.mask_source or {}, originals)
 
 
 def check_kind(folder: str, remedy: str) -> None:

@@ -26,7 +26,7 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.linear import Delta
 from axolotl_spft.ops.mask.csr import Mask, positions
 from axolotl_spft.ops.weight.dequantize import dequantize_4bit
-from axolotl_spft.ops.weight.scatter import add_at_, restore_, write_sum_
+from axolotl_spft.ops.weight.scatter import add_at_, assign_sum_, restore_, write_sum_
 from axolotl_spft.tuner.offloading import brought_in, is_offloaded
 
 # held while weights are written or put back: a second thread must not take W + S for W
@@ -162,7 +162,7 @@ class BaseWeight:
             if self._undo_merge:
                 return nullcontext(self._oriented(self._sum_before_merges(values, delta.mask)))
             if not self.in_place:
-                return nullcontext(self._oriented(self._fresh_sum([(values, delta.mask)])))
+                return nullcontext(self._oriented(self._fresh_sum(values, delta)))
             writer = None if self._writer is None else self._writer()
             if writer is not None:
                 writer.write_for_backward()
@@ -174,7 +174,7 @@ class BaseWeight:
 
     def plain_weight(self) -> Tensor:
         """W as (out_features, in_features), to be read at once, of a weight that is made afresh for each use."""
-        return self._oriented(self._fresh_sum([]))
+        return self._oriented(self._fresh_weight())
 
     def _holds(self, values: Tensor, mask: Mask) -> bool:
         held = self._written
@@ -210,23 +210,27 @@ class BaseWeight:
             restore_(weight, written.mask, written.originals.to(weight.dtype), self.transposed)
             self.__dict__["_written"] = None
 
-    def _fresh_sum(self, deltas: list[tuple[Tensor, Mask]]) -> Tensor:
-        """A new tensor with W plus all deltas (values, mask), in the layout of storage."""
+    def _fresh_weight(self) -> Tensor:
+        """A new tensor with W, in the layout of storage."""
         base_layer = self.get_base_layer()
         with self.brought_in():
             if self.quantization_backend is not None:
                 weight = dequantize_4bit(getattr(base_layer, "weight", None))
-                if weight is None:
-                    weight = self.quantization_backend.get_base_weight(base_layer)
-            else:
-                weight = base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
-        for values, mask in deltas:
-            add_at_(weight, mask, values.detach(), self.transposed)
+                return self.quantization_backend.get_base_weight(base_layer) if weight is None else weight
+            return base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
+
+    def _fresh_sum(self, values: Tensor, delta: Delta) -> Tensor:
+        """A new tensor with W + S, in the layout of storage."""
+        weight = self._fresh_weight()
+        if delta.originals is None:
+            add_at_(weight, delta.mask, values.detach(), self.transposed)
+        else:
+            assign_sum_(weight, delta.mask, delta.originals, values.detach(), self.transposed)
         return weight
 
     def _sum_before_merges(self, values: Tensor, mask: Mask) -> Tensor:
         """W plus one delta for the backward pass of a forward pass from before a merge, in the layout of storage."""
-        weight = self._fresh_sum([])
+        weight = self._fresh_weight()
         for undo in reversed(self._undo_merge):
             if not isinstance(undo, Replaced):
                 assign_reversed(weight.view(-1), undo)

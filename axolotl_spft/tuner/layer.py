@@ -40,6 +40,10 @@ class SpftLinear(SparseLayer):
         self.share_input(SharedInput([self]))
         self.add_empty_adapter(adapter_name)
 
+    @property
+    def repairs(self) -> bool:
+        return self.quantization_backend is not None and not self.forward_only
+
     def share_input(self, shared_input: SharedInput) -> None:
         """Say which layers read the same tensor, this one among them."""
         self._shared_input = shared_input

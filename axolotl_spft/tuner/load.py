@@ -70,8 +70,9 @@ def _take_adapter(
         renamed = bool(getattr(tuner.model, "_checkpoint_conversion_mapping", None))
         shapes = (record or {}).get("shapes") or None
         tied = [name for name, module in tuner.model.named_modules() if isinstance(module, TiedLayer)]
-        nnz, base_shapes = expected["nnz"], expected["base_shapes"]
-        check_state(state_dict, layers, base, adapter_name, nnz, base_shapes, shapes, renamed, tied)
+        repaired = ((record or {}).get("mask_source") or {}).get("repaired")
+        recorded = (expected["nnz"], expected["base_shapes"], shapes, renamed, tied, repaired)
+        check_state(state_dict, layers, base, adapter_name, *recorded)
     except SpftFileError:
         if not held:
             _remove(tuner, adapter_name)

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import Mask
-from axolotl_spft.ops.weight.scatter import add_at_
+from axolotl_spft.ops.weight.scatter import add_at_, restore_
 from axolotl_spft.tuner.base_weight import BaseWeight, Replaced, assign_reversed
 from axolotl_spft.tuner.offloading import is_offloaded, rewritten
+
+
+class Part(NamedTuple):
+    """The sparse delta of one adapter: values (nnz), their mask, and what a quantized W has there instead: (nnz)."""
+
+    values: Tensor
+    mask: Mask
+    originals: Tensor | None
 
 
 class MergedWeight(BaseWeight):
@@ -24,8 +33,8 @@ class MergedWeight(BaseWeight):
 
     shares_base = False
 
-    def merge_deltas(self, deltas: Mapping[str, tuple[Tensor, Mask]], check_finite: bool) -> None:
-        """Make the base layer's own weight W plus all deltas, which are values and mask by adapter.
+    def merge_deltas(self, deltas: Mapping[str, Part], check_finite: bool) -> None:
+        """Make the base layer's own weight W plus all deltas by adapter.
 
         Raises:
             SpftError: the base layer's weight cannot be rewritten.
@@ -89,22 +98,23 @@ class MergedWeight(BaseWeight):
         else:
             assign_reversed(self.get_base_layer().weight.data.view(-1), undo)
 
-    def _merge_in_place(
-        self, deltas: Mapping[str, tuple[Tensor, Mask]], check_finite: bool
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _merge_in_place(self, deltas: Mapping[str, Part], check_finite: bool) -> list[tuple[Tensor, Tensor]]:
         weight = self.get_base_layer().weight.data
         flat = weight.view(-1)
-        entries = [(at, flat[at]) for at in (self.storage_positions(mask) for _, mask in deltas.values())]
-        for (at, _), (name, (values, mask)) in zip(entries, deltas.items()):
+        entries = [(at, flat[at]) for at in (self.storage_positions(part.mask) for part in deltas.values())]
+        for (at, _), (name, (values, mask, _)) in zip(entries, deltas.items()):
             add_at_(weight, mask, values.detach(), self.transposed)
             if check_finite and not torch.isfinite(flat[at]).all():
                 assign_reversed(flat, entries)
                 raise _broken_adapter(name)
         return entries
 
-    def _merge_by_replacing(self, deltas: Mapping[str, tuple[Tensor, Mask]], check_finite: bool) -> Replaced:
-        weight = self._fresh_sum([])
-        for name, (values, mask) in deltas.items():
+    def _merge_by_replacing(self, deltas: Mapping[str, Part], check_finite: bool) -> Replaced:
+        weight = self._fresh_weight()
+        for _, mask, originals in deltas.values():
+            if originals is not None:
+                restore_(weight, mask, originals.to(weight.dtype), self.transposed)
+        for name, (values, mask, _) in deltas.items():
             add_at_(weight, mask, values.detach(), self.transposed)
             if check_finite and not torch.isfinite(weight).all():
                 raise _broken_adapter(name)

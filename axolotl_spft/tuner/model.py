@@ -26,14 +26,14 @@ from axolotl_spft.tuner.offloading import fill_in
 from axolotl_spft.tuner.record import NAME as RECORD
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.sparse_layer import SparseLayer
-from axolotl_spft.tuner.state import TENSORS, shapes_of, spft_layers
+from axolotl_spft.tuner.state import ORIGINALS, TENSORS, shapes_of, spft_layers
 from axolotl_spft.tuner.targets import check_target, problem_of_fused_experts, renamed_targets, whole_names
 from axolotl_spft.tuner.tied import TiedLayer, mark_shared_weights, modules_tied_to
 from axolotl_spft.tuner.weighted_sum import add_weighted_adapter
 from axolotl_spft.tuner.without_mask import refuse_training_without_mask
 from axolotl_spft.tuner.write_ahead import WriteAhead
 
-_SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.")
+_SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.", ".spft_originals.")
 
 
 class SpftModel(BaseTuner):
@@ -302,7 +302,7 @@ class SpftModel(BaseTuner):
         # since 0.21 PEFT leaves the keys of modules that are not targeted, and of the record, without the adapter's
         # name, and then skips them; with the name, they are seen when the adapter's file is checked
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        endings = tuple(f".{tensor}" for tensor in (*TENSORS, RECORD))
+        endings = tuple(f".{tensor}" for tensor in (*TENSORS, ORIGINALS, RECORD))
         return {f"{key}.{adapter_name}" if key.endswith(endings) else key: value for key, value in remapped.items()}
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:

@@ -21,19 +21,21 @@ from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.held_values import hold_values, note_deletion
 from axolotl_spft.tuner.merged_weight import MergedWeight
 from axolotl_spft.tuner.offloading import execution_device, fill_in, keep_resident, kept_quant_state, tensor_in
+from axolotl_spft.tuner.originals import Originals
 from axolotl_spft.tuner.without_mask import refuse_layer_without_mask
 
 if TYPE_CHECKING:
     from axolotl_spft.tuner.tied import TiedLayer
 
 
-class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
+class SparseLayer(nn.Module, BaseTunerLayer, Originals, MergedWeight):
     """A frozen W (out_features, in_features) and one sparse S of the same shape per adapter.
 
     A kind of layer adds its first adapter at the end of its ``__init__`` and has the forward pass.
 
     For each adapter: ``spft_values`` (nnz; the trained parameter), and the CSR mask in ``spft_columns`` (nnz; uint16
-    or int32) and ``spft_row_offsets`` (out_features + 1; int32). A new adapter is empty.
+    or int32) and ``spft_row_offsets`` (out_features + 1; int32). A new adapter is empty. One that repairs a quantized
+    W has ``spft_originals`` (nnz), the entries before quantization, which take the place of W's own under its values.
 
     Args:
         base_layer: the module that holds W.
@@ -48,7 +50,7 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
     """
 
     adapter_layer_names = ("spft_values",)
-    other_param_names = ("spft_columns", "spft_row_offsets")
+    other_param_names = ("spft_columns", "spft_row_offsets", "spft_originals")
     readers: tuple[TiedLayer, ...] = ()
     mixes_rows = False
 
@@ -69,6 +71,7 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         self.spft_values = nn.ParameterDict()
         self.spft_columns = BufferDict(persistent=True)
         self.spft_row_offsets = BufferDict(persistent=True)
+        self.spft_originals = BufferDict(persistent=True)
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -117,6 +120,8 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
             self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = (
                 tensor.to(device) for tensor in self.mask(adapter_name)
             )
+            if adapter_name in self.spft_originals:
+                self.spft_originals[adapter_name] = self.originals(adapter_name).to(device)
             self._forget_derived()
 
     def _replicate_for_data_parallel(self):
@@ -156,12 +161,18 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return execution_device(base_layer) or device, dtype
 
-    def set_mask(self, adapter_name: str, mask: Mask, values: Tensor | None = None) -> None:
-        """Give an adapter new positions, with the given values (nnz) or zeros; see `hold_values`."""
+    def set_mask(
+        self, adapter_name: str, mask: Mask, values: Tensor | None = None, originals: Tensor | None = None
+    ) -> None:
+        """Give an adapter new positions, with the given values (nnz) or zeros; see `hold_values`.
+
+        ``originals`` (nnz) are what a quantized weight was at these positions, for an adapter that repairs it.
+        """
         if self.merged:
             raise SpftError("the mask cannot change while an adapter is merged: call unmerge_adapter() first")
+        self.refuse_to_forget_originals(adapter_name, originals)
         self.revert()
-        for part in (self.spft_values, self.spft_columns, self.spft_row_offsets):
+        for part in (self.spft_values, self.spft_columns, self.spft_row_offsets, self.spft_originals):
             keep_resident(part)
         old = self.spft_values.get(adapter_name)
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -170,7 +181,7 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         hold_values(self, adapter_name, values.to(device))
         mask = Mask(*(tensor.to(device) for tensor in mask))
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
-        self._forget_derived()
+        self.set_originals(adapter_name, originals)
 
     def add_up(
         self,
@@ -192,7 +203,8 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
             values = self.values(name).detach().to(torch.float32)
             each.append(values.new_zeros(mask.nnz).index_add_(0, places[name], values))
         total = combine(each, torch.tensor([weight for _, weight in given], device=mask.columns.device))
-        self.set_mask(adapter_name, mask, total.to(self.spft_values[names[0]].dtype))
+        originals = self._union_originals(names, mask, union_places)
+        self.set_mask(adapter_name, mask, total.to(self.spft_values[names[0]].dtype), originals)
 
     def _union(self, adapter_names: tuple[str, ...]) -> tuple[Mask, tuple[Tensor, ...]]:
         """The mask with the positions of all adapters, and where each one's values go in it."""
@@ -218,8 +230,12 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
             torch.equal(mine.to("cpu", torch.int64), new.to("cpu", torch.int64))
             for mine, new in zip(own, (columns, row_offsets))
         )
+        given = state_dict.get(f"{prefix}spft_originals.{adapter_name}")
+        if given is not None or adapter_name in self.spft_originals:
+            self.set_originals(adapter_name, None if given is None else given.clone())
         if not same:
-            self.set_mask(adapter_name, Mask(columns.clone(), row_offsets.clone()))
+            mask = Mask(columns.clone(), row_offsets.clone())
+            self.set_mask(adapter_name, mask, originals=self.originals(adapter_name))
         return not same
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -247,8 +263,12 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         return self.read_weight()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """S of an adapter as a dense matrix: (out_features, in_features)."""
-        return dense_delta(self.values(adapter_name).detach(), self.mask(adapter_name), self.in_features)
+        """S of an adapter as a dense matrix: (out_features, in_features); of one that repairs W, what it adds to W."""
+        values, mask, originals = self._part(adapter_name)
+        if originals is not None:
+            own = self.read_weight().reshape(-1)[positions(mask, self.in_features)]
+            values = (originals.to(torch.float32) + values - own).to(values.dtype)
+        return dense_delta(values.detach(), mask, self.in_features)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # S is sparse, not of low rank
@@ -260,9 +280,11 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
 
         Raises:
             ValueError: ``safe_merge`` and the sum holds a NaN or an infinity; nothing is changed then.
+            SpftError: one of them would replace entries that hold an adapter which was merged before.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.spft_values]
-        deltas = {name: (self.values(name), self.mask(name)) for name in names if self.mask(name).nnz}
+        deltas = {name: self._part(name) for name in names if self.mask(name).nnz}
+        self.refuse_to_replace_merged(deltas)
         if deltas:
             self.merge_deltas(deltas, check_finite=safe_merge)
         self.merged_adapters.extend(names)
@@ -323,13 +345,14 @@ class SparseLayer(nn.Module, BaseTunerLayer, MergedWeight):
         return delta, total
 
     def _make_delta(self, names: tuple[str, ...]) -> tuple[Delta, tuple[Tensor, ...]]:
-        mask, places = self.mask(names[0]), ()
+        (_, mask, originals), places = self._part(names[0]), ()
         # training later must be able to keep what an evaluation has made
         with torch.inference_mode(False), torch.no_grad():
             if len(names) > 1:
                 mask, places = self._union(names)
+                originals = self._union_originals(names, mask, places) if self.repairs else None
             plan = make_plan(mask, self.in_features, columns=self._columns_to_keep(names))
-        return Delta(mask, plan), places
+        return Delta(mask, plan, originals), places
 
     def _columns_to_keep(self, names: tuple[str, ...]) -> Tensor | None:
         """See ``columns`` of `make_plan`."""

@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftFileError, first_of
@@ -13,6 +14,8 @@ from axolotl_spft.ops.mask.csr import Mask, problems_of, slot_of
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 TENSORS = ("spft_values", "spft_columns", "spft_row_offsets")
+# of an adapter that repairs a quantized base
+ORIGINALS = "spft_originals"
 
 
 def spft_layers(model: nn.Module) -> dict[str, SparseLayer]:
@@ -59,6 +62,7 @@ def check_state(
     shapes: Mapping[str, Sequence[int]] | None = None,
     renamed: bool = False,
     tied: Iterable[str] = (),
+    repaired: int | None = None,
 ) -> None:
     """Check all sparse tensors of one adapter in ``state_dict`` against the layers that shall take them.
 
@@ -70,11 +74,12 @@ def check_state(
         shapes: (out_features, in_features) of each module that the file records, if it does: by the names of then.
         renamed: whether modules may have had other names then, which no fingerprint can be compared with.
         tied: names of the modules that compute with the delta of another one.
+        repaired: how many of the values begin at the unquantized weight, as the file records it, if it does.
 
     Raises:
         SpftFileError: with all problems; nothing has been changed.
     """
-    endings = {f".{tensor}.{adapter_name}" for tensor in TENSORS}
+    endings = {f".{tensor}.{adapter_name}" for tensor in (*TENSORS, ORIGINALS)}
     given = {key for key in state_dict if key.startswith(prefix) and any(key.endswith(ending) for ending in endings)}
     for name in tied:
         if f"{prefix}{name}.{TENSORS[0]}.{adapter_name}" in given:
@@ -83,16 +88,23 @@ def check_state(
                 "module: load the model with `tie_word_embeddings: false`, or merge the adapter with `axolotl spft "
                 "merge`, which unties it"
             )
-    problems, total, known = [], 0, set()
+    problems, total, originals_found, known = [], 0, 0, set()
     for name, layer in layers.items():
         keys = [f"{prefix}{name}.{tensor}.{adapter_name}" for tensor in TENSORS]
-        known.update(keys)
+        originals_key = f"{prefix}{name}.{ORIGINALS}.{adapter_name}"
+        known.update((*keys, originals_key))
         absent = [tensor for tensor, key in zip(TENSORS, keys) if key not in state_dict]
         if absent:
             problems.append(f"{name}: {', '.join(absent)} missing")
             continue
         values, columns, row_offsets = (state_dict[key] for key in keys)
         found = problems_of(Mask(columns, row_offsets), values, layer.out_features, layer.in_features)
+        if not found and originals_key in state_dict:
+            found = problems_of_originals(state_dict[originals_key], values.numel())
+            if layer.quantization_backend is not None and not layer.repairs:
+                kind = layer.quantization_backend.backend_name
+                found.append(f"it repairs a quantized weight, and the entries of a {kind} layer cannot be replaced")
+            originals_found += values.numel()
         problems.extend(f"{name}: {problem}" for problem in found)
         total += values.numel()
     problems.extend(f"{key.removeprefix(prefix)}: the model has no such targeted module" for key in given - known)
@@ -101,6 +113,8 @@ def check_state(
             f"{total} values in the file, but the adapter's config records nnz: {nnz} (if that is another adapter of "
             f"the same name, delete_adapter({adapter_name!r}) first)"
         )
+    if not problems and repaired is not None and repaired != originals_found:
+        problems.append(f"{originals_found} original weights in the file, but it records that {repaired} are repaired")
     if not problems and shapes is not None:
         problems = _problems_of_shapes(shapes, shapes_of(layers))
     elif not problems and base_shapes not in (None, base_shapes_of(layers)):
@@ -118,6 +132,13 @@ def check_state(
             f"{first_of(problems, '; ')}. Load it on the base model it was trained on, "
             "with an intact copy of the file"
         )
+
+
+def problems_of_originals(originals: Tensor, nnz: int) -> list[str]:
+    """What makes the original weights of a repaired matrix unfit for ``nnz`` values; empty when nothing does."""
+    if not originals.is_floating_point() or tuple(originals.shape) != (nnz,):
+        return [f"original weights are {originals.dtype} {tuple(originals.shape)}, must be floating point ({nnz},)"]
+    return [] if torch.isfinite(originals).all() else ["an original weight is NaN or infinite"]
 
 
 def _problems_of_shapes(recorded: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> list[str]:

@@ -16,15 +16,19 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaModel
 
-from axolotl_spft.checkpoint.adapter import CONFIG_FILE, read_adapter
+from axolotl_spft.checkpoint.adapter import read_adapter, write_adapter
 from axolotl_spft.checkpoint.base import BaseCheckpoint
-from axolotl_spft.checkpoint.merge import STAGING, merge, read_for
+from axolotl_spft.checkpoint.combine import combine
+from axolotl_spft.checkpoint.merge import STAGING, merge
+from axolotl_spft.checkpoint.report import describe_merge
 from axolotl_spft.checkpoint.shards import INDEX_FILE, Shards
+from axolotl_spft.checkpoint.shira import write_shira
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.mask.csr import positions
+from axolotl_spft.tuner.load import record_mask
 from axolotl_spft.tuner.state import spft_layers
 from tests.checkpoint.saved import BASES, contents, merged_in_memory, save_adapter, save_base
-from tests.models import tiny_gpt2, tiny_llama
+from tests.models import tiny_gpt2, tiny_llama, with_adapter
 
 
 def _equal(folder, expected):
@@ -137,24 +141,75 @@ def test_a_merge_onto_the_quantized_base_is_what_training_computed_with(tmp_path
     assert onto_base["difference_from_trained"] > 2 * onto_quantized["difference_from_trained"]
 
 
-def test_a_repaired_adapter_adds_to_what_it_was_trained_on(tmp_path):
+def save_repaired(folder, base, seed: int = 0, scale: float = 1e-3):
+    """An adapter that repairs ``base`` in NF4, with random values."""
+    settings = BitsAndBytesConfig(**_NF4)
+    loaded = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.bfloat16)
+    model = with_adapter(loaded, seed, target_modules=["q_proj", "down_proj"])
+    checkpoint = BaseCheckpoint(base, model.get_base_model())
+    for name, layer in spft_layers(model.base_model.model).items():
+        at = positions(layer.mask("default"), layer.in_features)
+        originals = checkpoint.read_matrix(name).view(-1)[at]
+        layer.set_mask("default", layer.mask("default"), layer.values("default").data * scale, originals)
+    record_mask(model.base_model, "default", {"repair": 0.5, "repaired": model.peft_config["default"].nnz})
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_repaired_adapter_has_its_entries_from_the_unquantized_weights_on_both_bases(tmp_path):
     base = save_base(tmp_path / "base", tiny_llama)
-    adapter = save_adapter(tmp_path / "adapter", base)
-    config = json.loads((adapter / CONFIG_FILE).read_text())
-    (adapter / CONFIG_FILE).write_text(json.dumps(config | {"repair": 0.5}))
-    with pytest.raises(SpftFileError, match=r"trained on a quantized base.*--quantization"):
+    model = save_repaired(tmp_path / "adapter", base)
+    adapter = tmp_path / "adapter"
+    with pytest.raises(SpftFileError, match=r"repairs a quantized base.*--quantization nf4`, or `--onto base`"):
         merge(adapter, tmp_path / "merged", base)
-    for onto in ("base", "quantized"):
-        merge(adapter, tmp_path / f"merged-{onto}", base, onto, _NF4)
-    merged, weights = BaseCheckpoint(tmp_path / "merged-base", tiny_llama()), {}
-    for name in ("merged-quantized", "base"):
-        weights[name] = BaseCheckpoint(tmp_path / name, tiny_llama())
-    for module, delta in read_for(adapter, base)[0].deltas.items():
-        inside = torch.zeros(delta.shape, dtype=torch.bool)
-        inside.view(-1)[positions(delta.mask, delta.shape[1])] = True
-        found, quantized, original = (each.read_matrix(module) for each in (merged, *weights.values()))
-        assert torch.equal(found, torch.where(inside, quantized, original))
-        assert not torch.equal(found, quantized) and not torch.equal(found, original)
+    reports = {
+        onto: merge(adapter, tmp_path / f"onto-{onto}", base, onto, _NF4, torch.bfloat16)
+        for onto in ("base", "quantized")
+    }
+    merge(adapter, tmp_path / "without", base, "base")
+    folders = {"quantized": "onto-quantized", "base": "onto-base", "without": "without"}
+    merged = {name: BaseCheckpoint(tmp_path / folder, tiny_llama()) for name, folder in folders.items()}
+    original = BaseCheckpoint(base, tiny_llama())
+    for name, layer in spft_layers(model.base_model.model).items():
+        delta, _ = layer._make_delta(("default",))
+        with layer.effective_weight(layer.values("default"), delta) as weight:
+            trained = weight.to(torch.bfloat16)
+        inside = torch.zeros(trained.shape, dtype=torch.bool)
+        inside.view(-1)[positions(layer.mask("default"), layer.in_features)] = True
+        assert torch.equal(merged["quantized"].read_matrix(name), trained)
+        onto_base = torch.where(inside, trained, original.read_matrix(name))
+        assert torch.equal(merged["base"].read_matrix(name), onto_base)
+        assert torch.equal(merged["without"].read_matrix(name), onto_base)
+        assert not torch.equal(onto_base, trained) and not torch.equal(onto_base, original.read_matrix(name))
+    assert reports["quantized"]["difference_from_trained"] == 0 < reports["base"]["difference_from_trained"]
+    assert reports["base"]["repaired"] == model.peft_config["default"].nnz
+    assert "were trained from W, the weight before quantization" in describe_merge(reports["base"])
+    other = save_base(tmp_path / "other", lambda dtype: tiny_llama(dtype).apply(_double))
+    with pytest.raises(SpftFileError, match=r"are not those of .*name the unquantized base model that was trained"):
+        merge(adapter, tmp_path / "wrong", other, "base")
+
+
+def _double(module) -> None:
+    if isinstance(module, torch.nn.Linear):
+        module.weight.data *= 2
+
+
+def test_repaired_adapters_are_combined_with_repaired_ones_and_are_no_shira(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    models = [save_repaired(tmp_path / f"{seed}", base, seed) for seed in (0, 1)]
+    adapters = [read_adapter(tmp_path / f"{seed}") for seed in (0, 1)]
+    both, _ = combine(adapters, [1.0, 0.5])
+    for name, layer in spft_layers(models[0].base_model.model).items():
+        weight = BaseCheckpoint(base, models[0].get_base_model()).read_matrix(name).view(-1)
+        delta = both.deltas[name]
+        assert torch.equal(delta.originals, weight[positions(delta.mask, layer.in_features)])
+    write_adapter(tmp_path / "both", both)
+    assert read_adapter(tmp_path / "both").repaired == both.nnz > max(each.nnz for each in adapters)
+    plain = read_adapter(save_adapter(tmp_path / "plain", base, target_modules=["q_proj"]))
+    with pytest.raises(SpftFileError, match=r"some of the adapters repair a quantized base.*add_weighted_adapter"):
+        combine([adapters[0], plain])
+    with pytest.raises(SpftFileError, match="SHiRA can only add"):
+        write_shira(tmp_path / "shira", adapters[0])
 
 
 def _in_a_process(target, *args) -> int:

@@ -18,6 +18,8 @@ from integration.engines.workspace import make_workspace
 pytestmark = [pytest.mark.engine, pytest.mark.e2e]
 
 # few values over all matrices together: most get none, some fewer than there are ranks
+# with a base that is repaired, which is said in the same block
+REPAIRED = BASES["4bit"] | {"spft": {"density": 0.05, "samples": 16, "repair": 0.3}}
 FEW = {"num_values": 7, "scope": "global", "samples": 16}
 WITH_HEAD = {"density": 0.05, "samples": 16, "modules_to_save": ["lm_head"]}
 GRADIENTS = {"gradient_checkpointing": True}
@@ -42,13 +44,14 @@ def runs(folder):
             return [
                 case("plain", spft=mask), case("four_bit", **BASES["4bit"]), case("few", spft=FEW),
                 case("head", spft=WITH_HEAD), case("bf16", bf16=True),
-                case("continued", **saved),
+                case("continued", **saved), case("repaired", **REPAIRED),
             ]  # fmt: skip
         if engine == "ddp":
             return [
                 case("plain", spft={**mask, "mask_path": str(folder / "ddp_mask.safetensors")}, **GRADIENTS),
                 case("from_file", spft={**mask, "mask_path": str(folder / "ddp_mask.safetensors")}, **GRADIENTS),
                 case("few", spft=FEW), case("head", spft=WITH_HEAD), case("eight_bit_base", load_in_8bit=True),
+                case("repaired", **REPAIRED),
             ]  # fmt: skip
         return [
             case("few", "zero1", spft=FEW),
@@ -57,6 +60,7 @@ def runs(folder):
             case("eight_bit", "zero1", optimizer="sparse_adamw_8bit"),
             case("four_bit", "zero2", **BASES["4bit"]),
             case("bf16", "zero1", bf16=True),
+            case("repaired", "zero1", **REPAIRED),
             case("eight_bit_base", "zero2", load_in_8bit=True),
             case("plain", "zero2-offload"),
             # these last: DeepSpeed and transformers partition every later model of the process
@@ -68,6 +72,7 @@ def runs(folder):
             case("continued", "zero3", **saved),
             case("plain", "zero3-offload"),
             case("bf16", "zero3", bf16=True, **GRADIENTS),
+            case("repaired", "zero3", **REPAIRED),
         ]
 
     sharded = cases("zero")
@@ -82,12 +87,27 @@ def figures(folder, name: str):
 @pytest.mark.parametrize(
     "name",
     ["ddp_plain", "ddp_few", "ddp_head", "zero1_few", "zero2_head", "zero2_four_bit", "zero3_plain", "zero3_few",
-     "zero3_head", "zero3_continued", "zero2-offload_plain", "zero3-offload_plain"],
+     "zero3_head", "zero3_continued", "zero2-offload_plain", "zero3-offload_plain", "ddp_repaired", "zero1_repaired",
+     "zero3_repaired"],
 )  # fmt: skip
 def test_equals_one_process(folder, runs, name):
     reference = f"single_{name.partition('_')[2]}"
     assert (runs[name], runs[reference]) == (None, None)
     assert problems_of(figures(folder, name), figures(folder, reference)) == []
+
+
+def test_a_repaired_base_is_saved_with_its_original_weights(folder, runs):
+    names = ["single_repaired", "ddp_repaired", "zero1_repaired", "zero3_repaired"]
+    assert [runs[name] for name in names] == [None] * 4
+    first, *others = (
+        {key: each for key, each in adapter(folder, name).items() if "originals" in key} for name in names
+    )
+    base = load_file(folder / "base" / "model.safetensors")
+    for key, originals in first.items():
+        module = key.removeprefix("base_model.model.").removesuffix(".spft_originals")
+        assert torch.isin(originals, base[f"{module}.weight"]).all() and originals.numel()
+        assert all(torch.equal(other[key], originals) for other in others)
+    assert len(first) == 14
 
 
 @pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
@@ -173,12 +193,14 @@ def test_the_saved_adapter_is_complete(folder, runs, name):
         ("ddp", "float", "step:4"),
         ("zero2", "float", "checkpoint:2"),
         ("zero3", "4bit", "salience:2"),
+        ("zero2", "repaired", "step:4"),
         ("zero3", "float", "checkpoint:2"),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(folder, engine, base, dies_at):
     fresh, killed = (
-        write_case(folder, f"{engine}_{base}_{name}", engine, **BASES[base]) for name in ("whole", "killed")
+        write_case(folder, f"{engine}_{base}_{name}", engine, **(BASES | {"repaired": REPAIRED})[base])
+        for name in ("whole", "killed")
     )
     train(fresh, RANKS)
     train(killed, RANKS, dies_at=dies_at)

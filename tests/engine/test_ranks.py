@@ -28,6 +28,7 @@ from axolotl_spft.salience.select import top_k, top_k_per_row
 from tests.engine.processes import on_ranks
 from tests.models import tiny_llama, token_batch
 from tests.salience.test_select import KINDS, score_matrices
+from tests.tuner.test_quantized import quantize
 
 COUNTS = (1, 2, 50, 333, 334)
 SHARES = (
@@ -38,6 +39,7 @@ SHARES = (
     {"score_after": 2},
     {"score_after": 3, "salience": "snip", "scope": "row"},
 )
+REPAIRS = ({}, {"salience": "magnitude", "scope": "row"}, {"scope": "global", "salience": "snip"})
 CASES = (("global", "gradient"), ("row", "balanced"), ("layer", "magnitude"))
 
 
@@ -59,6 +61,21 @@ def select_everything() -> list[torch.Tensor]:
     return selected
 
 
+def repaired_masks(folder: str) -> list:
+    """Positions, originals and errors of a quantized base whose folder is there already, by scope."""
+    ranks, found = Ranks.current(), []
+    for options in REPAIRS:
+        config = SpftConfig(density=0.03, samples=12, repair=0.5, repair_from=f"{folder}/base", **options)
+        model = get_peft_model(quantize(tiny_llama(), "4bit"), config)
+        batches = [token_batch(rows=1, seed=seed) for seed in range(12)]
+        errors = select_mask(model, batches[ranks.rank :: ranks.world]).errors
+        layers = adapted_layers(model)
+        found.append([positions(layer.mask("default"), layer.in_features).tolist() for layer in layers.values()])
+        found.append([layer.originals("default").tolist() for name, layer in layers.items() if name in errors])
+        found.append([number for error in errors.values() for number in error])
+    return found
+
+
 def everything(folder: str) -> dict:
     return {
         "selected": select_everything(),
@@ -69,13 +86,21 @@ def everything(folder: str) -> dict:
         "refused": differing_masks(),
         "half": mask_on_one_node(folder),
         "out of memory": mask_after_one_rank_ran_out_of_memory(),
+        "repaired": repaired_masks(folder),
     }
 
 
 @pytest.fixture(scope="module")
-def by_rank(tmp_path_factory):
+def nodes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nodes")
+    tiny_llama().save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_rank(nodes):
     """What each of two ranks found."""
-    return on_ranks(2, everything, str(tmp_path_factory.mktemp("nodes")))
+    return on_ranks(2, everything, str(nodes))
 
 
 def test_selection_on_shards_is_that_of_one_process(by_rank):
@@ -100,6 +125,15 @@ def mask_of_model(scope: str, salience: str) -> tuple[list[list[int]], int]:
 def test_ranks_read_their_share_and_end_with_one_mask(by_rank):
     expected = [mask_of_model(*case) for case in CASES]
     assert [found["masks"] for found in by_rank] == [expected, expected]
+
+
+def test_a_repaired_base_is_the_same_on_ranks_that_read_their_rows(by_rank, nodes):
+    expected = repaired_masks(str(nodes))
+    for got in (found["repaired"] for found in by_rank):
+        assert got[0::3] == expected[0::3] and got[1::3] == expected[1::3]
+        for one, other in zip(got[2::3], expected[2::3]):
+            assert one == pytest.approx(other, rel=1e-5)
+    assert sum(map(len, expected[1])) > 100
 
 
 class StepsOfTwo(list):

@@ -48,6 +48,14 @@ def recorded(name: str) -> tuple[ModelShape, Settings, dict]:
     return shape_of(options["model"]), run, row
 
 
+def test_a_repaired_base_keeps_two_bytes_more_for_each_value():
+    shape, run, _ = recorded("gpu-8b-4bit")
+    plain, repaired = (estimate(shape, run._replace(options={**run.options, **each}), 140 * GIB)
+                       for each in ({}, {"repair": 0.2}))  # fmt: skip
+    assert repaired.indices - plain.indices == repaired.file - plain.file == 2 * plain.values
+    assert estimate(shape, run._replace(bits=16, options={**run.options, "repair": 0.2}), 140 * GIB).file == plain.file
+
+
 @pytest.mark.parametrize("name", ["gpu-8b-bf16", "gpu-8b-4bit", "gpu-70b-4bit"])
 def test_the_peak_is_within_a_tenth_of_the_recorded_one(name):
     shape, run, row = recorded(name)

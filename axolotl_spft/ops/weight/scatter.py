@@ -36,6 +36,18 @@ def add_at_(weight: Tensor, mask: Mask, values: Tensor, transposed: bool = False
     _write(weight, mask, None, values, transposed, backend)
 
 
+def assign_sum_(
+    weight: Tensor, mask: Mask, originals: Tensor, values: Tensor, transposed: bool = False, backend: str = "auto"
+) -> None:
+    """weight[mask] = originals + values, rounded once, whatever stood there.
+
+    Args:
+        originals: (nnz), of a dtype that that of ``weight`` holds exactly; not changed. The others are those of
+            `write_sum_`.
+    """
+    restore_(weight, mask, rounded_sum(originals.to(weight.dtype), values), transposed, backend)
+
+
 def _write(
     weight: Tensor, mask: Mask, originals: Tensor | None, values: Tensor | None, transposed: bool, backend: str
 ) -> None:

@@ -1,0 +1,116 @@
+"""Preference trainers compare with a repaired base as it is when training starts."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+from axolotl_spft import SpftCallback, SpftConfig
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.errors import SpftError
+from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.trainer.memory import memory_of_run
+from axolotl_spft.trainer.salience_pass import peft_model_of
+from axolotl_spft.trainer.saved_adapter import compare_with_repaired_start
+from tests.checkpoint.saved import save_base
+from tests.models import logits, tiny_llama
+from tests.quantizers import load_quantized
+from tests.trainer.test_callback import arguments, assert_same, figures, sentence, tokenizer
+
+PAIRS = [{"prompt": sentence(i), "chosen": sentence(i + 1), "rejected": sentence(i + 9)} for i in range(12)]
+KINDS = {
+    "dpo": (DPOTrainer, DPOConfig, PAIRS, {"max_length": 32}),
+    "kto": (
+        KTOTrainer,
+        KTOConfig,
+        [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(PAIRS)],
+        {"max_length": 32},
+    ),
+    "sft": (SFTTrainer, SFTConfig, [{"text": row["prompt"]} for row in PAIRS], {"max_length": 16}),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"), tiny_llama)
+
+
+def make(kind, base, folder, wrapped=False, **changes):
+    trainer, config, rows, options = KINDS[kind]
+    model, sparse = load_quantized(base, "nf4"), SpftConfig(density=0.05, samples=8, repair=0.4)
+    return trainer(
+        get_peft_model(model, sparse) if wrapped else model,
+        args=arguments(config, folder, **(options | {"gradient_accumulation_steps": 1} | changes)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        peft_config=None if wrapped else sparse,
+        callbacks=[SpftCallback()],
+    )
+
+
+# to a model that has an adapter, as GRPO's trainer is given one, TRL adds an empty one to compare with
+@pytest.mark.parametrize("kind, wrapped", [("dpo", False), ("dpo", True), ("kto", False)])
+def test_the_reference_is_the_repaired_start(base, tmp_path, kind, wrapped):
+    trainer = make(kind, base, tmp_path, wrapped, max_steps=3, save_strategy="no")
+    assert ("ref" in peft_model_of(trainer).peft_config) == wrapped
+    trainer.train()
+    model = peft_model_of(trainer)
+    first = trainer.state.log_history[0]["loss"]
+    # policy and reference are the same model in the first step
+    assert first == pytest.approx(math.log(2) if kind == "dpo" else 0.5, abs=1e-6)
+    trained = logits(model)
+    for layer in adapted_layers(model).values():
+        assert layer.originals("ref") is layer.originals("default") or torch.equal(
+            layer.originals("ref"), layer.originals("default")
+        )
+        assert layer.values("default").any() and not layer.values("ref").any()
+        assert not layer.values("ref").requires_grad
+    model.set_adapter("ref")
+    start = logits(model)
+    model.set_adapter("default")
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.values("default").zero_()
+    assert torch.equal(logits(model), start) and not torch.equal(start, trained)
+    with model.disable_adapter():
+        assert not torch.equal(logits(model), start)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_repaired_run_resumes_to_the_same_bits(base, tmp_path, kind):
+    trainer = make(kind, base, tmp_path)
+    trainer.train()
+    whole = figures(trainer)
+    resumed = make(kind, base, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(figures(resumed), whole)
+    for one, other in zip(*(adapted_layers(peft_model_of(each)).values() for each in (trainer, resumed))):
+        assert torch.equal(one.originals("default"), other.originals("default"))
+    # two bytes a value beside the columns' two
+    memory = memory_of_run(peft_model_of(trainer), trainer.args, "single", Ranks(), 32)
+    nnz, rows = (
+        whole[2].numel(),
+        sum(layer.out_features + 1 for layer in adapted_layers(peft_model_of(trainer)).values()),
+    )
+    assert memory.indices == 4 * nnz + 4 * rows
+
+
+def test_a_reference_that_would_be_another_one_is_refused(base, tmp_path):
+    trainer = make("sft", base, tmp_path, max_steps=1, save_strategy="no")
+    trainer.train()
+    model = peft_model_of(trainer)
+    compare_with_repaired_start(trainer, model)
+    assert "ref" not in model.peft_config
+    asked = SimpleNamespace(ref_model=None, beta=0.1, args=SimpleNamespace(precompute_ref_log_probs=True))
+    with pytest.raises(SpftError, match="has asked the reference before the base was repaired"):
+        compare_with_repaired_start(asked, model)
+    without = SimpleNamespace(ref_model=None, beta=0.1, args=SimpleNamespace())
+    with pytest.raises(SpftError, match="compares with the base without any adapter"):
+        compare_with_repaired_start(without, model)
+    compare_with_repaired_start(SimpleNamespace(ref_model=None, beta=0.0, args=SimpleNamespace()), model)
