@@ -34,7 +34,7 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
     values = {id(layer.spft_values[adapter]) for layer in layers}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in values]
-    first, base_layer = layers[0], layers[0].get_base_layer()
+    first = layers[0]
     accumulators = 0 if held else accumulators_of(load_metric(config.salience).needs)
     low_precision = engine.startswith("zero") and (args.bf16 or args.fp16)
     return memory_per_rank(
@@ -42,7 +42,7 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
         shapes=shapes,
         nnz=held or total_budget(shapes, **config.budget(list(named))),
         value_bytes=2 if low_precision else first.spft_values[adapter].element_size(),
-        original_bytes=base_layer.weight.element_size() if first.in_place else 0,
+        original_bytes=first.stored_weight.element_size() if first.in_place else 0,
         engine=engine,
         world=ranks.world,
         state_bits=state_bits,
