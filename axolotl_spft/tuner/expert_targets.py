@@ -40,6 +40,11 @@ class Found(NamedTuple):
         return shape_in(self.module, self.parameter_name)
 
 
+def is_of_experts(name: str) -> bool:
+    """Whether a name says that it is something of experts."""
+    return bool(_EXPERT.search(name))
+
+
 def stacked_parameters(model: nn.Module) -> Iterator[Found]:
     """Every parameter of three dimensions that is no convolution's, in the model's order."""
     for name, module in model.named_modules():
@@ -57,7 +62,7 @@ def experts_in(model: nn.Module) -> list[Found]:
         found
         for found in stacked_parameters(model)
         if found.shape[0] > 1
-        and (_EXPERT.search(found.name) or getattr(found.module, "num_experts", None) == found.shape[0])
+        and (is_of_experts(found.name) or getattr(found.module, "num_experts", None) == found.shape[0])
     ]
 
 
