@@ -49,7 +49,10 @@ class SpftConfig(PeftConfig):
     min_density: float | None = _option(None, "At least this share of each matrix is trained under scope global.")
     max_density: float | None = _option(None, "At most this share of each matrix is trained under scope global.")
     target_modules: list[str] | str | None = _option(
-        "all-linear", "Modules to adapt: 'all-linear', a list of names, or a regular expression."
+        "all-linear", "Modules to adapt: 'all-linear', a list of names, or a regular expression; [] for none."
+    )
+    target_parameters: list[str] | None = _option(
+        None, "Weights of experts to adapt too: names of parameters of three dimensions, as PEFT's target_parameters."
     )
     exclude_modules: list[str] | str | None = _option(None, "Modules to leave alone: names or a regular expression.")
     layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt; all by default.")
@@ -152,8 +155,8 @@ class SpftConfig(PeftConfig):
 
 RECORDED = ("nnz", "base_shapes", "mask_source")
 # options that say where an adapter's layers are, or how it begins, and nothing of how its mask is chosen
-_OF_THE_PLACE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-                 "mask_path", "repair_from", "init_weights")  # fmt: skip
+_OF_THE_PLACE = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+                 "modules_to_save", "mask_path", "repair_from", "init_weights")  # fmt: skip
 
 
 def option_names() -> tuple[str, ...]:

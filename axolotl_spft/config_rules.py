@@ -51,6 +51,10 @@ _RULES = {
     "min_density": (_is_density, "must be a number in (0, 1]"),
     "max_density": (_is_density, "must be a number in (0, 1]"),
     "target_modules": (_is_names, "must be 'all-linear', a list of module names or a regular expression"),
+    "target_parameters": (
+        lambda v: _is_names(v) and not isinstance(v, str),
+        "must be a list of the names of parameters of three dimensions, such as [experts.gate_up_proj]",
+    ),
     "exclude_modules": (_is_names, "must be a list of module names or a regular expression"),
     "layers_to_transform": (
         lambda v: _is_int(v) or (isinstance(v, (list, tuple)) and all(_is_int(i) for i in v)),
@@ -82,8 +86,8 @@ _RULES = {
     "init_weights": (lambda v: isinstance(v, bool), "must be true or false"),
 }
 _OPTIONAL = ("density", "num_values", "match_lora_rank", "density_pattern", "min_density", "max_density",
-             "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "salience_memory_gib",
-             "repair_from", "seed", "mask_path")  # fmt: skip
+             "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+             "salience_memory_gib", "repair_from", "seed", "mask_path")  # fmt: skip
 
 
 def _remedy(name: str, value: Any) -> str:
@@ -111,6 +115,9 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
             problems.append(f"unknown key `{name}`: {hint}the keys are {', '.join(_RULES)}")
             continue
         if value is None and name in _OPTIONAL:
+            continue
+        if name == "target_modules" and value in ([], set()) and options.get("target_parameters"):
+            # these alone
             continue
         holds, rule = _RULES[name]
         try:

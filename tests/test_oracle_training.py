@@ -8,7 +8,10 @@ from peft import get_peft_model
 
 from axolotl_spft import SparseAdamW, SpftConfig, select_mask
 from axolotl_spft.ops.mask.csr import positions
+from axolotl_spft.ops.weight.stacked import as_stored
 from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.tuner.expert_matrix import ExpertMatrix
+from tests.experts import EXPERT_MODELS, IDLE, PARAMETERS, tiny_gpt_oss, tiny_qwen3_moe
 from tests.interpreter import DEVICE
 from tests.models import ARCHITECTURES, token_batch
 
@@ -22,7 +25,8 @@ def dense_masks(model) -> dict[str, torch.Tensor]:
     for name, layer in adapted_layers(model).items():
         mask = torch.zeros(layer.out_features, layer.in_features, dtype=torch.bool, device=DEVICE)
         mask.view(-1)[positions(layer.mask("default"), layer.in_features)] = True
-        masks[f"{name}.weight"] = mask.t().contiguous() if layer.transposed else mask
+        stored = as_stored(mask, layer.stored_weight.shape, layer.transposed)
+        masks[name if isinstance(layer, ExpertMatrix) else f"{name}.weight"] = stored
     return masks
 
 
@@ -79,14 +83,37 @@ def test_embeddings_and_heads_train_as_masked_dense_adamw_does(architecture, tar
     assert sum(not any(part.isdigit() for part in name.split(".")) for name in masks) == 1 + (architecture != "qwen2")
 
 
+@pytest.mark.parametrize("family", list(EXPERT_MODELS))
+def test_experts_train_as_masked_dense_adamw_does(family):
+    make, scope = EXPERT_MODELS[family], "row" if family == "mixtral" else "layer"
+    masks = check_against_masked_dense(make, 1, 0.1, target_parameters=PARAMETERS, scope=scope)
+    of_experts = {name: mask for name, mask in masks.items() if mask.ndim == 3}
+    assert len(of_experts) == (2 if family == "deepseek_v3" else 4) and len(masks) > len(of_experts)
+    # by rows, the expert that no token comes to has its share, which no gradient reaches
+    assert all(bool(mask[IDLE].any()) == (family == "mixtral") for mask in of_experts.values())
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3_moe, tiny_gpt_oss])
+def test_experts_in_one_grouped_product_train_as_masked_dense_adamw_does(make):
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "intermediate_size": 16, "head_dim": 16}
+    check_against_masked_dense(
+        lambda: make("grouped_mm", **sizes), 1, 0.0, target_modules=[], target_parameters=PARAMETERS
+    )
+
+
 def check_against_masked_dense(
     architecture, accumulate, weight_decay, tie_word_embeddings=None, **options
 ) -> dict[str, torch.Tensor]:
-    """The masks of the targeted weights, after the run with them has been compared."""
+    """The masks of the targeted weights, after the run with them has been compared.
+
+    Args:
+        architecture: a name of `ARCHITECTURES`, or what makes a model.
+    """
     changes = {} if tie_word_embeddings is None else {"tie_word_embeddings": tie_word_embeddings}
-    pretrained = ARCHITECTURES[architecture](**changes)
+    make = ARCHITECTURES.get(architecture, architecture)
+    pretrained = make(**changes)
     start = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
-    sparse = get_peft_model(ARCHITECTURES[architecture](**changes), SpftConfig(density=0.07, samples=8, **options))
+    sparse = get_peft_model(make(**changes), SpftConfig(density=0.07, samples=8, **options))
     select_mask(sparse, [token_batch(rows=4, seed=1), token_batch(rows=4, seed=2)])
     masks = dense_masks(sparse)
 
@@ -129,5 +156,6 @@ def check_against_masked_dense(
         assert not changed.numel() or changed.abs().max() > 1e-3  # training moved them by far more than the tolerance
         assert (trained[name] - weights[name]).abs().max() <= 1e-5 * weights[name].abs().max()
         assert torch.equal(trained[name][~masks[name]], before[~masks[name]])
+        assert masks[name].ndim < 3 or torch.equal(trained[name][IDLE], before[IDLE])
     assert sparse_losses == pytest.approx(dense_losses, rel=1e-5)
     return masks

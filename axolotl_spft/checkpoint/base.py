@@ -12,8 +12,21 @@ from torch import Tensor, nn
 from axolotl_spft.checkpoint.keys import KeyMap
 from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
 from axolotl_spft.errors import SpftFileError
+from axolotl_spft.ops.weight.stacked import as_matrix
+from axolotl_spft.tuner.expert_targets import stacked_parameters
+from axolotl_spft.tuner.expert_weight import stores_transposed
 
-_QUANTIZED = (".quant_state.", ".absmax", ".SCB", ".qweight", ".weight_scale", ".weight_packed")
+# the last two of experts in MXFP4, as gpt-oss is published
+_QUANTIZED = (
+    ".quant_state.",
+    ".absmax",
+    ".SCB",
+    ".qweight",
+    ".weight_scale",
+    ".weight_packed",
+    "proj_blocks",
+    "proj_scales",
+)
 
 
 class BaseCheckpoint:
@@ -83,7 +96,7 @@ class BaseCheckpoint:
     def read_matrix(self, module: str) -> Tensor:
         """W of a module; of stacked experts (experts x out_features, in_features)."""
         weight = self.read_parameter(self.parameter(module))
-        return weight.t().contiguous() if module in self.transposed else weight.flatten(0, -2)
+        return as_matrix(weight, module in self.transposed).contiguous()
 
     def read_rows(self, module: str, first: int, last: int) -> Tensor:
         """Rows ``first`` to ``last`` (exclusive) of W.
@@ -113,7 +126,10 @@ def check_unquantized(shards: Shards) -> None:
 
 
 def transposed_modules(model: nn.Module) -> set[str]:
-    """The modules that store W as (in_features, out_features): GPT-2's `Conv1D`, quantized or not."""
+    """The modules that store W as (in_features, out_features): GPT-2's `Conv1D`, quantized or not, and some experts.
+
+    The weights of experts go by the names of their parameters.
+    """
     from transformers.pytorch_utils import Conv1D
 
     found = set()
@@ -122,4 +138,4 @@ def transposed_modules(model: nn.Module) -> set[str]:
         if isinstance(source, type) and issubclass(source, Conv1D):
             # a layer of PEFT keeps the module it adapts under this name
             found.add(name.removesuffix(".base_layer"))
-    return found
+    return found | {each.name for each in stacked_parameters(model) if stores_transposed(each.module)}

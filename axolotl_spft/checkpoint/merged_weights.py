@@ -21,6 +21,7 @@ from axolotl_spft.checkpoint.quantized import Quantizer
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.ops.weight.scatter import rounded_sum
+from axolotl_spft.ops.weight.stacked import as_matrix, as_stored
 
 
 @dataclass
@@ -158,7 +159,7 @@ class MergedWeights:
         if stored is None:
             stored = self._base.read_parameter(name)
         transposed = module in self._base.transposed
-        weight = stored.t().contiguous() if transposed else stored.flatten(0, -2)
+        weight = as_matrix(stored, transposed).contiguous()
         if delta is not None and tuple(weight.shape) != delta.shape:
             raise SpftFileError(
                 f"{module} is {tuple(weight.shape)} in {self._base.shards.folder}, but {delta.shape} in the adapter: "
@@ -185,7 +186,7 @@ class MergedWeights:
                 _compare(exactness, merged.to(weight.dtype), rounded)
             self.exactness[own_name] = exactness
         merged = merged.to(weight.dtype)
-        return merged.t().contiguous() if transposed else merged.view(stored.shape)
+        return as_stored(merged, stored.shape, transposed)
 
     def _check_originals(self, module: str, entries: Tensor, originals: Tensor) -> None:
         if not torch.equal(entries.to(originals.dtype), originals):

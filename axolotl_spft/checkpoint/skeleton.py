@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from axolotl_spft.errors import SpftFileError
+from axolotl_spft.ops.weight.stacked import shape_of
+from axolotl_spft.tuner.expert_targets import stacked_parameters
+from axolotl_spft.tuner.expert_weight import stores_transposed
 
 _BY_TASK = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
 _GENERAL = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel")
@@ -95,9 +98,10 @@ def module_shapes(model: nn.Module, modules: Collection[str]) -> dict[str, tuple
     for name, module in model.named_modules():
         if name in modules and isinstance(module, nn.Embedding):
             shapes[name] = (module.num_embeddings, module.embedding_dim)
-    for name, parameter in model.named_parameters():
-        if name in modules and parameter.ndim == 3:
-            shapes[name] = (parameter.shape[0] * parameter.shape[1], parameter.shape[2])
+    for found in stacked_parameters(model):
+        if found.name in modules:
+            weight = found.module.get_parameter(found.parameter_name)
+            shapes[found.name] = shape_of(weight, stores_transposed(found.module))
     return shapes
 
 

@@ -53,16 +53,21 @@ def activations(shape: ModelShape, run: Settings, density: float) -> Activations
         kept += run.rows * shape.heads * run.sequence_len**2 * (4 + run.dtype_bytes)
     columns = column_share(str(run.options.get("salience", "gradient")), run.options.get("scope", "layer"), density)
     kept += round(sum(shape.kept_targets) / max(1, shape.blocks) * columns * run.dtype_bytes * tokens)
+    # which experts keep whole: a token's input once for each of its experts
+    kept += shape.expert_inputs * run.dtype_bytes * tokens
     logits = 4 * tokens * shape.vocabulary
     capped = run.dtype_bytes * tokens * shape.vocabulary if shape.capped_logits else 0
     fresh = run.bits < 16 or run.engine == "zero3"
     widest = max((rows * columns for rows, columns in shape.quantizable or shape.targets), default=0)
+    # a dense gradient of the weights of all experts of a layer, and where ZeRO-3 has gathered them W and W + S
+    of_experts = run.dtype_bytes * shape.expert_entries * (3 if run.engine == "zero3" else 1)
     return Activations(
         blocks=shape.blocks * (run.dtype_bytes * shape.hidden * tokens if run.checkpointing else kept),
         block=kept if run.checkpointing else 0,
         head=4 * shape.hidden * tokens + (0 if run.fused_loss else logits + capped),
         loss=logits // 8 if run.fused_loss else 2 * logits,
-        moment=2 * run.dtype_bytes * shape.intermediate * tokens + (run.dtype_bytes * widest if fresh else 0),
+        moment=2 * run.dtype_bytes * shape.intermediate * tokens
+        + max(run.dtype_bytes * widest if fresh else 0, of_experts),
     )
 
 

@@ -25,6 +25,7 @@ SHAPES = {
         "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
         "num_key_value_heads": 8, **_QWEN,
     }),
+    "mixtral-8x7b": ("mixtral", {"num_hidden_layers": 32, "max_position_embeddings": 32768}),
     "gemma-2-2b": ("gemma2", {
         "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000, "tie_word_embeddings": True,
@@ -39,6 +40,7 @@ _HUB_NAMES = {
     "Qwen/Qwen2.5-7B": "qwen2.5-7b",
     "Qwen/Qwen2.5-32B": "qwen2.5-32b",
     "google/gemma-2-2b": "gemma-2-2b",
+    "mistralai/Mixtral-8x7B-v0.1": "mixtral-8x7b",
 }
 
 
@@ -58,6 +60,9 @@ class ModelShape(NamedTuple):
         hidden, intermediate, vocabulary, heads, key_value_heads, head_dim: as in the configuration.
         capped_logits: whether the logits go through a tanh, which keeps them.
         experts: whether there are any, whose activations are estimated.
+        expert_entries: of the largest targeted parameter of experts, which backward makes a dense gradient of; 0 where
+            none is targeted.
+        expert_inputs: numbers that the targeted experts' products keep of each token in one block for backward.
     """
 
     names: list[str]
@@ -77,6 +82,8 @@ class ModelShape(NamedTuple):
     head_dim: int
     capped_logits: bool
     experts: bool
+    expert_entries: int = 0
+    expert_inputs: int = 0
 
 
 def find_config(base_model: str, shape: str | None) -> tuple[PretrainedConfig, str]:
@@ -141,6 +148,7 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
     from axolotl_spft.config import SpftConfig
     from axolotl_spft.plugin.module_names import check_module_names
     from axolotl_spft.salience.install import adapted_layers
+    from axolotl_spft.tuner.expert_matrix import ExpertMatrix
     from axolotl_spft.tuner.state import shapes_of
 
     text = config.get_text_config(decoder=True)
@@ -162,6 +170,7 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
     adapted = get_peft_model(model, config_of_adapter)
     layers = adapted_layers(adapted)
     saved = [p for name, p in adapted.named_parameters() if ".modules_to_save." in name]
+    of_experts = [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
     heads = text.num_attention_heads
     experts = getattr(text, "num_experts_per_tok", None)
     intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
@@ -172,7 +181,11 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
         names=list(layers),
         targets=list(shapes_of(layers).values()),
         # by how the field calls them: projections out of attention and out of the feed-forward network
-        kept_targets=[layer.in_features for name, layer in layers.items() if _reads_no_norm(name)],
+        kept_targets=[
+            layer.in_features
+            for name, layer in layers.items()
+            if _reads_no_norm(name) and not isinstance(layer, ExpertMatrix)
+        ],
         quantizable=quantizable,
         other_entries=entries - sum(rows * columns for rows, columns in quantizable),
         head_entries=head.weight.numel() if head is not None else 0,
@@ -187,6 +200,8 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         capped_logits=bool(getattr(text, "final_logit_softcapping", None)),
         experts=bool(experts),
+        expert_entries=max((layer.out_features * layer.in_features for layer in of_experts), default=0),
+        expert_inputs=sum(layer.in_features for layer in of_experts) * (experts or 1) // text.num_hidden_layers,
     )
 
 

@@ -24,7 +24,7 @@ _FOREIGN_KEYS = {
     "lora_dropout": "leave it out: sparse values are not dropped",
     "lora_target_modules": "set `spft.target_modules`",
     "lora_target_linear": "set `spft.target_modules: all-linear`",
-    "lora_target_parameters": "leave it out: only linear modules are adapted",
+    "lora_target_parameters": "set `spft.target_parameters`",
     "lora_exclude_modules": "set `spft.exclude_modules`",
     "peft_layers_to_transform": "set `spft.layers_to_transform`",
     "peft_layers_pattern": "set `spft.layers_pattern`",
@@ -48,6 +48,8 @@ _FOREIGN_KEYS = {
         ),
         "leave it out: it belongs to LoRA",
     ),
+    "quantize_moe_experts": "leave it out: Axolotl quantizes experts for its LoRA adapters only, and here they stay in "
+    "16 bits",
     "unfrozen_parameters": "set `spft.modules_to_save`: base weights stay frozen under `adapter: spft`",
 }
 _UNSUPPORTED = {

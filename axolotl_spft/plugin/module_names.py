@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from axolotl_spft.errors import SpftConfigError
+from axolotl_spft.tuner.expert_targets import problem_of_parameter
 from axolotl_spft.tuner.targets import problem_of_fused_experts
 
 # key: what comes before a name in the name of a module that it matches, by PEFT's rules
@@ -38,5 +39,6 @@ def check_module_names(options: Mapping[str, Any], model: nn.Module, allowed: Se
             if not any(module.endswith(before + name) for module in modules)
             and not (key == "modules_to_save" and name in allowed)
         ]
+    problems += filter(None, (problem_of_parameter(name, model) for name in options.get("target_parameters") or ()))
     if problems:
         raise SpftConfigError(problems)

@@ -9,7 +9,7 @@ from typing import Any
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.plugin.deepspeed_json import read_deepspeed_json, zero_stage
-from axolotl_spft.salience.metrics.metric import OF_ALL_MATRICES, OF_WEIGHT, load_metric
+from axolotl_spft.salience.metrics.metric import OF_ALL_MATRICES, OF_WEIGHT, load_metric, problem_with_experts
 
 # kinds of quantized weights that can be multiplied but not read
 NOT_READABLE = ("gptq", "awq", "aqlm", "eetq")
@@ -28,7 +28,11 @@ def problems_of_salience(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> 
         metric = load_metric(options.get("salience") or "gradient")
     except SpftError as error:
         return [str(error)]
+    experts = options.get("target_parameters")
+    found = problem_with_experts(metric, ", ".join(experts)) if experts else None
     problems, steps, memory = [], options.get("score_after"), options.get("salience_memory_gib")
+    if found:
+        problems.append(found)
     if steps and _stage_of(cfg) == 3:
         problems.append(
             f"`score_after: {steps}` trains before DeepSpeed's engine exists, when ZeRO-3 has partitioned the weights "

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.ops.backends.products import matmul
-from axolotl_spft.ops.embedding import row_gradients
+from axolotl_spft.salience.adders import adder_of, adder_of_experts, embedding_of
 from axolotl_spft.salience.examples import Tokens
-from axolotl_spft.salience.metrics.statistics import GRADIENT, INPUT_SQUARES, SQUARED_GRADIENT
-from axolotl_spft.tuner.embedding import lookup_of, scale_of
-from axolotl_spft.tuner.offloading import execution_device
+from axolotl_spft.salience.metrics.statistics import GRADIENT, INPUT_SQUARES
+from axolotl_spft.tuner.expert_matrix import ExpertMatrix
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 _ONE_PROCESS = Ranks()
 # an expert that is a module of its own, or has some
@@ -79,16 +78,6 @@ def should_share_rows(
     return not all(fits(entries, device, memory_gib) for device in devices_of(layers))
 
 
-def gradient_adder(total: Tensor, out_features: int, ranks: Ranks, sharded: bool) -> Callable[[Tensor, Tensor], None]:
-    """Adds dY^T X of a layer's dY and X, each (..., features), to ``total``: all of it, or this rank's rows of it.
-
-    Args:
-        sharded: whether that is this rank's rows, of the sum over all ranks, which then must all call it.
-    """
-    part = _gradient_part("", Tokens({}))
-    return _adder_to_shard(part, total, out_features, ranks) if sharded else _adder(part, total)
-
-
 @contextmanager
 def gathered_gradients(
     model: nn.Module, layers: Mapping[str, nn.Module], ranks: Ranks = _ONE_PROCESS, sharded: bool = False
@@ -145,6 +134,8 @@ def gathered_sums(
     with ExitStack() as hooks:
         for name, layer in layers.items():
             rows, device = rows_of[name], device_of(layer)
+            # what experts that are one parameter multiply is seen by their weight's gradient alone
+            of_experts = isinstance(layer, ExpertMatrix)
             adders: dict[nn.Module, list] = {module: [] for module in (layer, *getattr(layer, "readers", ()))}
             for need in needs:
                 if need == INPUT_SQUARES and embedding_of(layer) is not None:
@@ -153,10 +144,14 @@ def gathered_sums(
                 total = torch.zeros(shape, dtype=torch.float32, device=placed[device] if need in matrices else device)
                 sums[need][name] = total
                 shard = (layer.out_features, ranks) if sharded else None
+                if of_experts:
+                    adder = adder_of_experts(total, ranks if sharded else None)
+                    hooks.callback(layer.watch_gradient(adder, all_at_once=sharded))
+                    continue
                 for module, own in adders.items():
-                    own.append(_adder_of(need, name, module, total, tokens, shard))
+                    own.append(adder_of(need, name, module, total, tokens, shard))
             hook = _gathering_hook if matrices else _input_hook
-            for module, own in adders.items():
+            for module, own in adders.items() if not of_experts else ():
                 hooks.callback(module.register_forward_hook(hook(own)).remove)
         if matrices:
             _let_inputs_take_part(model, hooks)
@@ -208,111 +203,12 @@ def reduce_to_shards(sums: dict[str, Tensor], ranks: Ranks) -> None:
 
 def device_of(layer: nn.Module) -> torch.device:
     """Where a layer computes."""
-    linear = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    return execution_device(linear) or linear.weight.device
+    return layer.weight_device if isinstance(layer, SparseLayer) else layer.weight.device
 
 
 def devices_of(layers: Mapping[str, nn.Module]) -> set[torch.device]:
     """Where the layers compute."""
     return {device_of(layer) for layer in layers.values()}
-
-
-# of x and dY of a layer, each (..., features), this rows' part of what is added up
-_Part = Callable[[Tensor, Tensor, slice], Tensor]
-
-
-def _gradient_part(name: str, tokens: Tokens) -> _Part:
-    def part(grad_y: Tensor, x: Tensor, rows: slice) -> Tensor:
-        return matmul(_flat(grad_y)[:, rows].t(), _flat(x))
-
-    return part
-
-
-def _squares_part(name: str, tokens: Tokens) -> _Part:
-    def part(grad_y: Tensor, x: Tensor, rows: slice) -> Tensor:
-        grad_rows, x_rows, total = _flat(grad_y)[:, rows], _flat(x), None
-        for example in tokens.examples(x, name):
-            gradient = matmul(grad_rows[example].t(), x_rows[example]).to(torch.float32)
-            total = gradient.square_() if total is None else total.addcmul_(gradient, gradient)
-        return total
-
-    return part
-
-
-_PARTS: dict[str, Callable[[str, Tokens], _Part]] = {GRADIENT: _gradient_part, SQUARED_GRADIENT: _squares_part}
-
-
-def _rows_part(embedding: nn.Embedding) -> _Part:
-    def part(grad_y: Tensor, ids: Tensor, rows: slice) -> Tensor:
-        tokens, sums = _row_gradients(embedding, grad_y, ids)
-        inside = ((tokens >= rows.start) & (tokens < rows.stop)).nonzero().squeeze(1)
-        of_rows = sums.new_zeros(rows.stop - rows.start, sums.shape[1])
-        return of_rows.index_add_(0, tokens[inside] - rows.start, sums[inside])
-
-    return part
-
-
-def _adder_of_rows(embedding: nn.Embedding, total: Tensor) -> Callable[[Tensor, Tensor], None]:
-    # without a dense gradient beside the accumulator: a vocabulary has rows for many more tokens than a batch
-    def add(grad_y: Tensor, ids: Tensor) -> None:
-        tokens, sums = _row_gradients(embedding, grad_y, ids)
-        total.index_add_(0, tokens.to(total.device), sums.to(total.device, total.dtype))
-
-    return add
-
-
-def _row_gradients(embedding: nn.Embedding, grad_y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    scale = scale_of(embedding)
-    return row_gradients(grad_y if scale is None else grad_y * scale, ids, lookup_of(embedding))
-
-
-def embedding_of(module: nn.Module) -> nn.Embedding | None:
-    """The embedding that a sparse layer looks tokens up in; None for one that multiplies."""
-    base_layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    return base_layer if isinstance(base_layer, nn.Embedding) else None
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _adder_of(
-    need: str, name: str, module: nn.Module, total: Tensor, tokens: Tokens, shard: tuple[int, Ranks] | None
-) -> Callable[[Tensor, Tensor], None]:
-    """What adds one use of a weight to its accumulator."""
-    if need == INPUT_SQUARES:
-        return _adder_of_squares(total, tokens)
-    embedding = embedding_of(module)
-    if embedding is not None and shard is None:
-        return _adder_of_rows(embedding, total)
-    part = _PARTS[need](name, tokens) if embedding is None else _rows_part(embedding)
-    return _adder(part, total) if shard is None else _adder_to_shard(part, total, *shard)
-
-
-def _adder(part: _Part, total: Tensor) -> Callable[[Tensor, Tensor], None]:
-    def add(grad_y: Tensor, x: Tensor) -> None:
-        total.add_(part(grad_y, x, slice(None)).to(total.device))
-
-    return add
-
-
-def _adder_to_shard(part: _Part, total: Tensor, out_features: int, ranks: Ranks) -> Callable[[Tensor, Tensor], None]:
-    def add(grad_y: Tensor, x: Tensor) -> None:
-        for rank in range(ranks.world):
-            of_rank = part(grad_y, x, ranks.rows(out_features, rank)).to(torch.float32)
-            ranks.sum_to_(of_rank, rank)
-            if rank == ranks.rank:
-                total.add_(of_rank.to(total.device))
-
-    return add
-
-
-def _adder_of_squares(total: Tensor, tokens: Tokens) -> Callable[[Tensor, Tensor], None]:
-    def add(_: Tensor, x: Tensor) -> None:
-        rows, counted = _flat(x), tokens.counted(x)
-        total.add_((rows if counted is None else rows[counted]).to(torch.float32).square().sum(0))
-
-    return add
 
 
 def _input_hook(adders: Sequence[Callable[[Tensor, Tensor], None]]):

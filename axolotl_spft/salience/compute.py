@@ -26,7 +26,7 @@ from axolotl_spft.salience.scores import check_base, scorer
 from axolotl_spft.salience.untouched import untouched_rng
 from axolotl_spft.salience.untrained import frozen_by_the_run, never_called, notes_on, unreached_by
 from axolotl_spft.salience.warm_up import check_warm_up, repeatable, warmed_up, weight_with_values
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import shapes_of
 
 
@@ -49,7 +49,7 @@ class Computed(NamedTuple):
 def compute_masks(
     model: nn.Module,
     config: SpftConfig,
-    layers: Mapping[str, SpftLinear],
+    layers: Mapping[str, SparseLayer],
     adapter_name: str,
     batches: Iterable[Batch] | None,
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
@@ -68,7 +68,7 @@ def compute_masks(
     check_base(metric, layers)
     frozen = frozen_by_the_run(layers, adapter_name)
     with ExitStack() as stack:
-        read_weight = SpftLinear.read_weight
+        read_weight = SparseLayer.read_weight
         if config.score_after:
             check_warm_up(model, metric, config.score_after, batches, learning_rate)
             batches = repeatable(batches)
@@ -85,13 +85,13 @@ def compute_masks(
 def _scored(
     model: nn.Module,
     config: SpftConfig,
-    layers: Mapping[str, SpftLinear],
+    layers: Mapping[str, SparseLayer],
     metric: Metric,
     frozen: list[str],
     batches: Iterable[Batch] | None,
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
     ranks: Ranks,
-    read_weight: Callable[[SpftLinear], Tensor],
+    read_weight: Callable[[SparseLayer], Tensor],
     repair: Repair | None,
 ) -> Computed:
     memory_gib = config.salience_memory_gib
@@ -141,14 +141,14 @@ def _needs(metric: Metric, repair: Repair | None) -> frozenset[str]:
 def _scored_in_groups(
     model: nn.Module,
     config: SpftConfig,
-    layers: Mapping[str, SpftLinear],
-    groups: list[dict[str, SpftLinear]],
+    layers: Mapping[str, SparseLayer],
+    groups: list[dict[str, SparseLayer]],
     metric: Metric,
     frozen: list[str],
     batches: Iterable[Batch],
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
     ranks: Ranks,
-    read_weight: Callable[[SpftLinear], Tensor],
+    read_weight: Callable[[SparseLayer], Tensor],
     repair: Repair | None,
 ) -> Computed:
     """The same masks from a pass over the same batches for each group, of which one has sums at a time."""

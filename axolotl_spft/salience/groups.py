@@ -8,12 +8,12 @@ from axolotl_spft.config import SpftConfig
 from axolotl_spft.errors import SpftError
 from axolotl_spft.salience.collect import devices_of
 from axolotl_spft.salience.metrics.metric import OF_ALL_MATRICES, Metric, accumulators_of
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 
 def groups_of(
-    layers: Mapping[str, SpftLinear], needs: Collection[str], memory_gib: float | None
-) -> list[dict[str, SpftLinear]]:
+    layers: Mapping[str, SparseLayer], needs: Collection[str], memory_gib: float | None
+) -> list[dict[str, SparseLayer]]:
     """The layers in groups, in their order, whose float32 accumulators take at most ``memory_gib`` GiB each.
 
     One group where there is no limit, or nothing is accumulated. A layer that alone takes more is a group of its own.
@@ -21,7 +21,7 @@ def groups_of(
     accumulators = accumulators_of(needs)
     if memory_gib is None or not accumulators:
         return [dict(layers)]
-    groups: list[dict[str, SpftLinear]] = []
+    groups: list[dict[str, SparseLayer]] = []
     room = 0.0
     for name, layer in layers.items():
         taken = 4 * accumulators * layer.out_features * layer.in_features
@@ -44,7 +44,7 @@ def why_at_once(scope: str, pattern: str, metric: Metric) -> str | None:
     return None
 
 
-def may_move_to_host(config: SpftConfig, metric: Metric, layers: Mapping[str, SpftLinear]) -> bool:
+def may_move_to_host(config: SpftConfig, metric: Metric, layers: Mapping[str, SparseLayer]) -> bool:
     """Whether accumulators that must be there all at once have another place than the memory that is limited."""
     at_once = why_at_once(config.scope, config.pattern, metric) is not None
     on_gpus = all(device.type == "cuda" for device in devices_of(layers))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.ops.backends.products import matmul
-from axolotl_spft.salience.collect import gathered_gradients, gradient_adder, reduce_to_shards
+from axolotl_spft.salience.adders import gradient_adder
+from axolotl_spft.salience.collect import gathered_gradients, reduce_to_shards
 from axolotl_spft.salience.untouched import untouched_rng
 from axolotl_spft.tuner.layer import SpftLinear
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import Mask
-from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.load import record_mask
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import mask_checksum, slots_of, spft_layers
 
 
-def adapted_layers(model: nn.Module) -> dict[str, SpftLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The sparse layers of a `PeftModel`, by their names in the base model."""
     return spft_layers(model.base_model.model)
 

@@ -24,7 +24,7 @@ from axolotl_spft.salience.release import give_back_memory
 from axolotl_spft.salience.repair import REPAIRED, open_repair
 from axolotl_spft.salience.report import MaskReport, report_masks
 from axolotl_spft.salience.untrained import frozen_by_the_run, note_on_frozen
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import shapes_of
 from axolotl_spft.tuner.targets import check_is_peft_model
 
@@ -160,7 +160,7 @@ def _other_options(config: SpftConfig, source: Mapping) -> list[tuple[str, Any]]
     return others
 
 
-def _notes_on_budget(config: SpftConfig, layers: Mapping[str, SpftLinear], masks: Mapping[str, Mask]) -> list[str]:
+def _notes_on_budget(config: SpftConfig, layers: Mapping[str, SparseLayer], masks: Mapping[str, Mask]) -> list[str]:
     held, asked = sum(mask.nnz for mask in masks.values()), config.allowed_counts(shapes_of(layers))[-1]
     if held == asked:
         return []
@@ -179,7 +179,7 @@ def _describe(source: Mapping) -> str:
     return ", ".join(f"{key} {value}" for key, value in source.items()) or "unknown source"
 
 
-def _masks_from_file(path: Path, config: SpftConfig, layers: Mapping[str, SpftLinear]) -> tuple[dict[str, Mask], dict]:
+def _masks_from_file(path: Path, config: SpftConfig, layers: Mapping[str, SparseLayer]) -> tuple[dict[str, Mask], dict]:
     shapes = shapes_of(layers)
     masks, source = load_masks(path, shapes, "Name another `mask_path` to compute the mask anew")
     # of the adapter whose mask it was

@@ -33,7 +33,7 @@ from axolotl_spft.salience.metrics.statistics import (
 )
 from axolotl_spft.salience.out_of_memory import run_on_all_ranks
 from axolotl_spft.salience.untouched import untouched_model, untouched_rng
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.without_mask import choosing_a_mask
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
@@ -55,7 +55,7 @@ class Collected(NamedTuple):
 
 def collect_statistics(
     model: nn.Module,
-    layers: Mapping[str, SpftLinear],
+    layers: Mapping[str, SparseLayer],
     needs: Collection[str],
     batches: Iterable[Batch] | None,
     loss_fn: LossFn | None,
@@ -103,7 +103,7 @@ def collect_statistics(
 
 def summed(
     model: nn.Module,
-    layers: Mapping[str, SpftLinear],
+    layers: Mapping[str, SparseLayer],
     needs: Collection[str],
     sample: _Sample,
     ranks: Ranks,
@@ -148,7 +148,7 @@ def summed(
 
 def unreached_by_sample(
     model: nn.Module,
-    layers: Mapping[str, SpftLinear],
+    layers: Mapping[str, SparseLayer],
     batches: Iterable[Batch],
     loss_fn: LossFn | None,
     samples: int,

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from axolotl_spft.engine.ranks import Ranks, on_every_rank
 from axolotl_spft.errors import SpftError, first_of
-from axolotl_spft.salience.collect import device_of, embedding_of
-from axolotl_spft.salience.metrics.metric import OF_PRODUCTS, OF_WEIGHT, Metric
+from axolotl_spft.salience.adders import embedding_of
+from axolotl_spft.salience.collect import device_of
+from axolotl_spft.salience.metrics.metric import OF_PRODUCTS, OF_WEIGHT, Metric, problem_with_experts
 from axolotl_spft.salience.metrics.statistics import Statistics
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.expert_matrix import ExpertMatrix
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import shapes_of
 
 
-def check_base(metric: Metric, layers: Mapping[str, SpftLinear]) -> None:
+def check_base(metric: Metric, layers: Mapping[str, SparseLayer]) -> None:
     """Check that the layers can give what the metric needs, before the pass.
 
     Raises:
-        SpftError: it reads weights, and these cannot be read.
+        SpftError: it reads weights, and these cannot be read; or what experts or embeddings do not have.
     """
     unreadable = [name for name, layer in layers.items() if layer.forward_only]
     if metric.needs & OF_WEIGHT and unreadable:
@@ -29,6 +31,10 @@ def check_base(metric: Metric, layers: Mapping[str, SpftLinear]) -> None:
             f"`salience: {metric.name}` reads the weights, and a {kind} layer's cannot be read "
             f"({first_of(unreadable, ', ')}): use `salience: gradient`, or a base that is not quantized by {kind}"
         )
+    experts = [name for name, layer in layers.items() if isinstance(layer, ExpertMatrix)]
+    problem = problem_with_experts(metric, first_of(experts, ", ")) if experts else None
+    if problem:
+        raise SpftError(problem)
     embeddings = [name for name, layer in layers.items() if embedding_of(layer) is not None]
     undefined = metric.needs & OF_PRODUCTS
     if undefined and embeddings:
@@ -41,12 +47,12 @@ def check_base(metric: Metric, layers: Mapping[str, SpftLinear]) -> None:
 
 def scorer(
     metric: Metric,
-    layers: Mapping[str, SpftLinear],
+    layers: Mapping[str, SparseLayer],
     collected: Mapping[str, Mapping[str, Tensor]],
     ranks: Ranks,
     seed: int = 0,
     lift_rank: int = 128,
-    read_weight: Callable[[SpftLinear], Tensor] = SpftLinear.read_weight,
+    read_weight: Callable[[SparseLayer], Tensor] = SparseLayer.read_weight,
 ) -> Callable[[int], Tensor]:
     """The function that scores the matrix of an index.
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import first_of
 from axolotl_spft.ops.mask.csr import Mask
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 _EXPERT = re.compile(r"(^|[._])experts?([._]|$)")
 # as architectures name what looks at pictures and sound, and what passes that on to the text
 _TOWER = re.compile(r"(^|[._])(vision|visual|image|audio|speech|multi_modal|multimodal|mm)([._]|$)")
 
 
-def frozen_by_the_run(layers: Mapping[str, SpftLinear], adapter_name: str) -> list[str]:
+def frozen_by_the_run(layers: Mapping[str, SparseLayer], adapter_name: str) -> list[str]:
     """The layers whose values do not require a gradient, where those of others do: the run froze them.
 
     Of an adapter that is not trained at all (now) there are none.
@@ -26,7 +26,7 @@ def frozen_by_the_run(layers: Mapping[str, SpftLinear], adapter_name: str) -> li
     return [] if len(frozen) == len(layers) else frozen
 
 
-def never_called(model: nn.Module, layers: Mapping[str, SpftLinear]) -> list[str]:
+def never_called(model: nn.Module, layers: Mapping[str, SparseLayer]) -> list[str]:
     """The layers that torch's attention reads the weight of, without calling them."""
     read = {
         id(child)

@@ -21,7 +21,7 @@ from axolotl_spft.salience.out_of_memory import run_on_all_ranks
 from axolotl_spft.salience.sample_pass import batches_of_all_ranks, loss_of_batch, quiet
 from axolotl_spft.salience.scores import scorer
 from axolotl_spft.salience.untouched import untouched_rng
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import shapes_of
 
 
@@ -78,7 +78,7 @@ def check_warm_up(
 def warmed_up(
     model: nn.Module,
     config: SpftConfig,
-    layers: Mapping[str, SpftLinear],
+    layers: Mapping[str, SparseLayer],
     adapter_name: str,
     batches: Iterable[Batch],
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None,
@@ -118,7 +118,7 @@ def warmed_up(
             layer.spft_values[adapter_name].requires_grad_(flags[name])
 
 
-def weight_with_values(layer: SpftLinear, adapter_name: str) -> Tensor:
+def weight_with_values(layer: SparseLayer, adapter_name: str) -> Tensor:
     """W + S of one adapter, float32: (out_features, in_features)."""
     return layer.read_weight().to(torch.float32) + layer.get_delta_weight(adapter_name).to(torch.float32)
 

@@ -14,6 +14,7 @@ from axolotl_spft.checkpoint.adapter import SavedAdapter, read_adapter
 from axolotl_spft.errors import SpftError, first_of
 from axolotl_spft.ops.mask.csr import row_indices
 from axolotl_spft.serving.places import find_place
+from axolotl_spft.tuner.expert_targets import is_of_experts
 
 _APPLIED = "_spft_applied"
 
@@ -99,6 +100,13 @@ def apply_adapter(
         raise SpftError("the adapter's file has no shapes, which tensor parallelism needs: save the adapter again")
     writes, absent = _planned(model, adapter, rank, ranks)
     if absent and not (partial and writes):
+        experts = [name for name in absent if is_of_experts(name)]
+        if experts:
+            raise SpftError(
+                f"{first_of(experts, ', ')}: the adapter trained experts that are one parameter, which is no module to "
+                "switch an adapter on, and which engines store in their own way: serve the merged model (`axolotl spft "
+                "merge`)"
+            )
         raise SpftError(
             f"the model has no {first_of(absent, ', ')}: apply the adapter to the base model that it was trained on"
         )

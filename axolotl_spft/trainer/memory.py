@@ -57,7 +57,7 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
 def _original_bytes(repair: float, layers: list[SparseLayer]) -> int:
     """Of the entry of W that is kept for each value: to put it back, or of a repaired one from before quantization."""
     if layers[0].in_place:
-        return layers[0].get_base_layer().weight.element_size()
+        return layers[0].stored_weight.element_size()
     repaired = repair or any(len(layer.spft_originals) for layer in layers)
     return 2 if repaired and any(layer.repairs for layer in layers) else 0
 

@@ -23,6 +23,7 @@ from axolotl_spft.trainer.saved_adapter import (
     install_checkpoint_mask,
 )
 from axolotl_spft.trainer.watch import watch_training
+from axolotl_spft.tuner.experts import SpftExperts
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import slots_of
 from axolotl_spft.tuner.tied import TiedLayer
@@ -68,7 +69,7 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         compare_with_repaired_start(trainer, model)
     say(f"Sparse mask: checksum {check_same_mask(model, ranks)[:16]} on all {ranks.world} ranks")
     if engine == "zero3":
-        gather_as_units(model, SparseLayer, TiedLayer)
+        gather_as_units(model, SparseLayer, TiedLayer, SpftExperts)
         for layer in adapted_layers(model).values():
             for reader in layer.readers:
                 gather_beside(reader, layer.spft_values.parameters())

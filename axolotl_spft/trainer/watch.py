@@ -69,7 +69,7 @@ class Watch:
             squares[_kind(name)] += _own_part(values, self.ranks.rank).to(torch.float32).square().sum()
             if layer.in_place and not layer.merged:
                 layer.revert()
-                originals = layer.get_base_layer().weight.take(layer.storage_positions(layer.mask(self.adapter)))
+                originals = layer.stored_weight.take(layer.storage_positions(layer.mask(self.adapter)))
                 rounded.append(((originals + values).to(originals.dtype) == originals).sum())
                 compared += originals.numel()
         # one transfer from the device for all
@@ -94,7 +94,7 @@ class Watch:
 
 def _square_of_weight(layer: SpftLinear) -> float:
     """||W||^2 of the weight without S."""
-    weight = layer.get_base_layer().weight
+    weight = layer.stored_weight
     with gathered([weight] if is_partitioned(weight) else []):
         return float(layer.read_weight().to(torch.float32).square().sum())
 

@@ -27,7 +27,8 @@ from axolotl_spft.ops.linear import Delta
 from axolotl_spft.ops.mask.csr import Mask, positions
 from axolotl_spft.ops.weight.dequantize import dequantize_4bit
 from axolotl_spft.ops.weight.scatter import add_at_, assign_sum_, restore_, write_sum_
-from axolotl_spft.tuner.offloading import brought_in, is_offloaded
+from axolotl_spft.ops.weight.stacked import as_matrix
+from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded
 
 # held while weights are written or put back: a second thread must not take W + S for W
 WRITING = threading.RLock()
@@ -72,10 +73,12 @@ class BaseWeight:
     The layer provides ``get_base_layer()``, ``quantization_backend``, ``in_features`` and ``out_features``.
 
     Attributes:
-        transposed: whether the weight is stored as (in_features, out_features).
+        parameter_name: of the weight in the base layer.
+        transposed: whether the weight is stored as (in_features, out_features), or each expert's of three dimensions.
     """
 
     quantization_backend: QuantizationBackend | None
+    parameter_name: str = "weight"
     transposed: bool
     shared_weight: bool = False
     _written: Written | None = None
@@ -94,6 +97,16 @@ class BaseWeight:
     def keeps_gathered_weight(self) -> bool:
         """Whether the base layer's own forward would keep a weight that ZeRO-3 has gathered until backward."""
         return self.quantization_backend is not None and not self.forward_only and is_deepspeed_zero3_enabled()
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """The weight as the base layer holds it: W, or W + S for as long as it is multiplied."""
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    @property
+    def weight_device(self) -> torch.device:
+        """Where the weight is multiplied."""
+        return execution_device(self.get_base_layer()) or self.stored_weight.device
 
     @property
     def in_place(self) -> bool:
@@ -115,7 +128,7 @@ class BaseWeight:
         # what the layer of another method inside multiplies is W
         if isinstance(self.base_layer, BaseTunerLayer):
             return False
-        weight = self.get_base_layer().weight
+        weight = self.stored_weight
         return (
             type(weight) in (nn.Parameter, Tensor)
             and weight.is_floating_point()
@@ -135,7 +148,7 @@ class BaseWeight:
         return positions(mask, self.in_features, self.transposed)
 
     def _oriented(self, weight: Tensor) -> Tensor:
-        return weight.t() if self.transposed else weight
+        return as_matrix(weight, self.transposed)
 
     def read_weight(self) -> Tensor:
         """W as (out_features, in_features); do not write to it."""
@@ -144,7 +157,7 @@ class BaseWeight:
         with self.brought_in():
             if self.quantization_backend is not None:
                 return self.quantization_backend.get_base_weight(base_layer)
-            weight = base_layer.weight
+            weight = self.stored_weight
             if is_partitioned(weight):
                 with gathered([weight]):
                     return self._oriented(weight.detach().clone())
@@ -162,15 +175,15 @@ class BaseWeight:
             if self._undo_merge:
                 return nullcontext(self._oriented(self._sum_before_merges(values, delta.mask)))
             if not self.in_place:
-                return nullcontext(self._oriented(self._fresh_sum(values, delta)))
+                return nullcontext(self._oriented(self._fresh_sum(values, delta.mask, delta.originals)))
             writer = None if self._writer is None else self._writer()
             if writer is not None:
                 writer.write_for_backward()
             if not self._holds(values, delta.mask):
                 if writer is not None:
                     writer.tell_missing()
-                return self._written_for_now(values, delta)
-        return nullcontext(self._oriented(self.get_base_layer().weight))
+                return self._matrix_for_now(values, delta.mask)
+        return nullcontext(self._oriented(self.stored_weight))
 
     def plain_weight(self) -> Tensor:
         """W as (out_features, in_features), to be read at once, of a weight that is made afresh for each use."""
@@ -181,12 +194,18 @@ class BaseWeight:
         return held is not None and _same(held.mask.columns, mask.columns) and _same(held.values, values)
 
     @contextmanager
-    def _written_for_now(self, values: Tensor, delta: Delta) -> Iterator[Tensor]:
+    def _matrix_for_now(self, values: Tensor, mask: Mask) -> Iterator[Tensor]:
+        with self._written_for_now(values, mask) as weight:
+            yield self._oriented(weight)
+
+    @contextmanager
+    def _written_for_now(self, values: Tensor, mask: Mask) -> Iterator[Tensor]:
+        """Within the block the stored weight, which it yields, holds W + S."""
         with WRITING:
             held = self._written
             self.revert()
             try:
-                yield self._oriented(self._write(values.detach(), delta.mask))
+                yield self._write(values.detach(), mask)
             finally:
                 self.revert()
                 if held is not None:
@@ -194,7 +213,7 @@ class BaseWeight:
 
     def _write(self, values: Tensor, mask: Mask, again: Written | None = None) -> Tensor:
         # .data: autograd need not see a change that is gone before it looks; it sees one of the values by their version
-        weight = self.get_base_layer().weight.data
+        weight = self.stored_weight.data
         written = again or Written(values, mask, weight.new_empty(values.numel()))
         write_sum_(weight, mask, written.originals, values, self.transposed)
         # past torch.nn.Module's own assignment, which takes as long as launching a kernel
@@ -205,7 +224,7 @@ class BaseWeight:
         """Put W back, bit for bit, where it holds W + S."""
         written = self._written
         if written is not None:
-            weight = self.get_base_layer().weight.data
+            weight = self.stored_weight.data
             # the weight may have been cast by itself
             restore_(weight, written.mask, written.originals.to(weight.dtype), self.transposed)
             self.__dict__["_written"] = None
@@ -217,15 +236,15 @@ class BaseWeight:
             if self.quantization_backend is not None:
                 weight = dequantize_4bit(getattr(base_layer, "weight", None))
                 return self.quantization_backend.get_base_weight(base_layer) if weight is None else weight
-            return base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
+            return self.stored_weight.detach().clone(memory_format=torch.contiguous_format)
 
-    def _fresh_sum(self, values: Tensor, delta: Delta) -> Tensor:
+    def _fresh_sum(self, values: Tensor, mask: Mask, originals: Tensor | None = None) -> Tensor:
         """A new tensor with W + S, in the layout of storage."""
         weight = self._fresh_weight()
-        if delta.originals is None:
-            add_at_(weight, delta.mask, values.detach(), self.transposed)
+        if originals is None:
+            add_at_(weight, mask, values.detach(), self.transposed)
         else:
-            assign_sum_(weight, delta.mask, delta.originals, values.detach(), self.transposed)
+            assign_sum_(weight, mask, originals, values.detach(), self.transposed)
         return weight
 
     def _sum_before_merges(self, values: Tensor, mask: Mask) -> Tensor:
@@ -235,7 +254,7 @@ class BaseWeight:
             if not isinstance(undo, Replaced):
                 assign_reversed(weight.view(-1), undo)
             elif self.quantization_backend is None:
-                weight = undo.parameters["weight"].detach().clone(memory_format=torch.contiguous_format)
+                weight = undo.parameters[self.parameter_name].detach().clone(memory_format=torch.contiguous_format)
             else:
                 raise SpftError(
                     "an adapter of a quantized layer was merged between a forward pass and its backward pass: merge "

@@ -69,6 +69,11 @@ class MergedWeight(BaseWeight):
         if self._undo_merge:
             self.refuse_if_quantized_and_offloaded()
         if self.shares_base:
+            if any(len(self.spft_originals.get(name, ())) for name in self.merged_adapters):
+                raise SpftError(
+                    "a repaired adapter cannot be unmerged where another method's adapter has the same layer: its "
+                    "entries were assigned, and what stood there before cannot be told; load the base model again"
+                )
             self._subtract_merged()
             return
         with rewritten(self.get_base_layer()):
@@ -78,7 +83,7 @@ class MergedWeight(BaseWeight):
     def _subtract_merged(self) -> None:
         self._undo_merge.clear()
         with rewritten(self.get_base_layer()):
-            weight = self._fresh_sum([])
+            weight = self._fresh_weight()
             for name in self.merged_adapters:
                 add_at_(weight, self.mask(name), -self.values(name).detach(), self.transposed)
             if self.quantization_backend is not None:
@@ -88,7 +93,7 @@ class MergedWeight(BaseWeight):
 
     def _undo(self, undo: Replaced | list[tuple[Tensor, Tensor]]) -> None:
         if isinstance(undo, Replaced):
-            self.base_layer = undo.base_layer
+            self._hold_base_layer(undo.base_layer)
             base_layer = self.get_base_layer()
             base_layer._parameters.update(undo.parameters)
             if undo.state is not None:
@@ -96,10 +101,10 @@ class MergedWeight(BaseWeight):
             for reader, weight in zip(self.readers, undo.tied):
                 reader.get_base_layer().weight = weight
         else:
-            assign_reversed(self.get_base_layer().weight.data.view(-1), undo)
+            assign_reversed(self.stored_weight.data.view(-1), undo)
 
     def _merge_in_place(self, deltas: Mapping[str, Part], check_finite: bool) -> list[tuple[Tensor, Tensor]]:
-        weight = self.get_base_layer().weight.data
+        weight = self.stored_weight.data
         flat = weight.view(-1)
         entries = [(at, flat[at]) for at in (self.storage_positions(part.mask) for part in deltas.values())]
         for (at, _), (name, (values, mask, _)) in zip(entries, deltas.items()):
@@ -121,14 +126,19 @@ class MergedWeight(BaseWeight):
         base_layer = self.get_base_layer()
         state = copy.copy(getattr(base_layer, "state", None))
         tied = [reader.get_base_layer().weight for reader in self.readers]
-        undo = Replaced(self.base_layer, dict(base_layer._parameters), state, tied)
+        replaced = base_layer._parameters
+        if self.quantization_backend is None:
+            # alone: another parameter of the same module may be merged after this one and unmerged before it
+            replaced = {self.parameter_name: replaced[self.parameter_name]}
+        undo = Replaced(self.base_layer, dict(replaced), state, tied)
         if self.quantization_backend is not None:
             self.quantization_backend.set_base_weight(self, weight)
         else:
             # a new parameter, so that a module that shares the old one keeps it
-            base_layer.weight = nn.Parameter(weight, requires_grad=False)
+            merged = nn.Parameter(weight, requires_grad=False)
+            setattr(base_layer, self.parameter_name, merged)
             for reader in self.readers:
-                reader.get_base_layer().weight = base_layer.weight
+                reader.get_base_layer().weight = merged
         return undo
 
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING, _get_submodules, get_quantization_kwargs
+from peft.utils.integrations import init_empty_weights
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_spft.budget import layer_budgets
 from axolotl_spft.config import RECORDED, SpftConfig
+from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.tuner.embedding import SpftEmbedding
+from axolotl_spft.tuner.expert_targets import inject_parameters, problem_of_parameter, warn_of_untrained_experts
+from axolotl_spft.tuner.experts import SpftExperts
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.load import record_mask, take_state
 from axolotl_spft.tuner.mixed_batch import adapters_by_row
@@ -39,8 +43,8 @@ _SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.", "
 class SpftModel(BaseTuner):
     """A model whose targeted layers carry sparse deltas (Liu et al., ACL 2025, arXiv 2412.13488).
 
-    Targets are `torch.nn.Linear`, GPT-2's `Conv1D`, the quantized linear layers that PEFT knows, and
-    `torch.nn.Embedding`.
+    Targets are `torch.nn.Linear`, GPT-2's `Conv1D`, the quantized linear layers that PEFT knows, `torch.nn.Embedding`,
+    and parameters of three dimensions, which hold the weights of experts.
     """
 
     prefix = "spft_"
@@ -116,8 +120,13 @@ class SpftModel(BaseTuner):
             if config.is_saved:
                 config.target_modules = renamed_targets(config.target_modules, model)
             problems = [problem_of_fused_experts(name, model) for name in config.target_modules]
+        if config.is_saved and config.target_parameters:
+            config.target_parameters = sorted(renamed_targets(config.target_parameters, model))
+        problems += [problem_of_parameter(name, model) for name in config.target_parameters or ()]
         if any(problems):
             raise SpftError("; ".join(filter(None, problems)))
+        if config.target_modules == "all-linear" and not config.target_parameters and Ranks.current().rank == 0:
+            warn_of_untrained_experts(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         holders = [name for name, layer in spft_layers(model).items() if adapter_name in layer.spft_columns]
         config.target_modules = whole_names(config.target_modules, holders, model)
@@ -129,6 +138,13 @@ class SpftModel(BaseTuner):
             self._fill_randomly(adapter_name, config)
         # what the model holds from now on is a record of its own, which another adapter does not begin with
         config.is_saved = False
+
+    def _inject_parameters(
+        self, peft_config: SpftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> None:
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            found = inject_parameters(model, peft_config, adapter_name, adapter_name in self.active_adapters)
+        self.targeted_parameter_names.extend(found)
 
     def _check_target_module_exists(self, peft_config: SpftConfig, key: str) -> Any:
         # PEFT asks for a layer's index only where a name is the ending of a module's; those of all-linear are whole
@@ -273,6 +289,13 @@ class SpftModel(BaseTuner):
 
     def _get_tied_target_modules(self, *args: Any, **kwargs: Any) -> list[str]:
         return []  # a merge changes tied modules together
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, SpftExperts):
+            # PEFT looks for a `weight`, which experts have not
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _fill_randomly(self, adapter_name: str, config: SpftConfig) -> None:
         layers = {name: layer for name, layer in spft_layers(self.model).items() if adapter_name in layer.spft_values}

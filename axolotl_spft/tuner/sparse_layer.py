@@ -47,12 +47,14 @@ class SparseLayer(nn.Module, BaseTunerLayer, Originals, MergedWeight):
     Attributes:
         readers: layers of other modules that hold the same W, which compute with this one's S.
         mixes_rows: whether the forward pass takes ``adapter_names``, an adapter for each row of a batch.
+        writes_ahead: whether a `Writer` may write for it.
     """
 
     adapter_layer_names = ("spft_values",)
     other_param_names = ("spft_columns", "spft_row_offsets", "spft_originals")
     readers: tuple[TiedLayer, ...] = ()
     mixes_rows = False
+    writes_ahead = True
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class SparseLayer(nn.Module, BaseTunerLayer, Originals, MergedWeight):
         quantization_backend: QuantizationBackend | None = None,
     ):
         super().__init__()
-        self.base_layer = base_layer
+        self._hold_base_layer(base_layer)
         self.quantization_backend = quantization_backend
         self._quant_state = kept_quant_state(self.get_base_layer())
         self.transposed = transposed
@@ -78,6 +80,9 @@ class SparseLayer(nn.Module, BaseTunerLayer, Originals, MergedWeight):
         self._undo_merge = []
         self._deltas = {}
         self._owner = register_owner(self)
+
+    def _hold_base_layer(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
 
     def __getstate__(self) -> dict:
         # reached by copy.deepcopy and pickling: a copy holds W, and is written by nothing that writes for this layer

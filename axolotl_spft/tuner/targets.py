@@ -92,21 +92,22 @@ def problem_of_fused_experts(name: str, model: nn.Module, is_pattern: bool = Fal
             kind = type(model.get_submodule(full_name.rpartition(".")[0])).__name__
             return (
                 f"`target_modules: {name}` matches no module of the {type(model).__name__}: {full_name} is one "
-                f"parameter of three dimensions, {tuple(parameter.shape)}, which holds all experts of a {kind}, and a "
-                "sparse delta needs a matrix: leave the name out (`target_modules: all-linear` takes every linear "
-                "layer, the shared experts among them), and the experts stay as they are"
+                f"parameter of three dimensions, {tuple(parameter.shape)}, which holds all experts of a {kind}: name "
+                f"it in `target_parameters: [{'.'.join(full_name.split('.')[-2:])}]` instead (`target_modules: "
+                "all-linear` takes every linear layer, the shared experts among them)"
             )
     return None
 
 
 def renamed_targets(names: Iterable[str], model: nn.Module) -> set[str]:
-    """The target modules that a saved adapter's config lists, by the names that they have in the model now.
+    """The target modules or parameters that a saved adapter's config lists, by their names in the model now.
 
     PEFT renames the tensors of a file as the model's ``_checkpoint_conversion_mapping`` says (the first regular
     expression that matches), but not the targets.
     """
     renames: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     modules = [f".{name}" for name, _ in model.named_modules()]
+    modules += [f".{name}" for name, _ in model.named_parameters()]
     renamed = set()
     for name in names:
         now = name = name.removeprefix(".")

@@ -130,7 +130,7 @@ def mark_shared_weights(model: nn.Module) -> None:
                     {weight_place(parameter) for parameter in child._parameters.values() if parameter is not None}
                 )
     for layer in spft_layers(model).values():
-        weight = layer.get_base_layer()._parameters.get("weight")
+        weight = layer.get_base_layer()._parameters.get(layer.parameter_name)
         layer.share_weight(weight is not None and users[weight_place(weight)] > 1 + len(layer.readers))
 
 

@@ -12,6 +12,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 
 from axolotl_spft.config import RECORDED
 from axolotl_spft.errors import SpftError
+from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.load import record_mask
 from axolotl_spft.tuner.state import spft_layers
 
@@ -53,7 +54,8 @@ def add_weighted_adapter(
         **dict.fromkeys(_NOT_OF_A_SUM),
         **dict.fromkeys(RECORDED),
         num_values=1,
-        target_modules=list(layers),
+        target_modules=[name for name, layer in layers.items() if not isinstance(layer, ExpertMatrix)],
+        target_parameters=[name for name, layer in layers.items() if isinstance(layer, ExpertMatrix)] or None,
         mask_path=None,
         init_weights=True,
         pattern="element",

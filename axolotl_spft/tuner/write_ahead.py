@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from axolotl_spft.ops.linear import owners_made
 from axolotl_spft.ops.weight.sums import Sum, can_collect, collect_sums, restore_sums_, write_sums_
 from axolotl_spft.tuner.base_weight import WRITING, Written
+from axolotl_spft.tuner.end_of_backward import at_end_of_backward
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 
@@ -78,20 +79,6 @@ class _Adapter:
         for known in self.known:
             # past torch.nn.Module's own assignment, which takes as long as launching a kernel
             known.layer.__dict__["_written"] = known.held if held else None
-
-
-class _EndOfBackward:
-    """Ends a backward pass: called by autograd after its last node, or dropped by it after an error."""
-
-    def __init__(self, end: Callable[[], None]):
-        self._end: Callable[[], None] | None = end
-
-    def __call__(self) -> None:
-        end, self._end = self._end, None
-        if end is not None:
-            end()
-
-    __del__ = __call__
 
 
 class WriteAhead:
@@ -203,7 +190,7 @@ class WriteAhead:
             if number == self._last_backward or _is_captured():
                 return
             self._last_backward, key = number, ("backward", number)
-            torch.autograd.Variable._execution_engine.queue_callback(_EndOfBackward(lambda: self._end(key)))
+            at_end_of_backward(lambda: self._end(key))
             self._begin(key)
 
     def tell_missing(self) -> None:
@@ -281,7 +268,8 @@ def _is_captured() -> bool:
 
 def _may_be_written(layer: SparseLayer, names: tuple[str, ...]) -> bool:
     return (
-        layer._written is None
+        layer.writes_ahead
+        and layer._written is None
         and layer._filled_active_adapters() == names
         and not layer._disable_adapters
         and not layer.merged_adapters

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from axolotl_spft.tools.cli import spft
+from tests.experts import N_EXPERTS, tiny_mixtral
 from tests.models import tiny_llama
 
 RUN = """
@@ -45,6 +46,21 @@ def test_json_alone_from_a_config_json_without_weights(tmp_path, base):
     assert found["estimate"]["fits"] is True and found["changes"] == []
     assert (found["run"]["engine"], found["run"]["rows"]) == ("ddp", 2)
     assert set(found["alternatives"]) == {"single", "ddp", "zero1", "zero2", "zero3"}
+
+
+def test_experts_are_counted_with_the_dense_gradient_of_one_parameter(tmp_path):
+    tiny_mixtral(num_hidden_layers=1, hidden_size=96, intermediate_size=700).config.save_pretrained(tmp_path / "base")
+    experts = RUN.replace(
+        "density: 0.05", "density: 0.05, target_parameters: [experts.gate_up_proj, experts.down_proj]"
+    )
+    without, found = (
+        json.loads(plan(tmp_path, "--json", base=str(tmp_path / "base"), text=text).stdout)["estimate"]
+        for text in (RUN, experts)
+    )
+    assert found["entries"] - without["entries"] == N_EXPERTS * 3 * 700 * 96
+    # gate and up of all experts in bf16, beside what their products keep of the tokens
+    assert found["activations"] - without["activations"] >= 2 * N_EXPERTS * 2 * 700 * 96
+    assert found["base"] == without["base"]
 
 
 def test_what_does_not_fit_is_said_with_what_to_change(tmp_path):

@@ -61,7 +61,8 @@ def test_a_layer_of_another_adapter_is_refused_by_name():
 def test_experts_in_one_parameter_are_named_with_what_to_do():
     said = (
         r"`target_modules: gate_up_proj` matches no module of the Qwen2MoeForCausalLM: "
-        r"model\.layers\.0\.mlp\.experts\.gate_up_proj is one parameter of three dimensions, \(3, 36, 28\), .*leave "
+        r"model\.layers\.0\.mlp\.experts\.gate_up_proj is one parameter of three dimensions, \(3, 36, 28\), .*name "
+        r"it in `target_parameters: \[experts\.gate_up_proj\]` instead"
     )
     for targets in (["gate_up_proj"], ["q_proj", "experts.gate_up_proj"]):
         with pytest.raises(SpftError, match=said.replace("gate_up_proj`", f"{targets[-1]}`")):

@@ -9,6 +9,7 @@ from axolotl_spft.ops.backends import cpu
 from axolotl_spft.ops.backends.dispatch import use_c, use_triton
 from axolotl_spft.ops.backends.presence import check_present
 from axolotl_spft.ops.mask.csr import Mask, positions
+from axolotl_spft.ops.weight.stacked import by_expert, memory_positions
 
 
 def write_sum_(
@@ -17,8 +18,8 @@ def write_sum_(
     """originals = weight[mask], then weight[mask] += values, rounded once.
 
     Args:
-        weight: (out_features, in_features), or (in_features, out_features) if ``transposed``; contiguous; changed in
-            place.
+        weight: (out_features, in_features), or (in_features, out_features) if ``transposed``; or experts of three
+            dimensions, see `axolotl_spft.ops.weight.stacked`; contiguous; changed in place.
         originals: (nnz) in the dtype of ``weight``; changed in place.
         values: (nnz).
         backend: see `axolotl_spft.ops.backends.dispatch`.
@@ -54,13 +55,17 @@ def _write(
     """weight[mask] += values, keeping what stood there in ``originals`` if given; = originals without ``values``."""
     check_present(mask.row_offsets, weight=weight)
     check_present(weight, originals=originals, values=values, columns=mask.columns, row_offsets=mask.row_offsets)
+    if weight.ndim == 3 and not transposed:
+        weight = weight.flatten(0, 1)
     given = [tensor for tensor in (originals, values) if tensor is not None]
-    if use_triton(backend, weight, *given):
+    # transposed experts are no matrix of rows and columns at fixed distances, which the kernels know
+    is_matrix = weight.ndim == 2
+    if is_matrix and use_triton(backend, weight, *given):
         from axolotl_spft.ops.weight import triton_scatter
 
         triton_scatter.write_(weight, mask, originals, values, transposed)
         return
-    if use_c(backend, weight, *given):
+    if is_matrix and use_c(backend, weight, *given):
         cpu.write_(weight, mask, originals, values, transposed)
         return
     at = positions_in(weight, mask, transposed)
@@ -77,6 +82,8 @@ def _write(
 
 def positions_in(weight: Tensor, mask: Mask, transposed: bool = False) -> Tensor:
     """Where the entries stand in the flattened ``weight`` as it is stored: (nnz) int64."""
+    if weight.ndim == 3:
+        return memory_positions(mask, by_expert(weight, transposed))
     return positions(mask, weight.shape[0 if transposed else 1], transposed)
 
 

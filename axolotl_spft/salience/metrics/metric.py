@@ -34,6 +34,14 @@ OF_PRODUCTS = frozenset({SQUARED_GRADIENT, INPUT_SQUARES, SYNAPTIC_FLOW, HESSIAN
 # what of one matrix depends on all the others, at the pretrained weights
 OF_ALL_MATRICES = frozenset({SYNAPTIC_FLOW, HESSIAN_GRADIENT})
 
+# need: why it cannot be had of experts that are one parameter
+NOT_OF_EXPERTS = {
+    SQUARED_GRADIENT: "squares the gradient of each example, and experts' inputs no longer tell whose tokens they are",
+    INPUT_SQUARES: "reads the inputs of each matrix, which experts that are one parameter take inside their module",
+    HESSIAN_GRADIENT: "differentiates each layer's product twice, and these experts multiply inside their module",
+    SYNAPTIC_FLOW: "runs one token through the model, which comes to a few of the experts alone",
+}
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -48,6 +56,17 @@ class Metric:
     name: str
     needs: frozenset[str]
     score: Score
+
+
+def problem_with_experts(metric: Metric, names: str) -> str | None:
+    """Why a metric cannot score the experts in ``target_parameters``, whose names are told, and what to write."""
+    for need, reason in NOT_OF_EXPERTS.items():
+        if need in metric.needs:
+            return (
+                f"`salience: {metric.name}` {reason} ({names}): use `salience: gradient` or `balanced`, or leave "
+                "`target_parameters` out"
+            )
+    return None
 
 
 def accumulators_of(needs: Collection[str]) -> int:

@@ -1,0 +1,74 @@
+"""Merges of adapters on experts, whose checkpoints hold a tensor of each expert, or of all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from axolotl_spft.checkpoint.adapter import read_adapter
+from axolotl_spft.checkpoint.base import BaseCheckpoint
+from axolotl_spft.checkpoint.merge import merge
+from axolotl_spft.checkpoint.shards import Shards
+from axolotl_spft.checkpoint.skeleton import module_shapes, skeleton
+from axolotl_spft.errors import SpftError, SpftFileError
+from axolotl_spft.inspection.inspect import inspect_files
+from axolotl_spft.ops.weight.stacked import as_matrix
+from axolotl_spft.serving import apply_adapter
+from tests.checkpoint.saved import merged_in_memory, save_adapter, save_base
+from tests.experts import EXPERT_MODELS, PARAMETERS
+
+
+def base_of(tmp_path, family: str):
+    return save_base(tmp_path / "base", lambda dtype: EXPERT_MODELS[family]("eager", dtype))
+
+
+@pytest.mark.parametrize("family", list(EXPERT_MODELS))
+def test_a_streamed_merge_is_the_merge_in_memory(tmp_path, family):
+    base = base_of(tmp_path, family)
+    by_expert = any(".experts.0." in key for key in Shards(base).file_of)
+    assert by_expert == (family != "gpt_oss")
+    adapter = save_adapter(tmp_path / "adapter", base, target_parameters=PARAMETERS)
+    saved = read_adapter(adapter)
+    experts = [name for name in saved.deltas if name.endswith(tuple(PARAMETERS))]
+    assert len(experts) == (2 if family == "deepseek_v3" else 4)
+    assert json.loads((adapter / "adapter_config.json").read_text())["target_parameters"] == PARAMETERS
+    model, plain = skeleton(base, saved.deltas), AutoModelForCausalLM.from_pretrained(base)
+    assert module_shapes(model, saved.deltas) == {name: delta.shape for name, delta in saved.deltas.items()}
+    for name in experts:
+        matrix = BaseCheckpoint(base, model).read_matrix(name)
+        assert torch.equal(matrix, as_matrix(plain.get_parameter(name), family == "gpt_oss"))
+    report = merge(adapter, tmp_path / "merged", base)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    expected = merged_in_memory(base, adapter)
+    assert [name for name in expected if not torch.equal(merged[name], expected[name])] == []
+    assert Shards(tmp_path / "merged").file_of.keys() == Shards(base).file_of.keys()
+    assert report["values"] == saved.nnz and report["matrices_measured"] == len(saved.deltas)
+    # the merge changed the experts, at their values alone
+    for name in experts:
+        assert 0 < int((merged[name] != plain.state_dict()[name]).sum()) <= saved.deltas[name].mask.nnz
+    # and they are inspected, measured against the base
+    inspected = inspect_files([adapter], base)
+    assert [figures.report.name for figures in inspected.figures[0]] == list(saved.deltas)
+    # an engine's model is not switched by it
+    before = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    with pytest.raises(SpftError, match=r"experts\.down_proj.*experts that are one parameter.*serve the merged model"):
+        apply_adapter(plain, adapter)
+    assert all(torch.equal(weight, before[name]) for name, weight in plain.state_dict().items())
+
+
+def test_the_published_form_of_gpt_oss_is_refused_as_quantized(tmp_path):
+    base = base_of(tmp_path, "gpt_oss")
+    adapter = save_adapter(tmp_path / "adapter", base, target_parameters=PARAMETERS)
+    path = next(base.glob("*.safetensors"))
+    tensors = load_file(path)
+    save_file(tensors | {"model.layers.0.mlp.experts.down_proj_blocks": torch.zeros(2, dtype=torch.uint8)}, path)
+    index = base / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())
+    weight_map["weight_map"]["model.layers.0.mlp.experts.down_proj_blocks"] = path.name
+    index.write_text(json.dumps(weight_map))
+    with pytest.raises(SpftFileError, match=r"was saved quantized .*down_proj_blocks"):
+        merge(adapter, tmp_path / "merged", base)
