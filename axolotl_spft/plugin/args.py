@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from axolotl_spft.config_rules import check_options
 from axolotl_spft.errors import SpftConfigError
 from axolotl_spft.plugin.deepspeed_json import problems_of_deepspeed
+from axolotl_spft.plugin.reselect_run import problems_of_reselect
 from axolotl_spft.plugin.salience_rules import problems_of_salience
 from axolotl_spft.trainer.prepare import OPTIMIZERS
 
@@ -88,7 +89,7 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
     options = options or {}
     problems = check_options(options)
     if not problems:
-        problems = problems_of_salience(cfg, options)
+        problems = problems_of_salience(cfg, options) + problems_of_reselect(cfg, options)
     if options.get("init_weights") is False:
         problems.append(
             "`init_weights: False` would train random values at random positions: leave it out (`salience: random` "

@@ -32,6 +32,7 @@ def add_weighted_adapter(
         num_values=1,
         target_modules=list(layers),
         mask_path=None,
+        reselect=None,
         init_weights=True,
         pattern="element",
     )
