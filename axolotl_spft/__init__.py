@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DynamicMask": "axolotl_spft.dynamic",
     "SparseAdamW": "axolotl_spft.optim",
     "SpftArgs": "axolotl_spft.plugin",
     "SpftCallback": "axolotl_spft.trainer",
@@ -22,6 +23,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DynamicMask",
     "SparseAdamW",
     "SpftArgs",
     "SpftCallback",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from axolotl_spft.dynamic import DynamicMask
     from axolotl_spft.errors import SpftError
     from axolotl_spft.optim import SparseAdamW
     from axolotl_spft.plugin import SpftArgs, SpftPlugin

@@ -86,6 +86,9 @@ class SpftConfig(PeftConfig):
     )
     seed: int | None = _option(None, "Seed of random choices; the run's seed under Axolotl, else 0.")
     mask_path: str | None = _option(None, "A saved mask: used when the file exists, else computed and saved there.")
+    reselect: dict[str, Any] | None = _option(
+        None, "Dynamic mask: {every, fraction, until, collect, drop}; see axolotl_spft/dynamic/README.md."
+    )
     init_weights: bool = _option(
         True, "True: empty until select_mask. False: random positions and values at once (for generic PEFT tests)."
     )
@@ -154,9 +157,10 @@ class SpftConfig(PeftConfig):
 
 
 RECORDED = ("nnz", "base_shapes", "mask_source")
-# options that say where an adapter's layers are, or how it begins, and nothing of how its mask is chosen
+# options that say where an adapter's layers are, how it begins or how a run changes it, and nothing of how its mask is
+# chosen
 _OF_THE_PLACE = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
-                 "modules_to_save", "mask_path", "repair_from", "init_weights")  # fmt: skip
+                 "modules_to_save", "mask_path", "repair_from", "reselect", "init_weights")  # fmt: skip
 
 
 def option_names() -> tuple[str, ...]:

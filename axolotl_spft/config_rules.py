@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_spft.metrics import METRICS, is_salience, nearest_metric
+from axolotl_spft.reselect_rules import EXAMPLE, problems_beside, problems_of_block
 
 SCOPES = ("layer", "global", "row")
 PATTERNS = ("element", "block")
@@ -83,11 +84,12 @@ _RULES = {
         lambda v: isinstance(v, str) and bool(v) and not Path(v).expanduser().is_dir(),
         "must be the path of a file, not of a folder",
     ),
+    "reselect": (lambda v: isinstance(v, Mapping), f"must be a block of keys such as {EXAMPLE}"),
     "init_weights": (lambda v: isinstance(v, bool), "must be true or false"),
 }
 _OPTIONAL = ("density", "num_values", "match_lora_rank", "density_pattern", "min_density", "max_density",
              "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-             "salience_memory_gib", "repair_from", "seed", "mask_path")  # fmt: skip
+             "salience_memory_gib", "repair_from", "seed", "mask_path", "reselect")  # fmt: skip
 
 
 def _remedy(name: str, value: Any) -> str:
@@ -146,11 +148,16 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
                 problems.append(
                     f"`{name}: {options[name]}` is not a regular expression ({error}): correct it, or list names"
                 )
+    if isinstance(options.get("reselect"), Mapping):
+        problems += problems_of_block(options["reselect"])
     budgets = [f"`{name}: {options[name]}`" for name in BUDGETS if options.get(name) is not None]
     if len(budgets) > 1:
         problems.append(f"{' and '.join(budgets)} each set the number of trained values: keep exactly one")
     # what breaks its own rule is not compared with others
-    return problems + ([] if problems else _problems_of_shares(options) + _problems_of_repair(options))
+    if problems:
+        return problems
+    of_reselect = problems_beside(options) if options.get("reselect") is not None else []
+    return _problems_of_shares(options) + _problems_of_repair(options) + of_reselect
 
 
 def _problems_of_shares(options: Mapping[str, Any]) -> list[str]:

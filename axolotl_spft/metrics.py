@@ -20,6 +20,9 @@ METRICS = {
     "random": "axolotl_spft.salience.metrics.random:score",
 }
 
+# those whose score is made of the gradient and the weight, so that a training's own backward pass gives it
+ON_THE_WAY = ("gradient", "balanced", "snip", "force", "taylor_fo", "relative")
+
 _OF_THE_USER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 

@@ -13,9 +13,9 @@ import axolotl_spft
 
 ROOT = Path(axolotl_spft.__file__).parent
 # each part may import from itself and from the parts before it
-ORDER = ["errors", "files", "tables", "module_types", "card", "budget", "metrics", "peft_type", "config_rules",
-         "config", "ops", "optim", "engine", "tuner", "checkpoint", "serving", "salience", "trainer", "inspection",
-         "plugin", "bench", "planning", "tools", "__main__"]  # fmt: skip
+ORDER = ["errors", "files", "tables", "module_types", "card", "budget", "metrics", "reselect_rules", "peft_type",
+         "config_rules", "config", "ops", "optim", "engine", "tuner", "checkpoint", "serving", "salience", "dynamic",
+         "trainer", "inspection", "plugin", "bench", "planning", "tools", "__main__"]  # fmt: skip
 FILES = sorted(
     path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.parent != ROOT
 )

@@ -32,6 +32,29 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def own_part(parameter: Tensor, rank: int) -> Tensor:
+    """The entries that this rank looks after: all, or its part of a parameter that ZeRO-3 has partitioned."""
+    if not is_partitioned(parameter):
+        return parameter.detach()
+    part = parameter.ds_tensor
+    # the last parts are padded to the length of the others
+    return part.detach().flatten()[: max(0, min(part.numel(), parameter.ds_numel - rank * part.numel()))]
+
+
+def count_of(parameter: Tensor) -> int:
+    """Entries of the whole parameter, also where ZeRO-3 has left this rank a part."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+@torch.no_grad()
+def overwrite(parameter: nn.Parameter, entries: Tensor, rank: int) -> None:
+    """Give a parameter that ZeRO-3 has partitioned other ``entries`` (its count, flat), also where it is whole now."""
+    own = own_part(parameter, rank)
+    own.copy_(entries[rank * parameter.ds_tensor.numel() :][: own.numel()])
+    if parameter.numel() == parameter.ds_numel:
+        parameter.copy_(entries.view(parameter.shape))
+
+
 def gather_as_units(model: nn.Module, *units: type[nn.Module]) -> None:
     """Let DeepSpeed's engine, made later, gather all weights below each of ``units`` whenever that module runs.
 

@@ -71,8 +71,7 @@ class SparseAdamW(torch.optim.Optimizer):
         Raises:
             SpftError: the mask under a parameter has changed since its moments were made or loaded.
         """
-        if self._moments_of != changes_made():
-            self._check_moments()
+        self.check_moments()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -106,7 +105,14 @@ class SparseAdamW(torch.optim.Optimizer):
         adamw_low_precision_(parameter, parameter.grad, *states, *_hyperparameters(group))
         return True
 
-    def _check_moments(self) -> None:
+    def check_moments(self) -> None:
+        """Check that the moments belong to the masks of now.
+
+        Raises:
+            SpftError: the mask under a parameter has changed since its moments were made or loaded.
+        """
+        if self._moments_of == changes_made():
+            return
         if self._moments_of is not None:
             for group in self.param_groups:
                 for parameter in group["params"]:
@@ -116,6 +122,13 @@ class SparseAdamW(torch.optim.Optimizer):
                             "the optimizer's moments belong to positions of before another mask was loaded: load the "
                             "optimizer state that was saved with the mask, after it, or make a new optimizer"
                         )
+        self._moments_of = changes_made()
+
+    def keep_moments(self, slots: Mapping[str, Slot]) -> None:
+        """Say that the moments were brought to the masks of now, whose ``slots`` are saved with them from now on."""
+        for group in self.param_groups:
+            if group["slots"] is not None:
+                group["slots"] = {**group["slots"], **slots}
         self._moments_of = changes_made()
 
     def _state_of(self, parameter: nn.Parameter, state_bits: int) -> dict[str, Tensor]:

@@ -115,8 +115,11 @@ class SpftPlugin(BasePlugin):
             autocast["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
             model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **autocast)
-            for warning in options_not_read(cfg.spft or {}, model.peft_config[model.active_adapter]):
+            saved = model.peft_config[model.active_adapter]
+            for warning in options_not_read(cfg.spft or {}, saved):
                 LOG.warning("%s", warning)
+            # how its mask goes on is this run's choice
+            saved.reselect = config.reselect
         else:
             model = get_peft_model(model, config, **autocast)
         if cfg.merge_lora and getattr(model.base_model.model, "generation_config", None) is None:

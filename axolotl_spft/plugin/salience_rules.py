@@ -33,7 +33,7 @@ def problems_of_salience(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> 
     problems, steps, memory = [], options.get("score_after"), options.get("salience_memory_gib")
     if found:
         problems.append(found)
-    if steps and _stage_of(cfg) == 3:
+    if steps and stage_of(cfg) == 3:
         problems.append(
             f"`score_after: {steps}` trains before DeepSpeed's engine exists, when ZeRO-3 has partitioned the weights "
             "already: use ZeRO-1, ZeRO-2 or DDP, or make the mask there and name it in `mask_path`"
@@ -63,12 +63,13 @@ def _has_its_mask(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
     return saved or (mask is not None and Path(mask).expanduser().is_file())
 
 
-def _stage_of(cfg: Mapping[str, Any]) -> int:
+def stage_of(cfg: Mapping[str, Any]) -> int | None:
+    """The ZeRO stage of the run; None without DeepSpeed."""
     try:
-        return zero_stage(read_deepspeed_json(cfg["deepspeed"])) if cfg.get("deepspeed") else 0
+        return zero_stage(read_deepspeed_json(cfg["deepspeed"])) if cfg.get("deepspeed") else None
     except (AttributeError, TypeError, ValueError):
         # told by the rules of DeepSpeed's own configuration
-        return 0
+        return None
 
 
 def kind_of_base(cfg: Mapping[str, Any]) -> str | None:

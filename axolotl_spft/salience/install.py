@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import Mask
+from axolotl_spft.optim.mask_changes import Slot
 from axolotl_spft.tuner.load import record_mask
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import mask_checksum, slots_of, spft_layers
@@ -45,7 +46,15 @@ def retire_empty_values(model: nn.Module) -> None:
 
 
 def check_same_mask(model: nn.Module, ranks: Ranks, adapter_name: str | None = None) -> str:
+    """Check that all ranks hold the same mask, and return its checksum, as `check_same_slots` does."""
+    return check_same_slots(slots_of(adapted_layers(model), adapter_name or model.active_adapter), ranks)
+
+
+def check_same_slots(slots: Mapping[str, Slot], ranks: Ranks) -> str:
     """Check that all ranks hold the same mask.
+
+    Args:
+        slots: of the mask, from `slots_of`.
 
     Returns:
         Its checksum, of `mask_checksum`.
@@ -53,7 +62,7 @@ def check_same_mask(model: nn.Module, ranks: Ranks, adapter_name: str | None = N
     Raises:
         SpftError: on every rank, when one differs.
     """
-    checksum = mask_checksum(slots_of(adapted_layers(model), adapter_name or model.active_adapter))
+    checksum = mask_checksum(slots)
     mine = torch.tensor([int(checksum[start : start + 8], 16) for start in range(0, 64, 8)])
     if (ranks.gather_numbers(mine) != mine).any():
         raise SpftError(

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from axolotl_spft.dynamic.history import FILE
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.files import check_safetensors
 
@@ -17,13 +18,20 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 class RunRecord(TrainerCallback, ExportableState):
-    """Records in every checkpoint's ``trainer_state.json`` how many ranks and which engine made it."""
+    """Records in every checkpoint's ``trainer_state.json`` how many ranks and which engine made it.
 
-    def __init__(self, world: int, engine: str):
-        self.world, self.engine = world, engine
+    Args:
+        reselects: whether the run's mask changes, of which its checkpoints hold a file more.
+    """
+
+    def __init__(self, world: int, engine: str, reselects: bool = False):
+        self.world, self.engine, self.reselects = world, engine, reselects
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"world": self.world, "engine": self.engine}, "attributes": {}}
+        return {
+            "args": {"world": self.world, "engine": self.engine, "reselects": self.reselects},
+            "attributes": {},
+        }
 
 
 def check_checkpoint(checkpoint: Path, world: int, engine: str, remedy: str) -> None:
@@ -43,7 +51,7 @@ def check_checkpoint(checkpoint: Path, world: int, engine: str, remedy: str) -> 
             "`resume_from_checkpoint`, or delete this folder"
         )
     made_by = _recorded_run(checkpoint)
-    if made_by and made_by != {"world": world, "engine": engine}:
+    if made_by and (made_by["world"], made_by["engine"]) != (world, engine):
         raise SpftError(
             f"{checkpoint} was made by {made_by['world']} ranks under {made_by['engine']}, but this run has "
             f"{world} under {engine}: start it as it was, or {remedy}"
@@ -82,6 +90,8 @@ def _missing_files(checkpoint: Path) -> list[str]:
     if not by_deepspeed:
         # with DeepSpeed a schedule of its own is in its files
         expected += ["optimizer.pt", "scheduler.pt"]
+    if made_by and made_by.get("reselects"):
+        expected.append(FILE)
     missing = [name for name in expected if not (checkpoint / name).is_file()]
     return missing + (_missing_of_deepspeed(checkpoint, world) if by_deepspeed else [])
 

@@ -9,6 +9,7 @@ from torch import nn
 from axolotl_spft.budget import total_budget
 from axolotl_spft.engine.memory import MemoryPerRank, memory_per_rank
 from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.engine.zero3 import count_of
 from axolotl_spft.salience.collect import should_share_rows
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.salience.metrics.metric import accumulators_of, load_metric
@@ -39,7 +40,7 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
     accumulators = 0 if held else accumulators_of(load_metric(config.salience).needs)
     low_precision = engine.startswith("zero") and (args.bf16 or args.fp16)
     return memory_per_rank(
-        base_bytes=sum(_numel(parameter) * parameter.element_size() for parameter in frozen),
+        base_bytes=sum(count_of(parameter) * parameter.element_size() for parameter in frozen),
         shapes=shapes,
         nnz=held or total_budget(shapes, **config.budget(list(named))),
         value_bytes=2 if low_precision else first.spft_values[adapter].element_size(),
@@ -48,7 +49,7 @@ def memory_of_run(model: nn.Module, args: Any, engine: str, ranks: Ranks, state_
         world=ranks.world,
         state_bits=state_bits,
         buckets=_bucket_elements(args),
-        others=(sum(map(_numel, others)), 2 if low_precision or not others else others[0].element_size()),
+        others=(sum(map(count_of, others)), 2 if low_precision or not others else others[0].element_size()),
         accumulators=accumulators,
         shares_rows=should_share_rows(named, ranks, accumulators, config.salience_memory_gib),
     )
@@ -68,8 +69,3 @@ def _bucket_elements(args: Any) -> int:
     size = zero.get("reduce_bucket_size", 500_000_000) if zero.get("stage") else 0
     # "auto" until the engine is made: then the square of the hidden size, a few million
     return (2 if zero.get("overlap_comm") else 1) * size if isinstance(size, int) else 0
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    """Entries of the whole parameter, also where ZeRO-3 has left this rank a part."""
-    return getattr(parameter, "ds_numel", parameter.numel())

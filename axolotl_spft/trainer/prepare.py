@@ -15,6 +15,7 @@ from axolotl_spft.salience.install import adapted_layers, check_same_mask, retir
 from axolotl_spft.trainer.checkpoints import RunRecord
 from axolotl_spft.trainer.memory import memory_of_run
 from axolotl_spft.trainer.model_card import keep_section_of_card
+from axolotl_spft.trainer.reselection import add_reselections, check_reselect
 from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of, select_mask_with_trainer
 from axolotl_spft.trainer.saved_adapter import (
     compare_with_repaired_start,
@@ -49,6 +50,9 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     """
     model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
     is_saved = has_mask(model)
+    reselect = model.peft_config[model.active_adapter].reselect is not None
+    if reselect:
+        check_reselect(trainer, model.peft_config[model.active_adapter], engine, optimizer in OPTIMIZERS)
     if has_reference(model) and is_saved:
         copy_to_reference(model)
     if checkpoint:
@@ -73,11 +77,13 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         for layer in adapted_layers(model).values():
             for reader in layer.readers:
                 gather_beside(reader, layer.spft_values.parameters())
-    trainer.add_callback(RunRecord(ranks.world, engine))
+    trainer.add_callback(RunRecord(ranks.world, engine, reselect))
     if optimizer in OPTIMIZERS:
         slots = slots_of(adapted_layers(model), model.active_adapter)
         trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args, OPTIMIZERS[optimizer], slots)
     watch_training(trainer, model, ranks)
+    if reselect:
+        add_reselections(trainer, model, checkpoint, say)
     keep_section_of_card(trainer)
 
 

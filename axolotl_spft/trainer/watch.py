@@ -6,10 +6,10 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.engine.zero3 import gathered, is_partitioned
+from axolotl_spft.engine.zero3 import gathered, is_partitioned, own_part
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner.layer import SpftLinear
 
@@ -66,7 +66,7 @@ class Watch:
         for name, layer in self.layers.items():
             values = layer.spft_values[self.adapter]
             partitioned |= is_partitioned(values)
-            squares[_kind(name)] += _own_part(values, self.ranks.rank).to(torch.float32).square().sum()
+            squares[_kind(name)] += own_part(values, self.ranks.rank).to(torch.float32).square().sum()
             if layer.in_place and not layer.merged:
                 layer.revert()
                 originals = layer.stored_weight.take(layer.storage_positions(layer.mask(self.adapter)))
@@ -97,15 +97,6 @@ def _square_of_weight(layer: SpftLinear) -> float:
     weight = layer.stored_weight
     with gathered([weight] if is_partitioned(weight) else []):
         return float(layer.read_weight().to(torch.float32).square().sum())
-
-
-def _own_part(values: Tensor, rank: int) -> Tensor:
-    """The values that this rank looks after: all, or its part of those that ZeRO-3 has partitioned."""
-    if not is_partitioned(values):
-        return values.detach()
-    part = values.ds_tensor
-    # the last parts are padded to the length of the others
-    return part.detach().flatten()[: max(0, min(part.numel(), values.ds_numel - rank * part.numel()))]
 
 
 def _kind(name: str) -> str:

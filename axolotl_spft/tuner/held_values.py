@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from axolotl_spft.engine.zero3 import is_partitioned
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.engine.zero3 import count_of, is_partitioned, overwrite
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import slot_of
 from axolotl_spft.optim.mask_changes import Slot, note_change, note_replacement
@@ -48,11 +49,11 @@ def hold_values(layer: nn.Module, adapter_name: str, values: Tensor) -> None:
         # the adapter is new, or its empty values were retired: nothing says yet whether they are trained
         parameters[adapter_name] = nn.Parameter(values, requires_grad=adapter_name in layer.active_adapters)
         return
-    same_count = old.numel() == values.numel()
+    same_count = count_of(old) == values.numel()
     if not same_count and (is_partitioned(old) or hasattr(old, "_hp_mapping")):
         raise SpftError(
             f"the mask of adapter `{adapter_name}` has {values.numel()} values in a layer where DeepSpeed's engine "
-            f"holds {old.numel()}: select or load it before the engine is made"
+            f"holds {count_of(old)}: select or load it before the engine is made"
         )
     alike = (old.device, old.dtype) == (values.device, values.dtype) and not old.is_inference()
     if alike and (same_count or not old.numel()):
@@ -72,6 +73,9 @@ def _slot(layer: weakref.ref[nn.Module], adapter_name: str) -> Slot | None:
 @torch.no_grad()
 def _hold(parameter: nn.Parameter, values: Tensor) -> None:
     parameter.grad = None
+    if is_partitioned(parameter):
+        overwrite(parameter, values, Ranks.current().rank)
+        return
     if parameter.numel() != values.numel():
         parameter.data = torch.empty_like(values)
     # not by .data: autograd has to see the change

@@ -57,6 +57,7 @@ def add_weighted_adapter(
         target_modules=[name for name, layer in layers.items() if not isinstance(layer, ExpertMatrix)],
         target_parameters=[name for name, layer in layers.items() if isinstance(layer, ExpertMatrix)] or None,
         mask_path=None,
+        reselect=None,
         init_weights=True,
         pattern="element",
     )

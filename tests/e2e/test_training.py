@@ -277,7 +277,7 @@ def test_all_problems_of_a_config_come_at_once_before_the_model_loads(workspace)
         workspace,
         "bad",
         base_model=str(workspace / "no_such_model"),
-        spft={"densty": 1, "density": 2, "num_values": 4, "reselect": {"every": 5}},
+        spft={"densty": 1, "density": 2, "num_values": 4, "reselct": {"every": 5}},
         lora_r=8,
     )
     done = run_axolotl("train", config, check=False)
@@ -286,7 +286,7 @@ def test_all_problems_of_a_config_come_at_once_before_the_model_loads(workspace)
         "unknown key `densty`: did you mean `density`?",
         "`density: 2` must be a number in (0, 1]",
         "keep exactly one",
-        "unknown key `reselect`",
+        "unknown key `reselct`: did you mean `reselect`?",
         "`lora_r: 8` has no meaning",
     ):
         assert part in done.stdout

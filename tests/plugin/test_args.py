@@ -18,7 +18,13 @@ OWN = "tests.salience.metrics.own"
 GOOD = {"adapter": "spft", "optimizer": "sparse_adamw", "output_dir": "out"}
 
 
-@pytest.mark.parametrize("options", [None, {}, {"density": 0.01}, {"num_values": 10, "target_modules": ["q_proj"]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        None, {}, {"density": 0.01}, {"num_values": 10, "target_modules": ["q_proj"]},
+        {"reselect": {"every": 200, "fraction": 0.2, "until": 0.75}}, {"reselect": {"every": 1, "drop": "value"}},
+    ],
+)  # fmt: skip
 def test_good_configurations_pass(options):
     assert check_run({**GOOD, "spft": options}) == []
     assert SpftArgs(**GOOD, spft=options).spft == options
@@ -30,7 +36,40 @@ def test_good_configurations_pass(options):
         ({"adapter": "lora", "spft": {}}, ["the block `spft` needs `adapter: spft`", "sparse_adamw` needs"]),
         ({"spft": 3}, ["`spft: 3` must be a block of keys"]),
         ({"spft": {"density": 3}}, ["`density: 3` must be a number in (0, 1]"]),
-        ({"spft": {"reselect": {}}}, ["unknown key `reselect`", ", ".join(option_names())]),
+        ({"spft": {"re_select": {}}}, ["unknown key `re_select`: did you mean `reselect`", ", ".join(option_names())]),
+        ({"spft": {"reselect": 200}}, ["`reselect: 200` must be a block of keys such as {every: 200"]),
+        (
+            {"spft": {"reselect": {"fractoin": 0.2, "until": 2, "collect": 0, "drop": "all"}}},
+            [
+                "`reselect` has the unknown key `fractoin`: did you mean `fraction`",
+                "`reselect` needs `every`",
+                "`reselect.until: 2` must be a number in [0, 1]",
+                "`reselect.collect: 0` must be a whole number",
+                "`reselect.drop: all` must be value or value_gradient",
+            ],
+        ),
+        ({"spft": {"reselect": {"every": 9}, "salience": "magnitude"}}, ["`salience: magnitude` is not made of these"]),
+        (
+            {"spft": {"reselect": {"every": 9}, "salience": f"{OWN}:by_inputs"}},
+            [f"`salience: {OWN}:by_inputs` needs input_squares, weight: use one made of the gradient"],
+        ),
+        ({"spft": {"reselect": {"every": 9}, "pattern": "block"}}, ["tear the blocks of `pattern: block`"]),
+        (
+            {"spft": {"reselect": {"every": 9, "collect": 3}}, "micro_batch_size": 2, "batch_size": 4},
+            ["`reselect.collect: 3` is more than the 2 micro-batches", "`gradient_accumulation_steps`"],
+        ),
+        (
+            {"spft": {"reselect": {"every": 9}}, "torch_compile": True},
+            ["`reselect` reads gradients", "`torch_compile` out"],
+        ),
+        (
+            {"spft": {"reselect": {"every": 9}}, "optimizer": "adafactor"},
+            ["which `adafactor` has not: use sparse_adamw"],
+        ),
+        (
+            {"spft": {"reselect": {"every": 9}}, "deepspeed": {"zero_optimization": {"stage": 0}}},
+            ["`reselect` does not know DeepSpeed's optimizer at stage 0"],
+        ),
         (
             {"optimizer": "sparse_adam"},
             ["`optimizer: sparse_adam` must be sparse_adamw or sparse_adamw_8bit or a"],

@@ -1,0 +1,124 @@
+"""Keeps what the dense gradients of frozen weights are made of, and makes them later, one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.errors import SpftError
+from axolotl_spft.ops.backends.products import matmul
+from axolotl_spft.salience.collect import device_of, devices_of
+from axolotl_spft.tuner.layer import SpftLinear
+
+
+class _Input:
+    """The input x of some layers, one after the other, that is to be kept once."""
+
+    def __init__(self, x: Tensor):
+        self.given, self.version, self.kept = x.detach(), x._version, None
+
+    def is_of(self, x: Tensor) -> bool:
+        given = self.given
+        return (
+            given is not None
+            and (given.data_ptr(), given.shape, given.stride()) == (x.data_ptr(), x.shape, x.stride())
+            and self.version == x._version
+        )
+
+
+class Collector:
+    """The inputs X and the output gradients dY of linear layers, of every backward pass between `start` and `stop`.
+
+    Of a layer dW = sum of dY^T X over these passes. What is kept takes (in_features + out_features) numbers a token and
+    layer, with layers that read one x counted once: on a GPU as long as half of its free memory holds them, then on the
+    host.
+
+    Args:
+        layers: by name.
+        adapter_name: passes in which another adapter is active, or none, are left out.
+    """
+
+    def __init__(self, layers: Mapping[str, SpftLinear], adapter_name: str):
+        self.layers, self.adapter_name = layers, adapter_name
+        self._pairs: dict[str, list[tuple[_Input, Tensor]]] = {name: [] for name in layers}
+        self._handles: list = []
+        self._room: dict[torch.device, int] = {}
+        self._last: _Input | None = None
+
+    def start(self) -> None:
+        """Begin, or go on; does nothing while it collects."""
+        if self._handles:
+            return
+        if not any(self.passes()):
+            on_gpus = [device for device in devices_of(self.layers) if device.type == "cuda"]
+            self._room = {device: torch.cuda.mem_get_info(device)[0] // 2 for device in on_gpus}
+        self._handles = [
+            layer.register_forward_hook(partial(self._after_forward, name)) for name, layer in self.layers.items()
+        ]
+
+    def stop(self) -> None:
+        """End collecting; what was collected stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._last = [], None
+
+    def forget(self) -> None:
+        """Let go of what was collected."""
+        self._pairs = {name: [] for name in self.layers}
+
+    def passes(self) -> list[int]:
+        """How many backward passes of each layer were collected."""
+        return [len(pairs) for pairs in self._pairs.values()]
+
+    def take_gradient(self, name: str, ranks: Ranks) -> Tensor:
+        """This rank's rows of dW, summed over all ranks, which must all ask: (rows, in_features) float32.
+
+        At a time there is the part of one rank. What it was made of is let go.
+        """
+        layer, mine = self.layers[name], None
+        device = device_of(layer)
+        pairs = [(held.kept.to(device), grad_y.to(device)) for held, grad_y in self._pairs[name]]
+        self._pairs[name] = []
+        for rank in range(ranks.world):
+            rows = ranks.rows(layer.out_features, rank)
+            total = torch.zeros(rows.stop - rows.start, layer.in_features, dtype=torch.float32, device=device)
+            for x, grad_y in pairs:
+                total.add_(matmul(grad_y[:, rows].t(), x.to(grad_y.dtype)))
+            ranks.sum_to_(total, rank)
+            if rank == ranks.rank:
+                mine = total
+        return mine
+
+    def _after_forward(self, name: str, layer: SpftLinear, args: tuple, y: Tensor) -> None:
+        if not torch.is_grad_enabled() or not y.requires_grad or layer.disable_adapters or layer.merged:
+            return
+        if self.adapter_name not in layer._filled_active_adapters():
+            return
+        if not layer.spft_values._parameters[self.adapter_name].requires_grad:
+            return
+        x = args[0]
+        if self._last is None or not self._last.is_of(x):
+            self._last = _Input(x)
+        held = self._last
+        y.register_hook(lambda grad_y: self._keep(name, held, grad_y))
+
+    def _keep(self, name: str, held: _Input, grad_y: Tensor) -> None:
+        if held.kept is None:
+            if held.given._version != held.version:
+                raise SpftError(
+                    f"the model changes the input of {name} in place after that layer has read it, so that the "
+                    "gradient of its weight cannot be had: name the layer in `exclude_modules`, or leave `reselect` out"
+                )
+            held.kept, held.given = self._placed(held.given), None
+        self._pairs[name].append((held, self._placed(grad_y.detach())))
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.reshape(-1, tensor.shape[-1])
+        if tensor.device not in self._room:
+            return tensor
+        self._room[tensor.device] -= tensor.nbytes
+        return tensor if self._room[tensor.device] >= 0 else tensor.to("cpu")
