@@ -1,8 +1,8 @@
 """`PeftMixedModel` takes sparse adapters beside those of other methods: LoRA and SPFT in one model, on any modules.
 
-PEFT's `MixedModel` (0.20) knows a closed list of methods, which `register_peft_method` does not extend. Importing this
-file replaces, in PEFT's modules, that class by the one below, and adds SPFT to the three lists beside it. The test of
-the same name shows that PEFT's own class refuses an `SpftConfig`.
+PEFT's `MixedModel` (0.20) knows a closed list of methods, which `register_peft_method` does not extend. What is
+registered here replaces, in PEFT's modules, that class by the one below, and adds SPFT to the lists of methods beside
+it. The test of the same name shows that PEFT's own class refuses an `SpftConfig`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import peft.mixed_model
 import peft.tuners.mixed
+from peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 from peft.tuners.mixed import model as mixed
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
@@ -116,13 +117,10 @@ class SparseMixedModel(mixed.MixedModel, SpftModel):
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
 
-def _let_in() -> None:
+def register_in_mixed_models() -> None:
+    """Let `PeftMixedModel` take sparse adapters, once `register_peft_method` knows them."""
     types = (*mixed.COMPATIBLE_TUNER_TYPES, SPFT)
     mixed.COMPATIBLE_TUNER_TYPES = peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = types
     mixed.PREFIXES.append(SpftModel.prefix)
     mixed.Layers = (*mixed.Layers, SparseLayer)
-    peft.mixed_model.MixedModel = SparseMixedModel
-
-
-if SPFT not in mixed.COMPATIBLE_TUNER_TYPES:
-    _let_in()
+    peft.mixed_model.MixedModel = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[SPFT] = SparseMixedModel

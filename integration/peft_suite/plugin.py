@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -74,12 +78,22 @@ def method_of(item: pytest.Item) -> str | None:
     return next((name for name, config in METHODS.items() if any(value is config for value in values)), None)
 
 
+def _stand_in_for_diffusers() -> None:
+    """The common code of the tests imports it for pipelines of pictures, which no test here runs."""
+    if find_spec("diffusers") is None:
+        module = ModuleType("diffusers")
+        module.__spec__ = ModuleSpec("diffusers", None)
+        module.StableDiffusionPipeline = None
+        sys.modules["diffusers"] = module
+
+
 @contextmanager
 def _from_the_cache(_: str) -> Iterator[None]:
     yield
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
+    _stand_in_for_diffusers()
     # PEFT's own goes online for the first use of each model
     import tests.testing_utils
 
