@@ -30,6 +30,11 @@ _OF_SHIRA = ("r", "random_seed", "mask_type")
 _BESIDE = {
     "test_quantization.py": {"target_modules": ["q_proj", "v_proj"], "density": 0.01, "init_weights": False},
 }
+# of those of batches with several adapters, by the names of the parameters: names of the case, and the modules of each
+_ADAPTERS = {
+    ("test_name", "config0", "config1"): (("SPFT", "lin0", "lin0"), ("SPFT of different layers", "lin0", "lin1")),
+    ("test_name", "config"): (("SPFT", "lin0"),),
+}
 _records: dict[str, dict[str, str]] = {}
 
 
@@ -69,13 +74,19 @@ def add_cases(names: list[str], cases: list[Any], file: str) -> None:
     new = [counterpart(case) for case in cases]
     if not any(case is not None for case in new) and names == ["config_cls", "config_kwargs"] and file in _BESIDE:
         new = [(SpftConfig, _BESIDE[file])]
+    for title, *modules in _ADAPTERS.get(tuple(names), ()):
+        configs = [SpftConfig(density=0.2, target_modules=[module], init_weights=False) for module in modules]
+        new.append((title, *configs))
     cases.extend(case for case in new if case is not None)
 
 
 def method_of(item: pytest.Item) -> str | None:
     """The method that a test is run with, of `METHODS`."""
     values = getattr(getattr(item, "callspec", None), "params", {}).values()
-    return next((name for name, config in METHODS.items() if any(value is config for value in values)), None)
+    for name, config in METHODS.items():
+        if any(value is config or isinstance(value, config) for value in values):
+            return name
+    return None
 
 
 def _stand_in_for_diffusers() -> None:
@@ -83,7 +94,7 @@ def _stand_in_for_diffusers() -> None:
     if find_spec("diffusers") is None:
         module = ModuleType("diffusers")
         module.__spec__ = ModuleSpec("diffusers", None)
-        module.StableDiffusionPipeline = None
+        module.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
         sys.modules["diffusers"] = module
 
 
@@ -132,7 +143,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     record["outcome"] = report.outcome
     if report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
-        record["said"] = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0][:300]
+        said = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0]
+        # of a bare assertion, what is asserted
+        asserted = [line[1:].strip() for line in report.longreprtext.splitlines() if line.startswith(">")]
+        record["said"] = (f"{said}: {asserted[-1]}" if said == "AssertionError" and asserted else said)[:300]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
