@@ -134,7 +134,8 @@ class SpftModel(BaseTuner):
         _mark_shared_inputs(model)
         self._write_ahead(model)
         self._refuse_training_without_mask(model)
-        if not config.init_weights and not config.is_saved:
+        # on the meta device, values are about to be loaded
+        if not config.init_weights and not config.is_saved and not kwargs.get("low_cpu_mem_usage"):
             self._fill_randomly(adapter_name, config)
         # what the model holds from now on is a record of its own, which another adapter does not begin with
         config.is_saved = False

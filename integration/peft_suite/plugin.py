@@ -35,6 +35,9 @@ _ADAPTERS = {
     ("test_name", "config0", "config1"): (("SPFT", "lin0", "lin0"), ("SPFT of different layers", "lin0", "lin1")),
     ("test_name", "config"): (("SPFT", "lin0"),),
 }
+# others of them are about modules and combinations of LoRA's own
+_OF_ANY_METHOD = ("_mlp", "_different_target_layers", "_length_mismatch_raises", "_training_mode_raises", "_disabled",
+                  "_merged_raises", "_wrong_adapter_name_raises")  # fmt: skip
 _records: dict[str, dict[str, str]] = {}
 
 
@@ -69,12 +72,12 @@ def options_of(options: dict[str, Any]) -> dict[str, Any]:
     return {**kept, **budget, "init_weights": False}
 
 
-def add_cases(names: list[str], cases: list[Any], file: str) -> None:
-    """Put our case behind each one of SHiRA, or into a list of methods and options that has none of them."""
+def add_cases(names: list[str], cases: list[Any], file: str, test: str) -> None:
+    """Put our case behind each one of SHiRA, or into a list of methods or adapters that has none of them."""
     new = [counterpart(case) for case in cases]
     if not any(case is not None for case in new) and names == ["config_cls", "config_kwargs"] and file in _BESIDE:
         new = [(SpftConfig, _BESIDE[file])]
-    for title, *modules in _ADAPTERS.get(tuple(names), ()):
+    for title, *modules in _ADAPTERS.get(tuple(names), ()) if test.endswith(_OF_ANY_METHOD) else ():
         configs = [SpftConfig(density=0.2, target_modules=[module], init_weights=False) for module in modules]
         new.append((title, *configs))
     cases.extend(case for case in new if case is not None)
@@ -124,7 +127,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if isinstance(cases, list) and not any(cases is other for other in extended):
             extended.append(cases)
             names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-            add_cases(names, cases, metafunc.definition.path.name)
+            add_cases(names, cases, metafunc.definition.path.name, metafunc.definition.name)
 
 
 @pytest.hookimpl(trylast=True)

@@ -28,12 +28,16 @@ def test_a_case_of_shira_has_one_of_ours():
 
 def test_ours_are_put_behind_theirs():
     cases = [(LoraConfig, {}), (ShiraConfig, {"r": 2})]
-    add_cases(["config_cls", "config_kwargs"], cases, "test_decoder_models.py")
+    add_cases(["config_cls", "config_kwargs"], cases, "test_decoder_models.py", "test_x")
     assert [config for config, _ in cases] == [LoraConfig, ShiraConfig, SpftConfig]
     # where PEFT tests other methods alone
     for file, number in (("test_quantization.py", 2), ("test_other.py", 1)):
         cases = [(LoraConfig, {})]
-        add_cases(["config_cls", "config_kwargs"], cases, file)
+        add_cases(["config_cls", "config_kwargs"], cases, file, "test_x")
+        assert len(cases) == number
+    for test, number in (("test_mixed_adapter_batches_mlp", 2), ("test_mixed_adapter_batches_lora_conv2d", 0)):
+        cases = []
+        add_cases(["test_name", "config0", "config1"], cases, "test_custom_models.py", test)
         assert len(cases) == number
 
 
