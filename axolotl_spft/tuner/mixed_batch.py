@@ -28,28 +28,36 @@ _ROUTED = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 
 @contextmanager
 def adapters_by_row(
-    model: nn.Module, layers: Mapping[str, SparseLayer], adapter_names: Sequence[str], args: tuple, kwargs: Mapping
+    tuner: nn.Module, layers: Mapping[str, SparseLayer], adapter_names: Sequence[str], args: tuple, kwargs: Mapping
 ) -> Iterator[None]:
     """Within the block each row of a batch is computed with the adapter that stands at its place.
 
     Args:
-        model: the base model with sparse layers.
-        layers: those layers, by name.
+        tuner: the `SpftModel`, in evaluation.
+        layers: its sparse layers, by name.
         adapter_names: one for each row of the batch; ``__base__`` for a row that none changes.
         args, kwargs: what the model, or its ``generate``, is about to be called with.
 
     Raises:
         SpftError: the model is in train mode, an adapter is merged, there is no such adapter, or not one for each row.
     """
-    problem = _problem_of(model, layers, adapter_names, args, kwargs)
+    problem = _problem_of(tuner.model, layers, adapter_names, args, kwargs)
     if problem:
         raise SpftError(problem)
 
     def give_names(_: nn.Module, inputs: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return inputs, {**options, "adapter_names": adapter_names}
 
+    def check_length(_: nn.Module, inputs: tuple, options: Mapping[str, Any]) -> None:
+        batch = _batch_of(inputs, options)
+        if batch is not None and len(batch) != len(adapter_names):
+            raise SpftError(_mismatch(adapter_names, batch))
+
     with ExitStack() as hooks:
-        for module in model.modules():
+        # PEFT's models of a task keep the batch from the arguments that are known here; `generate` passes this by,
+        # and may have several rows of each example
+        hooks.callback(tuner.register_forward_pre_hook(check_length, with_kwargs=True).remove)
+        for module in tuner.model.modules():
             if getattr(module, "mixes_rows", False):
                 hooks.callback(module.register_forward_pre_hook(give_names, with_kwargs=True).remove)
             elif isinstance(module, AuxiliaryTrainingWrapper):

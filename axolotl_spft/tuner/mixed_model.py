@@ -12,6 +12,7 @@ from typing import Any
 import peft.mixed_model
 import peft.tuners.mixed
 from peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.mixed import model as mixed
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
@@ -22,6 +23,7 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.peft_type import SPFT
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.model import SpftModel
+from axolotl_spft.tuner.record import NAME as RECORD
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import spft_layers
 from axolotl_spft.tuner.targets import check_target
@@ -39,7 +41,15 @@ class SparseMixedModel(mixed.MixedModel, SpftModel):
     tuner_layer_cls = BaseTunerLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self.peft_config[adapter_name], SpftConfig):
+        config = self.peft_config[adapter_name]
+        if RECORD not in self._modules:
+            self.spft_record = BufferDict(persistent=True)
+        if isinstance(config, SpftConfig):
+            if config.target_parameters:
+                raise SpftError(
+                    f"`target_parameters: {list(config.target_parameters)}` are not adapted in a mixed model: use "
+                    "`get_peft_model(model, config)` without `mixed`, or leave them out"
+                )
             # PEFT gives the PeftMixedModel, in which names are others and nothing tells the output head
             super().inject_adapter(self.model, adapter_name, *args, **kwargs)
         else:
@@ -55,6 +65,10 @@ class SparseMixedModel(mixed.MixedModel, SpftModel):
             BaseTuner._check_new_adapter_config(self, config)
         else:
             super()._check_new_adapter_config(config)
+
+    def _inject_parameters(self, *args: Any, **kwargs: Any) -> None:
+        # of other methods alone
+        BaseTuner._inject_parameters(self, *args, **kwargs)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         if isinstance(peft_config, SpftConfig):
@@ -108,8 +122,7 @@ class SparseMixedModel(mixed.MixedModel, SpftModel):
         super().delete_adapter(adapter_name)
         for name in names:
             self._has_dtype.discard(name)
-            if name in getattr(self, "spft_record", ()):
-                self.spft_record._buffers.pop(name)
+            self.spft_record._buffers.pop(name, None)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         for handle in self._guards:

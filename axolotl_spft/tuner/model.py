@@ -226,7 +226,7 @@ class SpftModel(BaseTuner):
         adapter_names = kwargs.pop("adapter_names", None)
         with ExitStack() as stack:
             if adapter_names is not None:
-                stack.enter_context(adapters_by_row(self.model, spft_layers(self.model), adapter_names, args, kwargs))
+                stack.enter_context(adapters_by_row(self, spft_layers(self.model), adapter_names, args, kwargs))
                 if self._ahead is not None:
                     stack.enter_context(self._ahead.paused())
             yield

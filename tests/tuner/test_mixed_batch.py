@@ -125,11 +125,13 @@ def test_modules_to_save_of_each_row():
         assert_rows_are_those_of(expected, model(**rows(), adapter_names=NAMES).logits, 1e-5)
 
 
-def test_what_cannot_be_is_refused_by_name():
-    model = with_two(tiny_llama())
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_what_cannot_be_is_refused_by_name(task_type):
+    model = with_two(tiny_llama(), task_type=task_type)
     for names, said in (
         (["a"] * 4, r"Length of `adapter_names` should be .* got 4 and 5"),
         (["a"] * 10, r"Length of `adapter_names` should be .* got 10 and 5"),
+        (["a"], r"Length of `adapter_names` should be .* got 1 and 5"),
         (["a", "c", "d", "a", "b"], r"non-existing adapter\(s\): c, d"),
         ("a", r"`adapter_names: 'a'` must be a list"),
         ([], r"`adapter_names: \[\]` must be a list"),
@@ -138,7 +140,9 @@ def test_what_cannot_be_is_refused_by_name():
             model(**rows(), adapter_names=names)
     with pytest.raises(SpftError, match="when the model is in training mode"):
         model.train()(**rows(), adapter_names=NAMES)
-    model.eval().merge_adapter(["b"])
+    with pytest.raises(SpftError, match=r"Length of `adapter_names` should be .* got 1 and 5"):
+        model.eval().generate(**rows(), adapter_names=["a"], max_new_tokens=1)
+    model.merge_adapter(["b"])
     with pytest.raises(SpftError, match="when there are merged adapters, please call `unmerge_adapter` first"):
         model(**rows(), adapter_names=NAMES)
     model.unmerge_adapter()

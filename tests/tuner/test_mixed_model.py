@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners import mixed
 from torch import nn
 
@@ -14,7 +14,7 @@ from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.errors import SpftError
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner import SparseMixedModel
-from tests.models import logits, same_weights, tiny_gpt2, tiny_llama, token_batch, weights_of, with_adapter
+from tests.models import logits, same_weights, tiny_gpt2, tiny_llama, tiny_moe, token_batch, weights_of, with_adapter
 from tests.tuner.test_quantized import quantize
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
@@ -129,6 +129,26 @@ def test_a_mask_is_selected_beside_lora_and_later_adapters_are_deleted():
     model.set_adapter(["lora", "more"])
     assert_close(logits(model), before)
     assert set(model.peft_config) == {"lora", "more"}
+
+
+def test_mixed_models_without_a_sparse_adapter_are_as_ever():
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), lora(), "lora", mixed=True).eval()
+    model.add_adapter("loha", LoHaConfig(target_modules=["q_proj", "up_proj"], r=2, init_weights=False))
+    model.set_adapter(["lora", "loha"])
+    state, both = model.state_dict(), logits(model)
+    assert not any("spft" in name for name in state)
+    model.load_state_dict(state)
+    model.delete_adapter("loha")
+    model.set_adapter(["lora"])
+    assert not torch.equal(logits(model), both)
+    assert_close(logits(copy.deepcopy(model).merge_and_unload()), logits(model))
+
+
+def test_experts_in_a_mixed_model_are_refused():
+    model = get_peft_model(tiny_moe(), LoraConfig(target_modules=["q_proj"]), "lora", mixed=True)
+    with pytest.raises(SpftError, match=r"`target_parameters: \['mlp.experts.down_proj'\]` are not adapted in a mixed"):
+        model.add_adapter("spft", SpftConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]))
 
 
 def test_saved_adapters_are_loaded_together(tmp_path):
