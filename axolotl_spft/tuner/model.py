@@ -21,6 +21,7 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.tuner.embedding import SpftEmbedding
+from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.expert_targets import inject_parameters, problem_of_parameter, warn_of_untrained_experts
 from axolotl_spft.tuner.experts import SpftExperts
 from axolotl_spft.tuner.layer import SpftLinear
@@ -128,7 +129,11 @@ class SpftModel(BaseTuner):
         if config.target_modules == "all-linear" and not config.target_parameters and Ranks.current().rank == 0:
             warn_of_untrained_experts(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        holders = [name for name, layer in spft_layers(model).items() if adapter_name in layer.spft_columns]
+        holders = [
+            name
+            for name, layer in spft_layers(model).items()
+            if adapter_name in layer.spft_columns and not isinstance(layer, ExpertMatrix)
+        ]
         config.target_modules = whole_names(config.target_modules, holders, model)
         mark_shared_weights(model)
         _mark_shared_inputs(model)
