@@ -145,8 +145,12 @@ class SpftModel(BaseTuner):
         config.is_saved = False
 
     def _inject_parameters(
-        self, peft_config: SpftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> None:
+        if not isinstance(peft_config, SpftConfig):
+            # another method's, in a mixed model
+            super()._inject_parameters(peft_config, model, adapter_name, low_cpu_mem_usage)
+            return
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             found = inject_parameters(model, peft_config, adapter_name, adapter_name in self.active_adapters)
         self.targeted_parameter_names.extend(found)

@@ -302,6 +302,12 @@ def test_what_is_saved_in_the_midst_of_a_pass_is_w():
     assert all(torch.equal(weight, start[name]) for name, weight in caught.items()) and caught
 
 
+def test_rows_with_adapters_of_their_own_are_refused():
+    model = adapted().eval()
+    with pytest.raises(SpftError, match=r"`adapter_names` cannot be given to .*experts\.down_proj"):
+        model(input_ids=token_batch()["input_ids"], adapter_names=["default", "__base__"])
+
+
 def test_the_experts_other_attributes_are_theirs():
     model = adapted()
     experts = model.base_model.model.model.layers[0].mlp.experts
