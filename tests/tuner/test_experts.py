@@ -233,6 +233,12 @@ def test_four_bit_experts():
         reference = adapted(lambda plain=plain: plain)
         torch.testing.assert_close(with_delta, logits(reference))
         torch.testing.assert_close(found, gradients(reference))
+        with torch.nn.utils.parametrize.cached():
+            # somebody else has torch keep what parametrized weights are
+            assert torch.equal(logits(model), with_delta)
+            with model.disable_adapter():
+                torch.testing.assert_close(logits(model), logits(dense))
+            assert torch.equal(logits(model), with_delta)
         with model.disable_adapter():
             torch.testing.assert_close(logits(model), logits(dense))
         with pytest.raises(SpftError, match="quantized by a parametrization, into which nothing can be merged"):
