@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +139,7 @@ def gathered_sums(
             of_experts = isinstance(layer, ExpertMatrix)
             adders: dict[nn.Module, list] = {module: [] for module in (layer, *getattr(layer, "readers", ()))}
             for need in needs:
-                if need == INPUT_SQUARES and embedding_of(layer) is not None:
+                if need == INPUT_SQUARES and (of_experts or embedding_of(layer) is not None):
                     continue
                 shape = (layer.in_features,) if need == INPUT_SQUARES else (rows.stop - rows.start, layer.in_features)
                 total = torch.zeros(shape, dtype=torch.float32, device=placed[device] if need in matrices else device)
@@ -187,10 +188,18 @@ def reached_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterato
 
     with ExitStack() as hooks:
         for name, layer in layers.items():
+            if isinstance(layer, ExpertMatrix):
+                hooks.callback(layer.watch_gradient(partial(_note_experts, reached, name)))
+                continue
             for module in (layer, *getattr(layer, "readers", ())):
                 hooks.callback(module.register_forward_hook(_gathering_hook([noting(name)])).remove)
         _let_inputs_take_part(model, hooks)
         yield reached
+
+
+def _note_experts(reached: set[str], name: str, gradient: Tensor, _: int) -> None:
+    if name not in reached and gradient.any():
+        reached.add(name)
 
 
 def reduce_to_shards(sums: dict[str, Tensor], ranks: Ranks) -> None:

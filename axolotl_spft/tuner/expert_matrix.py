@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.experts import ExpertMask, ExpertUse, Watcher, weight_in_graph
@@ -182,17 +183,19 @@ class ExpertMatrix(SparseLayer):
 @contextmanager
 def _replaced(module: nn.Module, name: str, weight: object) -> Iterator[None]:
     """Within the block the module's attribute is ``weight``; its parameter stays where it is."""
+    owner, kept = module, (id(module), name)
     if is_parametrized(module, name):
         # a property of the class, which asks this submodule
         owner, name, weight = module.parametrizations[name], "forward", lambda held=weight: held
-    else:
-        owner = module
+    # torch keeps what a parametrized weight was as long as anybody asks it to
+    parametrize._cache.pop(kept, None)
     # an attribute of the instance comes before torch's look-up of parameters, and before a method of the class
     before = owner.__dict__.get(name)
     owner.__dict__[name] = weight
     try:
         yield
     finally:
+        parametrize._cache.pop(kept, None)
         if before is None:
             del owner.__dict__[name]
         else:

@@ -69,14 +69,30 @@ class SpftExperts(nn.Module):
                     output.register_hook(lambda _: _call(before_backward))
         return y
 
+    def _revert(self) -> None:
+        for matrix in self.matrices:
+            matrix.revert()
+
+    def _apply(self, fn, recurse=True):
+        # before the module of the experts is moved, cast or saved: what it holds then is W
+        self._revert()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._revert()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._revert()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The module of the experts itself, merged or not: called by PEFT."""
-        for matrix in self.matrices:
-            matrix.revert()
-            if merge:
-                matrix.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self._revert()
+        for matrix in self.matrices if merge else ():
+            matrix.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
 
 

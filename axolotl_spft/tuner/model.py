@@ -21,6 +21,7 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.tuner.embedding import SpftEmbedding
+from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.expert_targets import inject_parameters, problem_of_parameter, warn_of_untrained_experts
 from axolotl_spft.tuner.experts import SpftExperts
 from axolotl_spft.tuner.layer import SpftLinear
@@ -128,7 +129,11 @@ class SpftModel(BaseTuner):
         if config.target_modules == "all-linear" and not config.target_parameters and Ranks.current().rank == 0:
             warn_of_untrained_experts(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        holders = [name for name, layer in spft_layers(model).items() if adapter_name in layer.spft_columns]
+        holders = [
+            name
+            for name, layer in spft_layers(model).items()
+            if adapter_name in layer.spft_columns and not isinstance(layer, ExpertMatrix)
+        ]
         config.target_modules = whole_names(config.target_modules, holders, model)
         mark_shared_weights(model)
         _mark_shared_inputs(model)
@@ -141,8 +146,12 @@ class SpftModel(BaseTuner):
         config.is_saved = False
 
     def _inject_parameters(
-        self, peft_config: SpftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> None:
+        if not isinstance(peft_config, SpftConfig):
+            # another method's, in a mixed model
+            super()._inject_parameters(peft_config, model, adapter_name, low_cpu_mem_usage)
+            return
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             found = inject_parameters(model, peft_config, adapter_name, adapter_name in self.active_adapters)
         self.targeted_parameter_names.extend(found)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 
 def make_workspace(folder: Path) -> Path:
@@ -51,6 +58,21 @@ def make_workspace(folder: Path) -> Path:
         )
     ).save_pretrained(folder / "base")
     return folder
+
+
+def make_experts(folder: Path) -> Path:
+    """Write ``experts/`` into a workspace: a Mixtral of the same tokenizer, whose path is returned."""
+    target = folder / "experts"
+    shutil.copytree(folder / "base", target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    of_llama = LlamaConfig.from_pretrained(folder / "base")
+    same = {name: getattr(of_llama, name) for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id",
+                                                       "max_position_embeddings", "num_attention_heads",
+                                                       "num_key_value_heads", "num_hidden_layers")}  # fmt: skip
+    torch.manual_seed(0)
+    # sizes that grouped products take
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_local_experts": 4}
+    MixtralForCausalLM(MixtralConfig(**same, **sizes)).save_pretrained(target)
+    return target
 
 
 def write_config(folder: Path, name: str, **changes) -> Path:

@@ -13,7 +13,7 @@ from integration.engines.cases import BASES, RANKS, STEPS, write_case
 from integration.engines.figures import figures_of, optimizer_files, same_state
 from integration.engines.matrix import problems_of
 from integration.engines.run import TrainingFailed, train, train_all
-from integration.engines.workspace import make_workspace
+from integration.engines.workspace import make_experts, make_workspace
 
 pytestmark = [pytest.mark.engine, pytest.mark.e2e]
 
@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.e2e]
 REPAIRED = BASES["4bit"] | {"spft": {"density": 0.05, "samples": 16, "repair": 0.3}}
 FEW = {"num_values": 7, "scope": "global", "samples": 16}
 WITH_HEAD = {"density": 0.05, "samples": 16, "modules_to_save": ["lm_head"]}
+EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 GRADIENTS = {"gradient_checkpointing": True}
 
 
@@ -35,6 +36,7 @@ def runs(folder):
     """Trains every case: name -> error, or None where it went well."""
     mask = {"density": 0.05, "samples": 16, "mask_path": str(folder / "mask.safetensors")}
     saved = {"lora_model_dir": str(folder / "single_plain")}
+    experts = {"base_model": str(make_experts(folder)), "spft": {"density": 0.05, "samples": 16, **EXPERTS}}
 
     def cases(engine: str, ranks: int = RANKS) -> list:
         def case(name: str, engine: str = engine, **changes):
@@ -44,14 +46,14 @@ def runs(folder):
             return [
                 case("plain", spft=mask), case("four_bit", **BASES["4bit"]), case("few", spft=FEW),
                 case("head", spft=WITH_HEAD), case("bf16", bf16=True),
-                case("continued", **saved), case("repaired", **REPAIRED),
+                case("continued", **saved), case("repaired", **REPAIRED), case("experts", **experts),
             ]  # fmt: skip
         if engine == "ddp":
             return [
                 case("plain", spft={**mask, "mask_path": str(folder / "ddp_mask.safetensors")}, **GRADIENTS),
                 case("from_file", spft={**mask, "mask_path": str(folder / "ddp_mask.safetensors")}, **GRADIENTS),
                 case("few", spft=FEW), case("head", spft=WITH_HEAD), case("eight_bit_base", load_in_8bit=True),
-                case("repaired", **REPAIRED),
+                case("repaired", **REPAIRED), case("experts", **experts),
             ]  # fmt: skip
         return [
             case("few", "zero1", spft=FEW),
@@ -73,6 +75,7 @@ def runs(folder):
             case("plain", "zero3-offload"),
             case("bf16", "zero3", bf16=True, **GRADIENTS),
             case("repaired", "zero3", **REPAIRED),
+            case("experts", "zero3", **experts, **GRADIENTS),
         ]
 
     sharded = cases("zero")
@@ -88,7 +91,7 @@ def figures(folder, name: str):
     "name",
     ["ddp_plain", "ddp_few", "ddp_head", "zero1_few", "zero2_head", "zero2_four_bit", "zero3_plain", "zero3_few",
      "zero3_head", "zero3_continued", "zero2-offload_plain", "zero3-offload_plain", "ddp_repaired", "zero1_repaired",
-     "zero3_repaired"],
+     "zero3_repaired", "ddp_experts", "zero3_experts"],
 )  # fmt: skip
 def test_equals_one_process(folder, runs, name):
     reference = f"single_{name.partition('_')[2]}"

@@ -53,6 +53,18 @@ def test_good_configurations_pass(options):
             {"spft": {"reselect": {"every": 9}, "salience": f"{OWN}:by_inputs"}},
             [f"`salience: {OWN}:by_inputs` needs input_squares, weight: use one made of the gradient"],
         ),
+        (
+            {"spft": {"reselect": {"every": 9}, "target_parameters": ["experts.down_proj"]}},
+            ["`target_parameters: ['experts.down_proj']` or `reselect` out"],
+        ),
+        (
+            {"quantize_moe_experts": True, "lora_target_parameters": ["experts.down_proj"], "load_in_4bit": True},
+            ["Axolotl quantizes experts for its LoRA adapters only", "set `spft.target_parameters`"],
+        ),
+        (
+            {"spft": {"salience": "fisher", "target_parameters": ["a.b"]}},
+            ["tell whose tokens they are (a.b)"],
+        ),
         ({"spft": {"reselect": {"every": 9}, "pattern": "block"}}, ["tear the blocks of `pattern: block`"]),
         (
             {"spft": {"reselect": {"every": 9, "collect": 3}}, "micro_batch_size": 2, "batch_size": 4},

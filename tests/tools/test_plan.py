@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from axolotl_spft.tools.cli import spft
-from tests.experts import N_EXPERTS, tiny_mixtral
+from tests.experts import N_EXPERTS, PARAMETERS, tiny_mixtral
 from tests.models import tiny_llama
 
 RUN = """
@@ -50,9 +50,7 @@ def test_json_alone_from_a_config_json_without_weights(tmp_path, base):
 
 def test_experts_are_counted_with_the_dense_gradient_of_one_parameter(tmp_path):
     tiny_mixtral(num_hidden_layers=1, hidden_size=96, intermediate_size=700).config.save_pretrained(tmp_path / "base")
-    experts = RUN.replace(
-        "density: 0.05", "density: 0.05, target_parameters: [experts.gate_up_proj, experts.down_proj]"
-    )
+    experts = RUN.replace("0.05", f"0.05, target_parameters: [{', '.join(PARAMETERS)}]")
     without, found = (
         json.loads(plan(tmp_path, "--json", base=str(tmp_path / "base"), text=text).stdout)["estimate"]
         for text in (RUN, experts)

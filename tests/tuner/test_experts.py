@@ -77,6 +77,8 @@ def test_every_verb_of_peft(family, tmp_path):
     loaded = PeftModel.from_pretrained(make(), tmp_path, is_trainable=True)
     assert torch.equal(logits(loaded), with_delta)
     torch.testing.assert_close(gradients(loaded), gradients(model))
+    empty = PeftModel.from_pretrained(make(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(empty), with_delta)
 
     # a second adapter on one of the parameters, both at once, and their weighted sum
     model.add_adapter("other", SpftConfig(init_weights=False, density=0.1, target_modules=[],
@@ -231,6 +233,12 @@ def test_four_bit_experts():
         reference = adapted(lambda plain=plain: plain)
         torch.testing.assert_close(with_delta, logits(reference))
         torch.testing.assert_close(found, gradients(reference))
+        with torch.nn.utils.parametrize.cached():
+            # somebody else has torch keep what parametrized weights are
+            assert torch.equal(logits(model), with_delta)
+            with model.disable_adapter():
+                torch.testing.assert_close(logits(model), logits(dense))
+            assert torch.equal(logits(model), with_delta)
         with model.disable_adapter():
             torch.testing.assert_close(logits(model), logits(dense))
         with pytest.raises(SpftError, match="quantized by a parametrization, into which nothing can be merged"):
@@ -280,6 +288,30 @@ def test_layers_and_exclusions_choose_among_experts_too():
     assert {layer.parameter_name for layer in experts_of(model).values()} == {"gate_up_proj"}
     model = adapted(exclude_modules=r"model\.layers\.0\.mlp\.experts")
     assert {name.split(".")[2] for name in experts_of(model)} == {"1"}
+
+
+def test_experts_beside_heads_and_shared_experts_are_saved_and_loaded(tmp_path):
+    model = adapted(tiny_qwen2_moe, target_modules=["lm_head", "q_proj", "down_proj"])
+    names = set(adapted_layers(model))
+    assert {"lm_head", "model.layers.0.mlp.shared_expert.down_proj", "model.layers.0.mlp.experts.down_proj"} < names
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_qwen2_moe(), tmp_path)
+    assert set(adapted_layers(loaded)) == names and torch.equal(logits(loaded), logits(model))
+
+
+def test_what_is_saved_in_the_midst_of_a_pass_is_w():
+    model = adapted()
+    start, caught = weights_of(model), {}
+    experts = model.base_model.model.model.layers[0].mlp.experts.base_layer
+    experts.register_forward_hook(lambda *_: caught.update(weights_of(model)))
+    loss_of(model).backward()
+    assert all(torch.equal(weight, start[name]) for name, weight in caught.items()) and caught
+
+
+def test_rows_with_adapters_of_their_own_are_refused():
+    model = adapted().eval()
+    with pytest.raises(SpftError, match=r"`adapter_names` cannot be given to .*experts\.down_proj"):
+        model(input_ids=token_batch()["input_ids"], adapter_names=["default", "__base__"])
 
 
 def test_the_experts_other_attributes_are_theirs():
