@@ -98,7 +98,8 @@ def add_branches_(y: Tensor, x: Tensor, owner: SparseLayer, adapter_names: Seque
     """
 
     def with_branch(name: str, rows: Tensor) -> Tensor:
-        delta, values = owner.delta_of((name,))
+        delta, _ = owner.delta_of((name,))
+        values = owner.values_added(name)
         inputs = x.index_select(0, rows.to(x.device)).to(y.device)
         return add_sparse_branch(y.index_select(0, rows), inputs, values, delta.mask, delta.plan)
 

@@ -61,6 +61,14 @@ class Originals:
             own[at] = originals.to(own.dtype)
         return own
 
+    def values_added(self, adapter_name: str) -> Tensor:
+        """What an adapter adds to W at the entries of its mask, those that repair it included: (nnz)."""
+        values, mask, originals = self._part(adapter_name)
+        if originals is None:
+            return values
+        own = self.read_weight().reshape(-1)[positions(mask, self.in_features)]
+        return (originals.to(torch.float32) + values - own).to(values.dtype)
+
     def _part(self, adapter_name: str) -> Part:
         # an unquantized W has the originals itself
         originals = self.originals(adapter_name) if self.repairs else None

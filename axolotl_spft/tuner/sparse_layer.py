@@ -14,21 +14,20 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.linear import Delta, owner_of, register_owner
-from axolotl_spft.ops.mask.csr import Mask, empty_mask, mask_from_positions, positions
-from axolotl_spft.ops.mask.plan import make_plan
+from axolotl_spft.ops.linear import Delta, register_owner
+from axolotl_spft.ops.mask.csr import Mask, empty_mask
 from axolotl_spft.ops.reference import dense_delta
+from axolotl_spft.tuner.deltas import Deltas
 from axolotl_spft.tuner.held_values import hold_values, note_deletion
 from axolotl_spft.tuner.merged_weight import MergedWeight
 from axolotl_spft.tuner.offloading import execution_device, fill_in, keep_resident, kept_quant_state, tensor_in
-from axolotl_spft.tuner.originals import Originals
 from axolotl_spft.tuner.without_mask import refuse_layer_without_mask
 
 if TYPE_CHECKING:
     from axolotl_spft.tuner.tied import TiedLayer
 
 
-class SparseLayer(nn.Module, BaseTunerLayer, Originals, MergedWeight):
+class SparseLayer(nn.Module, BaseTunerLayer, Deltas, MergedWeight):
     """A frozen W (out_features, in_features) and one sparse S of the same shape per adapter.
 
     A kind of layer adds its first adapter at the end of its ``__init__`` and has the forward pass.
@@ -211,13 +210,6 @@ class SparseLayer(nn.Module, BaseTunerLayer, Originals, MergedWeight):
         originals = self._union_originals(names, mask, union_places)
         self.set_mask(adapter_name, mask, total.to(self.spft_values[names[0]].dtype), originals)
 
-    def _union(self, adapter_names: tuple[str, ...]) -> tuple[Mask, tuple[Tensor, ...]]:
-        """The mask with the positions of all adapters, and where each one's values go in it."""
-        each = [positions(self.mask(name), self.in_features) for name in adapter_names]
-        union = torch.cat(each).unique()
-        places = tuple(torch.searchsorted(union, at) for at in each)
-        return mask_from_positions(union, self.out_features, self.in_features), places
-
     def retire_empty_values(self) -> None:
         """Make the values of adapters without entries buffers, which nothing trains."""
         for adapter_name, values in self.spft_values.items():
@@ -269,11 +261,8 @@ class SparseLayer(nn.Module, BaseTunerLayer, Originals, MergedWeight):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """S of an adapter as a dense matrix: (out_features, in_features); of one that repairs W, what it adds to W."""
-        values, mask, originals = self._part(adapter_name)
-        if originals is not None:
-            own = self.read_weight().reshape(-1)[positions(mask, self.in_features)]
-            values = (originals.to(torch.float32) + values - own).to(values.dtype)
-        return dense_delta(values.detach(), mask, self.in_features)
+        values = self.values_added(adapter_name).detach()
+        return dense_delta(values, self.mask(adapter_name), self.in_features)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # S is sparse, not of low rank
@@ -337,44 +326,9 @@ class SparseLayer(nn.Module, BaseTunerLayer, Originals, MergedWeight):
             refuse_layer_without_mask(self)
         return names
 
-    def delta_of(self, names: tuple[str, ...]) -> tuple[Delta, Tensor]:
-        """Where the values of these adapters together stand, and the values: (nnz)."""
-        have_delta(self._owner, names)
-        delta, places = self._deltas[names]
-        if len(names) == 1:
-            return delta, self.values(names[0])
-        each = [self.values(name) for name in names]
-        total = each[0].new_zeros(delta.mask.nnz)
-        for values, at in zip(each, places):
-            total = total.index_add(0, at, values.to(total.dtype))
-        return delta, total
-
-    def _make_delta(self, names: tuple[str, ...]) -> tuple[Delta, tuple[Tensor, ...]]:
-        (_, mask, originals), places = self._part(names[0]), ()
-        # training later must be able to keep what an evaluation has made
-        with torch.inference_mode(False), torch.no_grad():
-            if len(names) > 1:
-                mask, places = self._union(names)
-                originals = self._union_originals(names, mask, places) if self.repairs else None
-            plan = make_plan(mask, self.in_features, columns=self._columns_to_keep(names))
-        return Delta(mask, plan, originals), places
-
-    def _columns_to_keep(self, names: tuple[str, ...]) -> Tensor | None:
-        """See ``columns`` of `make_plan`."""
-        return None
-
     def extra_repr(self) -> str:
         counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())
         return ", ".join(filter(None, [quantization_extra_repr(self), f"nnz={{{counts}}}"]))
 
     def __repr__(self) -> str:
         return "spft." + super().__repr__()
-
-
-@torch.compiler.assume_constant_result
-def have_delta(owner: int, names: tuple[str, ...]) -> None:
-    """Make the delta of these adapters if there is none yet: torch.compile runs this while it traces the layer."""
-    # by its number: some versions of torch.compile take no module here
-    layer = owner_of(owner)
-    if names not in layer._deltas:
-        layer._deltas[names] = layer._make_delta(names)

@@ -98,6 +98,17 @@ def test_originals_are_put_back_once_and_deviations_add_up(kind):
     assert torch.equal(logits(model), several)
 
 
+def test_rows_of_a_batch_have_the_repair_of_their_own_adapter():
+    model = with_repair(quantize(tiny_llama(), "8bit"))
+    with_repair(model, "plain", 2, repairs=False).eval()
+    ids = token_batch()["input_ids"]
+    with torch.no_grad():
+        together = model(input_ids=ids, adapter_names=["default", "plain"]).logits
+        for row, name in enumerate(("default", "plain")):
+            model.set_adapter(name)
+            torch.testing.assert_close(together[row], model(input_ids=ids).logits[row], rtol=1e-4, atol=1e-4)
+
+
 def test_one_step_of_merging_is_the_quantized_sum():
     model = with_repair(quantize(tiny_llama(), "4bit"))
     expected = expected_weights(model, {"default": True})
