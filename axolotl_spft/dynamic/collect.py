@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.backends.products import matmul
+from axolotl_spft.salience.adders import gradient_part_of
 from axolotl_spft.salience.collect import device_of, devices_of
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 
 class _Input:
@@ -31,20 +31,21 @@ class _Input:
 
 
 class Collector:
-    """The inputs X and the output gradients dY of linear layers, of every backward pass between `start` and `stop`.
+    """The inputs X and the output gradients dY of layers, of every backward pass between `start` and `stop`.
 
-    Of a layer dW = sum of dY^T X over these passes. What is kept takes (in_features + out_features) numbers a token and
-    layer, with layers that read one x counted once: on a GPU as long as half of its free memory holds them, then on the
-    host.
+    Of a layer dW = sum of dY^T X over these passes, and over the modules that compute with it (a tied embedding and
+    head); of an embedding the sum of dY over the tokens of each row. What is kept takes (in_features + out_features)
+    numbers a token and layer, with layers that read one x counted once: on a GPU as long as half of its free memory
+    holds them, then on the host.
 
     Args:
         layers: by name.
         adapter_name: passes in which another adapter is active, or none, are left out.
     """
 
-    def __init__(self, layers: Mapping[str, SpftLinear], adapter_name: str):
+    def __init__(self, layers: Mapping[str, SparseLayer], adapter_name: str):
         self.layers, self.adapter_name = layers, adapter_name
-        self._pairs: dict[str, list[tuple[_Input, Tensor]]] = {name: [] for name in layers}
+        self._pairs: dict[str, list[tuple[nn.Module, _Input, Tensor]]] = {name: [] for name in layers}
         self._handles: list = []
         self._room: dict[torch.device, int] = {}
         self._last: _Input | None = None
@@ -57,7 +58,9 @@ class Collector:
             on_gpus = [device for device in devices_of(self.layers) if device.type == "cuda"]
             self._room = {device: torch.cuda.mem_get_info(device)[0] // 2 for device in on_gpus}
         self._handles = [
-            layer.register_forward_hook(partial(self._after_forward, name)) for name, layer in self.layers.items()
+            module.register_forward_hook(partial(self._after_forward, name))
+            for name, layer in self.layers.items()
+            for module in (layer, *layer.readers)
         ]
 
     def stop(self) -> None:
@@ -71,7 +74,7 @@ class Collector:
         self._pairs = {name: [] for name in self.layers}
 
     def passes(self) -> list[int]:
-        """How many backward passes of each layer were collected."""
+        """How many backward passes through each layer were collected."""
         return [len(pairs) for pairs in self._pairs.values()]
 
     def take_gradient(self, name: str, ranks: Ranks) -> Tensor:
@@ -81,19 +84,20 @@ class Collector:
         """
         layer, mine = self.layers[name], None
         device = device_of(layer)
-        pairs = [(held.kept.to(device), grad_y.to(device)) for held, grad_y in self._pairs[name]]
+        pairs = [(gradient_part_of(module), x.kept.to(device), dy.to(device)) for module, x, dy in self._pairs[name]]
         self._pairs[name] = []
         for rank in range(ranks.world):
             rows = ranks.rows(layer.out_features, rank)
             total = torch.zeros(rows.stop - rows.start, layer.in_features, dtype=torch.float32, device=device)
-            for x, grad_y in pairs:
-                total.add_(matmul(grad_y[:, rows].t(), x.to(grad_y.dtype)))
+            for part, x, grad_y in pairs:
+                total.add_(part(grad_y, x.to(grad_y.dtype) if x.is_floating_point() else x, rows))
             ranks.sum_to_(total, rank)
             if rank == ranks.rank:
                 mine = total
         return mine
 
-    def _after_forward(self, name: str, layer: SpftLinear, args: tuple, y: Tensor) -> None:
+    def _after_forward(self, name: str, module: nn.Module, args: tuple, y: Tensor) -> None:
+        layer = self.layers[name]
         if not torch.is_grad_enabled() or not y.requires_grad or layer.disable_adapters or layer.merged:
             return
         if self.adapter_name not in layer._filled_active_adapters():
@@ -104,9 +108,9 @@ class Collector:
         if self._last is None or not self._last.is_of(x):
             self._last = _Input(x)
         held = self._last
-        y.register_hook(lambda grad_y: self._keep(name, held, grad_y))
+        y.register_hook(lambda grad_y: self._keep(name, module, held, grad_y))
 
-    def _keep(self, name: str, held: _Input, grad_y: Tensor) -> None:
+    def _keep(self, name: str, module: nn.Module, held: _Input, grad_y: Tensor) -> None:
         if held.kept is None:
             if held.given._version != held.version:
                 raise SpftError(
@@ -114,10 +118,9 @@ class Collector:
                     "gradient of its weight cannot be had: name the layer in `exclude_modules`, or leave `reselect` out"
                 )
             held.kept, held.given = self._placed(held.given), None
-        self._pairs[name].append((held, self._placed(grad_y.detach())))
+        self._pairs[name].append((module, held, self._placed(grad_y.detach())))
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.reshape(-1, tensor.shape[-1])
         if tensor.device not in self._room:
             return tensor
         self._room[tensor.device] -= tensor.nbytes

@@ -29,6 +29,7 @@ from axolotl_spft.salience.install import adapted_layers, check_same_slots
 from axolotl_spft.salience.metrics.metric import Metric, load_metric
 from axolotl_spft.salience.metrics.statistics import GRADIENT, WEIGHT
 from axolotl_spft.salience.scores import check_base, scorer
+from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.load import record_mask
 from axolotl_spft.tuner.state import shapes_of, slots_of
@@ -82,7 +83,7 @@ class DynamicMask:
             for name, layer in adapted_layers(model).items()
             if self.adapter_name in layer.spft_values and layer.mask(self.adapter_name).nnz
         }
-        self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, SpftLinear)}
+        self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, (SpftLinear, SpftEmbedding))}
         if not self.layers:
             raise SpftError(f"adapter `{self.adapter_name}` has no mask that could change: call select_mask() first")
         check_base(self.metric, self.layers)

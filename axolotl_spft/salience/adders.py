@@ -69,6 +69,12 @@ def embedding_of(module: nn.Module) -> nn.Embedding | None:
     return base_layer if isinstance(base_layer, nn.Embedding) else None
 
 
+def gradient_part_of(module: nn.Module) -> _Part:
+    """How rows of a module's dW are made of its dY and X, each (..., features), of an embedding of its dY and ids."""
+    embedding = embedding_of(module)
+    return _gradient_part("", Tokens({})) if embedding is None else _rows_part(embedding)
+
+
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 

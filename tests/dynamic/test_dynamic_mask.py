@@ -250,18 +250,44 @@ def test_checkpointing_repeated_layers_and_frozen_ones():
     with dynamic.collecting():
         model.base_model.model.model.layers[0].mlp.shared_expert.requires_grad_(False)
         (model(**token_batch(seed=3)).loss + model(**token_batch(seed=4)).loss).backward()
-    expected = copy.deepcopy(dynamic.collector._pairs)
-    dense = sum(grad_y.t() @ held.kept for held, grad_y in expected["model.layers.1.self_attn.q_proj"])
-    assert len(expected["model.layers.1.self_attn.q_proj"]) == 2
+    name = "model.layers.1.self_attn.q_proj"
+    assert len(dynamic.collector._pairs[name]) == 2
     optimizer.step()
     dynamic.reselect(optimizer, 1)
-    name = "model.layers.1.self_attn.q_proj"
-    score = torch.where(before[name], -torch.inf, dense.abs()).view(-1)
-    grown = (masks_of(model)[name] & ~before[name]).view(-1).nonzero().squeeze(1)
-    assert torch.equal(grown, score.topk(len(grown)).indices.sort().values)
-    assert len(grown) == int(0.3 * before[name].sum())
+    dense = dense_gradient(tiny_moe(), f"{name}.weight", 3, 4)
+    check_grown(before[name], masks_of(model)[name], dense, 0.3)
     frozen = "model.layers.0.mlp.shared_expert.up_proj"
     assert torch.equal(masks_of(model)[frozen], before[frozen])
+
+
+def dense_gradient(model: nn.Module, name: str, *seeds: int) -> torch.Tensor:
+    for seed in seeds:
+        model(**token_batch(seed=seed)).loss.backward()
+    return model.get_parameter(name).grad
+
+
+def check_grown(before: torch.Tensor, after: torch.Tensor, dense: torch.Tensor, fraction: float) -> None:
+    """What was grown is what a full sort of the gradient outside of the mask begins with."""
+    grown = (after & ~before).view(-1).nonzero().squeeze(1)
+    assert len(grown) == int(fraction * before.sum())
+    score = torch.where(before, -torch.inf, dense.abs()).view(-1)
+    assert torch.equal(grown, score.sort(descending=True, stable=True).indices[: len(grown)].sort().values)
+
+
+def test_a_tied_embedding_grows_by_the_gradient_of_both_of_its_uses():
+    base = tiny_llama(tie_word_embeddings=True)
+    model = adapted(base, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    before, (name, layer) = masks_of(model), next(iter(adapted_layers(model).items()))
+    assert layer.readers and name == "model.embed_tokens"
+    dynamic, optimizer = DynamicMask(model, fraction=0.4), optimizer_of(model)
+    with dynamic.collecting():
+        model(**token_batch(seed=3)).loss.backward()
+    optimizer.step()
+    dynamic.reselect(optimizer, 1)
+    dense = dense_gradient(tiny_llama(tie_word_embeddings=True), f"{name}.weight", 3)
+    check_grown(before[name], masks_of(model)[name], dense, 0.4)
+    model(**token_batch(seed=3)).loss.backward()
+    assert torch.isfinite(layer.spft_values["default"].grad).all()
 
 
 def test_mistakes_are_told_in_a_sentence():
