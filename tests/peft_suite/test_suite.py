@@ -55,7 +55,7 @@ def test_counts_and_their_table():
     results = {"custom": {**found, "peft": "0.20.0"}}
     row = "| custom | 0.20.0 | 1 of 2 | 0 of 0 (1 not run: out of time) | 1, 0 |"
     assert table(results).splitlines()[-1] == row
-    assert page(results).splitlines()[-1] == "| 1 | ValueError: no \\| more |"
+    assert "| 1 | ValueError: no \\| more |" in page(results).splitlines()
 
 
 def test_stand_ins_are_found_by_name(tmp_path, monkeypatch):
