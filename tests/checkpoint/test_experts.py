@@ -37,7 +37,7 @@ def test_a_streamed_merge_is_the_merge_in_memory(tmp_path, family):
     assert by_expert == (family != "gpt_oss")
     adapter = save_adapter(tmp_path / "adapter", base, target_parameters=PARAMETERS)
     saved = read_adapter(adapter)
-    experts = [name for name in saved.deltas if name.endswith(tuple(PARAMETERS))]
+    experts = [name for name in saved.deltas if name.endswith(tuple(f".{each}" for each in PARAMETERS))]
     assert len(experts) == (2 if family == "deepseek_v3" else 4)
     assert json.loads((adapter / "adapter_config.json").read_text())["target_parameters"] == PARAMETERS
     model, plain = skeleton(base, saved.deltas), AutoModelForCausalLM.from_pretrained(base)
