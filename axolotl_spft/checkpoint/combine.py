@@ -73,6 +73,7 @@ def combine(
         first.get("base_model_name_or_path"),
         task_type=first.get("task_type"),
         modules_to_save=first.get("modules_to_save") or (),
+        target_parameters=[name for a in adapters for name in a.config.get("target_parameters") or ()],
     )
     if list(deltas) == list(adapters[0].deltas):
         config["base_shapes"] = first.get("base_shapes")

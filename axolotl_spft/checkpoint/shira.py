@@ -84,6 +84,11 @@ def write_shira(folder: str | os.PathLike, adapter: SavedAdapter) -> dict[str, i
             "the adapter repairs a quantized base, by entries that take the place of the base's, and SHiRA can only "
             "add to these: merge it (`axolotl spft merge`)"
         )
+    if adapter.config.get("target_parameters"):
+        raise SpftFileError(
+            f"the adapter trained `target_parameters: {adapter.config['target_parameters']}`, and SHiRA adapts modules "
+            "alone: merge it (`axolotl spft merge`)"
+        )
     if not adapter.has_shapes:
         raise SpftFileError("the adapter's file does not have the shapes of its modules: add `--base`")
     rank = max(1, *(ceil(each.mask.nnz / sum(each.shape)) for each in adapter.deltas.values()))

@@ -24,7 +24,14 @@ from axolotl_spft.salience.repair import Repair
 from axolotl_spft.salience.sample_pass import collect_statistics, unreached_by_sample
 from axolotl_spft.salience.scores import check_base, scorer
 from axolotl_spft.salience.untouched import untouched_rng
-from axolotl_spft.salience.untrained import frozen_by_the_run, never_called, notes_on, unreached_by
+from axolotl_spft.salience.untrained import (
+    frozen_by_the_run,
+    idle_experts,
+    never_called,
+    notes_on,
+    notes_on_idle,
+    unreached_by,
+)
 from axolotl_spft.salience.warm_up import check_warm_up, repeatable, warmed_up, weight_with_values
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import shapes_of
@@ -120,6 +127,7 @@ def _scored(
         if batches is not None and not tell and not found.read:
             by_sample = unreached_by_sample(model, layers, batches, loss_fn, config.samples, ranks)
             unreached = [name for name in layers if name in {*unreached, *by_sample}]
+        idle = idle_experts(layers, tell, ranks)
     untrained = [name for name in layers if name in {*frozen, *unreached}]
     score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank, read_weight)
     shapes = list(shapes_of(layers).values())
@@ -131,7 +139,8 @@ def _scored(
             config, list(layers), shapes, score_of, ranks, [name not in untrained for name in layers], repair
         )
     masks = {name: mask_from_positions(positions, *shape) for name, positions, shape in zip(layers, chosen, shapes)}
-    return Computed(masks, {"samples": found.read, **found.notes}, notes_on(unreached, frozen), untrained)
+    notes = [*notes_on(unreached, frozen), *notes_on_idle(layers, idle)]
+    return Computed(masks, {"samples": found.read, **found.notes}, notes, untrained)
 
 
 def _needs(metric: Metric, repair: Repair | None) -> frozenset[str]:
@@ -158,7 +167,7 @@ def _scored_in_groups(
         untrained = {*frozen, *unreached}
         able = [name not in untrained for name in names]
         counts = dict(zip(names, layer_budgets(list(shapes.values()), **config.budget(names), trainable=able)))
-        masks, found_unreached = {}, []
+        masks, found_unreached, idle = {}, [], {}
         for group in groups:
             found = None  # before the next sums are made
             # so that the pass is the same one, and there is one where no gradient reaches the group
@@ -171,6 +180,7 @@ def _scored_in_groups(
                 repair.squares = found.sums[INPUT_SQUARES]
             tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
             found_unreached += unreached_by(tell, ranks)
+            idle |= idle_experts(layers, tell, ranks)
             score_of = scorer(metric, layers, found.sums, ranks, config.seed or 0, config.lift_rank, read_weight)
             with untouched_rng():
                 for name in group:
@@ -183,4 +193,5 @@ def _scored_in_groups(
         # the budget of what turns out to get nothing goes to matrices that have been chosen in already
         unreached = found_unreached
     record = {"samples": found.read, **found.notes}
-    return Computed(masks, record, notes_on(unreached, frozen), [name for name in names if name in untrained])
+    notes = [*notes_on(unreached, frozen), *notes_on_idle(layers, idle)]
+    return Computed(masks, record, notes, [name for name in names if name in untrained])

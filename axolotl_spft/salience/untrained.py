@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import first_of
 from axolotl_spft.ops.mask.csr import Mask
+from axolotl_spft.salience.metrics.statistics import GRADIENT
+from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 _EXPERT = re.compile(r"(^|[._])experts?([._]|$)")
@@ -44,6 +47,37 @@ def unreached_by(sums: Mapping[str, Mapping[str, Tensor]], ranks: Ranks) -> list
         *(int(any(of_layers[name].any() for of_layers in sums.values() if name in of_layers)) for name in names)
     )
     return [name for name, count in zip(names, reached) if not count]
+
+
+def idle_experts(
+    layers: Mapping[str, SparseLayer], sums: Mapping[str, Mapping[str, Tensor]], ranks: Ranks
+) -> dict[str, int]:
+    """How many experts of each matrix of several no gradient reached, where it reached others; all ranks must ask.
+
+    Args:
+        sums: as of `unreached_by`.
+    """
+    idle = {}
+    for name, total in sums.get(GRADIENT, {}).items():
+        layer = layers[name]
+        if isinstance(layer, ExpertMatrix):
+            reached = torch.zeros(layer.out_features, device=total.device)
+            reached[ranks.rows(layer.out_features)] = total.any(1).to(reached.dtype)
+            count = int((ranks.sum_(reached).view(layer.n_experts, -1).sum(1) == 0).sum())
+            if 0 < count < layer.n_experts:
+                idle[name] = count
+    return idle
+
+
+def notes_on_idle(layers: Mapping[str, SparseLayer], idle: Mapping[str, int]) -> list[str]:
+    """What the report says of `idle_experts`."""
+    if not idle:
+        return []
+    each = [f"{count} of the {layers[name].n_experts} experts in {name}" for name, count in idle.items()]
+    return [
+        f"no token of the sample came to {first_of(each, ', ')}, so no gradient says which of their weights matter "
+        "(with `scope: row` they have values all the same): more `samples` may reach them"
+    ]
 
 
 def notes_on(unreached: Iterable[str], frozen: Iterable[str]) -> list[str]:

@@ -17,12 +17,11 @@ from torch.utils.hooks import RemovableHandle
 
 from axolotl_spft.budget import layer_budgets
 from axolotl_spft.config import RECORDED, SpftConfig
-from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
-from axolotl_spft.tuner.expert_targets import inject_parameters, problem_of_parameter, warn_of_untrained_experts
+from axolotl_spft.tuner.expert_targets import inject_parameters
 from axolotl_spft.tuner.experts import SpftExperts
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.load import record_mask, take_state
@@ -32,7 +31,7 @@ from axolotl_spft.tuner.record import NAME as RECORD
 from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import ORIGINALS, TENSORS, shapes_of, spft_layers
-from axolotl_spft.tuner.targets import check_target, problem_of_fused_experts, renamed_targets, whole_names
+from axolotl_spft.tuner.targets import check_target, settle_targets, whole_names
 from axolotl_spft.tuner.tied import TiedLayer, mark_shared_weights, modules_tied_to
 from axolotl_spft.tuner.weighted_sum import add_weighted_adapter
 from axolotl_spft.tuner.without_mask import refuse_training_without_mask
@@ -115,19 +114,7 @@ class SpftModel(BaseTuner):
         config.awaited = {name: getattr(config, name) for name in RECORDED} if config.is_saved else None
         for name in RECORDED:
             setattr(config, name, None)
-        if isinstance(config.target_modules, str):
-            problems = [problem_of_fused_experts(config.target_modules, model, is_pattern=True)]
-        else:
-            if config.is_saved:
-                config.target_modules = renamed_targets(config.target_modules, model)
-            problems = [problem_of_fused_experts(name, model) for name in config.target_modules]
-        if config.is_saved and config.target_parameters:
-            config.target_parameters = sorted(renamed_targets(config.target_parameters, model))
-        problems += [problem_of_parameter(name, model) for name in config.target_parameters or ()]
-        if any(problems):
-            raise SpftError("; ".join(filter(None, problems)))
-        if config.target_modules == "all-linear" and not config.target_parameters and Ranks.current().rank == 0:
-            warn_of_untrained_experts(model)
+        settle_targets(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         holders = [
             name

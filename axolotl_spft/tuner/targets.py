@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,7 +13,9 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftError
+from axolotl_spft.tuner.expert_targets import problem_of_parameter, warn_of_untrained_experts
 
 # subclasses of torch.nn.Linear whose own forward differs in its rounding only
 _SAME_FORWARD = ("FalconLinear",)
@@ -97,6 +100,32 @@ def problem_of_fused_experts(name: str, model: nn.Module, is_pattern: bool = Fal
                 "all-linear` takes every linear layer, the shared experts among them)"
             )
     return None
+
+
+def settle_targets(config: Any, model: nn.Module) -> None:
+    """Give the targets of a saved adapter's config the names of now, and check those of any config.
+
+    It is said which experts ``all-linear`` leaves untrained.
+
+    Args:
+        config: an `SpftConfig` of the model's own.
+
+    Raises:
+        SpftError: names mean experts in another way than the option that has them, or no parameter.
+    """
+    if isinstance(config.target_modules, str):
+        problems = [problem_of_fused_experts(config.target_modules, model, is_pattern=True)]
+    else:
+        if config.is_saved:
+            config.target_modules = renamed_targets(config.target_modules, model)
+        problems = [problem_of_fused_experts(name, model) for name in config.target_modules]
+    if config.is_saved and config.target_parameters:
+        config.target_parameters = sorted(renamed_targets(config.target_parameters, model))
+    problems += [problem_of_parameter(name, model) for name in config.target_parameters or ()]
+    if any(problems):
+        raise SpftError("; ".join(filter(None, problems)))
+    if config.target_modules == "all-linear" and not config.target_parameters and Ranks.current().rank == 0:
+        warn_of_untrained_experts(model)
 
 
 def renamed_targets(names: Iterable[str], model: nn.Module) -> set[str]:

@@ -6,17 +6,21 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from axolotl_spft.checkpoint.adapter import read_adapter
+from axolotl_spft.checkpoint.adapter import read_adapter, write_adapter
 from axolotl_spft.checkpoint.base import BaseCheckpoint
+from axolotl_spft.checkpoint.combine import combine
 from axolotl_spft.checkpoint.merge import merge
 from axolotl_spft.checkpoint.shards import Shards
+from axolotl_spft.checkpoint.shira import write_shira
 from axolotl_spft.checkpoint.skeleton import module_shapes, skeleton
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.inspection.inspect import inspect_files
 from axolotl_spft.ops.weight.stacked import as_matrix
+from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.serving import apply_adapter
 from tests.checkpoint.saved import merged_in_memory, save_adapter, save_base
 from tests.experts import EXPERT_MODELS, PARAMETERS
@@ -33,7 +37,7 @@ def test_a_streamed_merge_is_the_merge_in_memory(tmp_path, family):
     assert by_expert == (family != "gpt_oss")
     adapter = save_adapter(tmp_path / "adapter", base, target_parameters=PARAMETERS)
     saved = read_adapter(adapter)
-    experts = [name for name in saved.deltas if name.endswith(tuple(PARAMETERS))]
+    experts = [name for name in saved.deltas if name.endswith(tuple(f".{each}" for each in PARAMETERS))]
     assert len(experts) == (2 if family == "deepseek_v3" else 4)
     assert json.loads((adapter / "adapter_config.json").read_text())["target_parameters"] == PARAMETERS
     model, plain = skeleton(base, saved.deltas), AutoModelForCausalLM.from_pretrained(base)
@@ -53,6 +57,14 @@ def test_a_streamed_merge_is_the_merge_in_memory(tmp_path, family):
     # and they are inspected, measured against the base
     inspected = inspect_files([adapter], base)
     assert [figures.report.name for figures in inspected.figures[0]] == list(saved.deltas)
+    # a sum of adapters is one on the same weights; SHiRA has no such thing
+    doubled, _ = combine([saved, saved])
+    write_adapter(tmp_path / "doubled", doubled)
+    twice = PeftModel.from_pretrained(EXPERT_MODELS[family](), tmp_path / "doubled")
+    for name, layer in adapted_layers(twice).items():
+        assert torch.equal(layer.values("default"), 2 * saved.deltas[name].values.float())
+    with pytest.raises(SpftFileError, match=r"`target_parameters: .*SHiRA adapts modules alone"):
+        write_shira(tmp_path / "shira", saved)
     # an engine's model is not switched by it
     before = {name: weight.clone() for name, weight in plain.state_dict().items()}
     with pytest.raises(SpftError, match=r"experts\.down_proj.*experts that are one parameter.*serve the merged model"):

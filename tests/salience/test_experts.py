@@ -26,7 +26,11 @@ def chosen(make, **options) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     config = {"density": 0.05, "samples": 5, "target_modules": ["q_proj"], "target_parameters": PARAMETERS} | options
     model = get_peft_model(make(), SpftConfig(**config))
     start = weights_of(model)
-    select_mask(model, BATCHES, learning_rate=1e-2)
+    report = select_mask(model, BATCHES, learning_rate=1e-2)
+    told = [note for note in report.notes if "no token of the sample came to 1 of the 5 experts in model." in note]
+    # from what reads gradients; and no parameter is left out for that
+    assert len(told) == (config.get("salience", "gradient") not in ("magnitude", "random", "lift"))
+    assert report.untrained == ()
     assert all(torch.equal(weights_of(model)[name], w) for name, w in start.items() if "spft" not in name)
     layers = adapted_layers(model)
     return model, {name: positions(layer.mask("default"), layer.in_features) for name, layer in layers.items()}
