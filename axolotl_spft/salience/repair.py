@@ -80,7 +80,8 @@ class Repair:
     def scores(self, name: str) -> Tensor:
         """|E_ij| rms(x_j) up to a factor: this rank's rows (rows, in_features), float32."""
         weight, quantized = self._rows(name)
-        scores = weight.to(torch.float32)
+        # a copy where the weight is in float32 already
+        scores = weight.to(torch.float32, copy=True)
         scores -= quantized
         return scores.abs_().mul_(self._scale(name, scores.device))
 
@@ -101,7 +102,7 @@ class Repair:
         replaced = (originals.to(torch.float32) - quantized.reshape(-1)[local]) * scale[mine % in_features]
         sums = torch.zeros(3, dtype=torch.float64)
         for part, own in zip(weight.split(_ROWS), quantized.split(_ROWS)):
-            part = part.to(torch.float32)
+            part = part.to(torch.float32, copy=True)
             sums[2] += float((part * scale).square_().sum(dtype=torch.float64))
             sums[0] += float(part.sub_(own).mul_(scale).square_().sum(dtype=torch.float64))
         sums[1] = float(replaced.square_().sum(dtype=torch.float64))

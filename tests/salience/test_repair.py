@@ -36,6 +36,12 @@ def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"), tiny_llama)
 
 
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory):
+    """The same in float32."""
+    return save_base(tmp_path_factory.mktemp("wide"), tiny_llama, torch.float32)
+
+
 def batches(seed: int = 0, count: int = 2) -> list[dict[str, torch.Tensor]]:
     """Of different lengths, padded on the left."""
     made = []
@@ -83,10 +89,20 @@ def input_squares(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kind, dtype", [*((kind, torch.float32) for kind in KINDS), ("nf4", torch.bfloat16), ("int8", torch.bfloat16)]
+    "kind, dtype, wide",
+    [
+        *((kind, torch.float32, False) for kind in KINDS),
+        ("nf4", torch.bfloat16, False),
+        ("int8", torch.bfloat16, False),
+        ("nf4", torch.float32, True),
+        ("nf4", torch.bfloat16, True),
+    ],
 )
-def test_entries_of_the_mask_are_the_unquantized_ones_and_the_others_quantized(base, kind, dtype):
-    model, _ = repaired(base, kind, dtype)
+def test_entries_of_the_mask_are_the_unquantized_ones_and_the_others_quantized(base, wide_base, kind, dtype, wide):
+    base = wide_base if wide else base
+    model, report = repaired(base, kind, dtype)
+    error = relative_errors(list(report.errors.values()))
+    assert 0.001 < error[0] < 0.5 and error[1] < error[0]
     checkpoint = BaseCheckpoint(base, model.base_model.model)
     quantized = load_quantized(base, kind, dtype)
     changed = 0
@@ -99,8 +115,9 @@ def test_entries_of_the_mask_are_the_unquantized_ones_and_the_others_quantized(b
         expected = own.clone().view(-1)
         expected[at] = wanted[at]
         assert torch.equal(weight.view(-1), expected)
-        # no more than two bytes for each value
-        assert layer.originals("default").dtype == torch.bfloat16
+        # no more than two bytes for each value, where either the checkpoint or the model has as few
+        kept = torch.float32 if wide and dtype == torch.float32 else torch.bfloat16
+        assert layer.originals("default").dtype == kept
         assert not layer.values("default").any()
         # what merging adds to the quantized weight
         torch.testing.assert_close((own + layer.get_delta_weight("default")).to(weight.dtype), weight)
