@@ -13,6 +13,8 @@ from axolotl_spft.config import RECORDED, mask_option_names
 from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.optim.mask_changes import note_replacement
+from axolotl_spft.tuner.biases import NAME as BIASES
+from axolotl_spft.tuner.biases import take_biases
 from axolotl_spft.tuner.record import NAME, make_record, record_from_tensor, record_to_tensor
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import base_shapes_of, check_state, shapes_of, spft_layers
@@ -77,6 +79,8 @@ def _take_adapter(
         if not held:
             _remove(tuner, adapter_name)
         raise
+    if config.bias == "all" or any(key.startswith(f"{prefix}{BIASES}.{adapter_name}.") for key in state_dict):
+        take_biases(tuner, state_dict, prefix, adapter_name)
     if assign:
         for layer in layers.values():
             if layer.mask(adapter_name).nnz:
