@@ -58,6 +58,7 @@ class SpftConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt; all by default.")
     layers_pattern: list[str] | str | None = _option(None, "Name of the module list that holds the layers.")
     modules_to_save: list[str] | None = _option(None, "Further modules that are trained and saved whole.")
+    bias: str = _option("none", "Biases that are trained and saved whole: none, or all of the model.")
     salience: str = _option(
         "gradient", f"Score of a weight's importance: one of {', '.join(METRICS)}, or package.module:function."
     )
@@ -160,7 +161,7 @@ RECORDED = ("nnz", "base_shapes", "mask_source")
 # options that say where an adapter's layers are, how it begins or how a run changes it, and nothing of how its mask is
 # chosen
 _OF_THE_PLACE = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
-                 "modules_to_save", "mask_path", "repair_from", "reselect", "init_weights")  # fmt: skip
+                 "modules_to_save", "bias", "mask_path", "repair_from", "reselect", "init_weights")  # fmt: skip
 
 
 def option_names() -> tuple[str, ...]:

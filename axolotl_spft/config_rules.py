@@ -66,6 +66,7 @@ _RULES = {
         lambda v: _is_names(v) and not isinstance(v, str),
         "must be a list of module names",
     ),
+    "bias": (lambda v: v in ("none", "all"), "must be none or all"),
     "salience": (is_salience, f"must be one of {', '.join(METRICS)}, or your own package.module:function"),
     "lift_rank": (lambda v: _is_int(v) and v >= 1, "must be a whole number of at least 1"),
     "scope": (lambda v: v in SCOPES, f"must be one of {', '.join(SCOPES)}"),

@@ -2,8 +2,8 @@
 
 Per targeted module the file holds a CSR matrix under ``base_model.model.<module>.spft_values``, ``.spft_columns`` and
 ``.spft_row_offsets``, beside them ``.spft_originals`` where a quantized base is repaired, everything else that was
-trained (``modules_to_save``, biases) under the name of its parameter,
-and in ``base_model.spft_record`` a JSON object as bytes, which has the modules' shapes.
+trained (``modules_to_save``) under the name of its parameter, biases under ``base_model.spft_bias.`` and their name
+with slashes for dots, and in ``base_model.spft_record`` a JSON object as bytes, which has the modules' shapes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from axolotl_spft.errors import SpftFileError, first_of
 from axolotl_spft.files import atomic_path, check_safetensors
 from axolotl_spft.ops.mask.csr import Mask, problems_of
 from axolotl_spft.peft_type import SPFT
+from axolotl_spft.tuner.biases import FILE_PREFIX as BIASES
 from axolotl_spft.tuner.record import FILE_KEY, read_record, record_to_tensor
 from axolotl_spft.tuner.state import ORIGINALS, problems_of_originals
 
@@ -53,10 +54,11 @@ class SavedAdapter:
     Attributes:
         config: what ``adapter_config.json`` says.
         deltas: module name -> its delta, in the order of the modules in the model where the file tells it.
-        others: parameter name -> tensor, for what is trained whole (``modules_to_save``, biases).
+        others: parameter name -> tensor, for modules that are trained whole (``modules_to_save``).
         record: what ``base_model.spft_record`` says, whose shapes are those of the deltas; empty for an adapter that
             was not read from a file, of which ``config`` tells where its mask is from.
         has_shapes: whether the shapes are known. If not, in_features are the least that hold the columns.
+        biases: parameter name -> tensor, for the biases of ``bias: all``.
     """
 
     config: dict
@@ -64,6 +66,12 @@ class SavedAdapter:
     others: dict[str, Tensor] = field(default_factory=dict)
     record: dict = field(default_factory=dict)
     has_shapes: bool = True
+    biases: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """All that is trained whole, by the names of the parameters."""
+        return self.others | self.biases
 
     @property
     def nnz(self) -> int:
@@ -99,6 +107,9 @@ def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     record = read_record(path)
     tensors.pop(FILE_KEY, None)
+    biases = {
+        key.removeprefix(BIASES).replace("/", "."): tensors.pop(key) for key in list(tensors) if key.startswith(BIASES)
+    }
     recorded = {name: tuple(shape) for name, shape in record.get("shapes", {}).items()} or shapes
     strange = [key for key in tensors if not key.startswith(_PREFIX)]
     problems = [f"{key}: no tensor of a saved adapter has such a name" for key in strange]
@@ -121,7 +132,7 @@ def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]
         if originals is not None:
             problems += [f"{name}: {problem}" for problem in problems_of_originals(originals, values.numel())]
         deltas[name] = SavedDelta(values, mask, shape, originals)
-    adapter = SavedAdapter(config, deltas, tensors, record, recorded is not None)
+    adapter = SavedAdapter(config, deltas, tensors, record, recorded is not None, biases)
     if not problems and not deltas:
         problems.append("it holds no sparse values")
     recorded_repair = adapter.mask_source.get("repaired", adapter.repaired)
@@ -171,6 +182,7 @@ def write_adapter(folder: str | os.PathLike, adapter: SavedAdapter) -> None:
     """Write an adapter that PEFT loads. Both of its files appear complete or, on any error, neither."""
     folder = Path(folder)
     tensors = {_PREFIX + name: tensor for name, tensor in adapter.others.items()}
+    tensors |= {BIASES + name.replace(".", "/"): tensor for name, tensor in adapter.biases.items()}
     for name, delta in adapter.deltas.items():
         for part, tensor in zip((_VALUES, _COLUMNS, _ROW_OFFSETS), (delta.values, *delta.mask)):
             tensors[f"{_PREFIX}{name}.{part}"] = tensor

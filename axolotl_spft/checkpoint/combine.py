@@ -75,11 +75,12 @@ def combine(
         modules_to_save=first.get("modules_to_save") or (),
         target_parameters=[name for a in adapters for name in a.config.get("target_parameters") or ()],
     )
+    config["bias"] = first.get("bias", "none")
     if list(deltas) == list(adapters[0].deltas):
         config["base_shapes"] = first.get("base_shapes")
     # of another mask than the first one's the config tells where it is from
     record = adapters[0].record if len(adapters) == 1 and density is None else {}
-    return SavedAdapter(config, deltas, adapters[0].others, record, known), {
+    return SavedAdapter(config, deltas, adapters[0].others, record, known, adapters[0].biases), {
         "values": sum(delta.mask.nnz for delta in deltas.values()),
         "modules": table,
     }
@@ -92,10 +93,10 @@ def _check(adapters: Sequence[SavedAdapter], weights: Sequence[float], density: 
         raise SpftFileError(f"`method {method}` must be one of {', '.join(METHODS)}")
     if density is not None and not 0 < density <= 1:
         raise SpftFileError(f"`density {density}` must be in (0, 1]")
-    if len(adapters) > 1 and any(adapter.others for adapter in adapters):
+    if len(adapters) > 1 and any(adapter.whole for adapter in adapters):
         raise SpftFileError(
-            "an adapter holds modules that were trained whole (`modules_to_save`), which are no differences and cannot "
-            "be added up: merge one of the adapters into the base model instead"
+            "an adapter holds modules or biases that were trained whole (`modules_to_save`, `bias: all`), which are no "
+            "differences and cannot be added up: merge one of the adapters into the base model instead"
         )
 
 

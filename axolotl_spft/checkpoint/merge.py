@@ -155,7 +155,7 @@ def _finish(
     staging, shards = output / STAGING, checkpoint.shards
     try:
         names = copy_companions(shards.folder, adapter_folder, staging)
-        shapes = {name: tuple(tensor.shape) for name, tensor in (adapter.others | merged.additional).items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in (adapter.whole | merged.additional).items()}
         tied = set(merged.additional) & set(checkpoint.keys.tied)
         config = merged_config(shards.folder, model, shapes, bool(tied), set(merged.additional) - tied)
         write_json(staging / CONFIG, config)

@@ -87,7 +87,7 @@ class MergedWeights:
         # PEFT saves the weights of embeddings that are targeted, which may have grown
         given = {name: tensor for name, tensor in adapter.others.items() if ".base_layer." in name}
         self._given = {name.replace(".base_layer.", "."): tensor for name, tensor in given.items()}
-        others = {name: tensor for name, tensor in adapter.others.items() if name not in given}
+        others = {name: tensor for name, tensor in adapter.whole.items() if name not in given}
         self._deltas: dict[str, SavedDelta] = {}
         self._module_of: dict[str, str] = {}
         untied: dict[str, str] = {}

@@ -91,6 +91,8 @@ def write_shira(folder: str | os.PathLike, adapter: SavedAdapter) -> dict[str, i
         )
     if not adapter.has_shapes:
         raise SpftFileError("the adapter's file does not have the shapes of its modules: add `--base`")
+    if adapter.biases:
+        raise SpftFileError("the adapter holds biases (`bias: all`), which SHiRA has no place for: merge it instead")
     rank = max(1, *(ceil(each.mask.nnz / sum(each.shape)) for each in adapter.deltas.values()))
     tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in adapter.others.items()}
     added = 0

@@ -54,7 +54,7 @@ class ModelShape(NamedTuple):
         quantizable: (out_features, in_features) of every matrix that a quantized base quantizes.
         other_entries: entries of all other parameters, each once.
         head_entries: of the output head.
-        saved_entries: of the modules that are trained whole.
+        saved_entries: of the modules and biases that are trained whole.
         blocks: how many there are.
         block_norms: widths of one block's norms.
         hidden, intermediate, vocabulary, heads, key_value_heads, head_dim: as in the configuration.
@@ -169,7 +169,11 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
     config_of_adapter = SpftConfig(task_type="CAUSAL_LM", **{**options, "init_weights": True, "mask_path": None})
     adapted = get_peft_model(model, config_of_adapter)
     layers = adapted_layers(adapted)
-    saved = [p for name, p in adapted.named_parameters() if ".modules_to_save." in name]
+    saved = [
+        p
+        for name, p in adapted.named_parameters()
+        if ".modules_to_save." in name or ("bias" in name and p.requires_grad)
+    ]
     of_experts = [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
     heads = text.num_attention_heads
     experts = getattr(text, "num_experts_per_tok", None)

@@ -29,12 +29,13 @@ _FOREIGN_KEYS = {
     "lora_exclude_modules": "set `spft.exclude_modules`",
     "peft_layers_to_transform": "set `spft.layers_to_transform`",
     "peft_layers_pattern": "set `spft.layers_pattern`",
-    "peft_trainable_token_indices": "leave it out, or train the embedding whole with `spft.modules_to_save`",
+    "peft_trainable_token_indices": (
+        "name the embedding in `spft.target_modules`, or train it whole with `spft.modules_to_save`"
+    ),
     **dict.fromkeys(
         (
             "peft_use_dora",
             "peft_use_rslora",
-            "peft_ensure_weight_tying",
             "peft_init_lora_weights",
             "peft_layer_replication",
             "lora_rank_pattern",
@@ -51,6 +52,7 @@ _FOREIGN_KEYS = {
     ),
     "quantize_moe_experts": "leave it out: Axolotl quantizes experts for its LoRA adapters only, and here they stay in "
     "16 bits",
+    "peft_ensure_weight_tying": "leave it out: tied weights always share one delta",
     "unfrozen_parameters": "set `spft.modules_to_save`: base weights stay frozen under `adapter: spft`",
 }
 _UNSUPPORTED = {

@@ -132,7 +132,7 @@ def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> 
         columns = columns[here] - place.columns.start
         writes.append(_Write(place.weight, rows, columns, delta.values.to(device)[here]))
     parameters = dict(model.named_parameters())
-    for name, tensor in adapter.others.items():
+    for name, tensor in adapter.whole.items():
         parameter = parameters.get(name)
         if parameter is None:
             absent.append(name)

@@ -104,6 +104,10 @@ def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
             f"{checkpoint} holds `modules_to_save: {sorted(saved)}`, but the run has {sorted(asked_to_save)}: restore "
             f"the option, or {_ANEW}"
         )
+    if recorded.bias != config.bias:
+        raise SpftError(
+            f"{checkpoint} holds `bias: {recorded.bias}`, but the run has {config.bias}: restore the option, or {_ANEW}"
+        )
     # of older checkpoints, whose file has no record, the config tells
     options = read_record(path).get("options", {})
     for name in MASK_OPTIONS:

@@ -13,6 +13,7 @@ from axolotl_spft.config import RECORDED, mask_option_names
 from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.optim.mask_changes import note_replacement
+from axolotl_spft.tuner.biases import take_biases
 from axolotl_spft.tuner.record import NAME, make_record, record_from_tensor, record_to_tensor
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import base_shapes_of, check_state, shapes_of, spft_layers
@@ -73,6 +74,7 @@ def _take_adapter(
         repaired = ((record or {}).get("mask_source") or {}).get("repaired")
         recorded = (expected["nnz"], expected["base_shapes"], shapes, renamed, tied, repaired)
         check_state(state_dict, layers, base, adapter_name, *recorded)
+        take_biases(tuner, state_dict, prefix, adapter_name)
     except SpftFileError:
         if not held:
             _remove(tuner, adapter_name)

@@ -21,6 +21,7 @@ from torch import nn
 from axolotl_spft.config import SpftConfig
 from axolotl_spft.errors import SpftError
 from axolotl_spft.peft_type import SPFT
+from axolotl_spft.tuner.biases import let_go_of_biases
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.model import SpftModel
 from axolotl_spft.tuner.record import NAME as RECORD
@@ -123,6 +124,7 @@ class SparseMixedModel(mixed.MixedModel, SpftModel):
         for name in names:
             self._has_dtype.discard(name)
             self.spft_record._buffers.pop(name, None)
+            let_go_of_biases(self, name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         for handle in self._guards:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from axolotl_spft.budget import layer_budgets
 from axolotl_spft.config import RECORDED, SpftConfig
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.mask.csr import mask_from_positions
+from axolotl_spft.tuner.biases import hold_biases, let_go_of_biases, named_bias
 from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.expert_targets import inject_parameters
@@ -32,7 +33,7 @@ from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import ORIGINALS, TENSORS, shapes_of, spft_layers
 from axolotl_spft.tuner.targets import check_target, settle_targets, whole_names
-from axolotl_spft.tuner.tied import TiedLayer, mark_shared_weights, modules_tied_to
+from axolotl_spft.tuner.tied import TiedLayer, mark_shared_weights, refuse_to_part, tied_modules
 from axolotl_spft.tuner.weighted_sum import add_weighted_adapter
 from axolotl_spft.tuner.without_mask import refuse_training_without_mask
 from axolotl_spft.tuner.write_ahead import WriteAhead
@@ -53,6 +54,8 @@ class SpftModel(BaseTuner):
     _handles: Sequence[RemovableHandle] = ()
     _guards: Sequence[RemovableHandle] = ()
     _ahead: WriteAhead | None = None
+    # while an adapter is injected: of each module that is tied, all that hold its weight
+    _tied: Mapping[nn.Module, Mapping[str, nn.Module]] = {}
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
         # PEFT's own way in gives a dict
@@ -115,13 +118,17 @@ class SpftModel(BaseTuner):
         for name in RECORDED:
             setattr(config, name, None)
         settle_targets(config, model)
+        self._tied = tied_modules(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._tied = {}
         holders = [
             name
             for name, layer in spft_layers(model).items()
             if adapter_name in layer.spft_columns and not isinstance(layer, ExpertMatrix)
         ]
         config.target_modules = whole_names(config.target_modules, holders, model)
+        if config.bias == "all":
+            hold_biases(self, adapter_name, trained=not config.inference_mode)
         mark_shared_weights(model)
         _mark_shared_inputs(model)
         self._write_ahead(model)
@@ -177,6 +184,7 @@ class SpftModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self._has_dtype.discard(adapter_name)
         self.spft_record._buffers.pop(adapter_name, None)
+        let_go_of_biases(self, adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # as PEFT has it since 0.21: the model's own hooks run whichever way leads to it
@@ -246,10 +254,13 @@ class SpftModel(BaseTuner):
                 target.add_empty_adapter(adapter_name)
             return
         quantization = get_quantization_kwargs(self)
-        tied = modules_tied_to(target, self.model)
+        tied = self._tied.get(target, {})
         for name, module in (tied or {current_key: target}).items():
             check_target(module, name if name == current_key else f"{name} (tied to {current_key})", quantization)
-        self._refuse_to_part(peft_config, current_key, tied)
+        excluded = [
+            name for name in tied if isinstance(self._check_target_module_exists(peft_config, name), _ExcludedModule)
+        ]
+        refuse_to_part(current_key, excluded)
         if tied:
             owner_name = next(name for name, module in tied.items() if isinstance(module, nn.Embedding))
             parent, target, target_name = _get_submodules(self.model, owner_name)
@@ -267,16 +278,6 @@ class SpftModel(BaseTuner):
         if new_module.spft_values[adapter_name].is_meta:
             # PEFT has moved it to where an offloaded base layer's weight seems to lie
             new_module.add_empty_adapter(adapter_name)
-
-    def _refuse_to_part(self, peft_config: SpftConfig, name: str, tied: Iterable[str]) -> None:
-        """Raise where a module is targeted, and one that is tied to it is not to be trained as it is."""
-        for other in tied:
-            if isinstance(self._check_target_module_exists(peft_config, other), _ExcludedModule):
-                raise SpftError(
-                    f"`target_modules` takes {name}, and `exclude_modules` or `modules_to_save` names {other}, but the "
-                    "model ties the two: they are one weight, which one sparse delta trains in both places. Leave one "
-                    "of the names out, or load the model with `tie_word_embeddings: false`"
-                )
 
     def _check_tied_modules(self, model: nn.Module, peft_config: SpftConfig) -> None:
         # what PEFT warns of for targets does not happen here
@@ -323,7 +324,10 @@ class SpftModel(BaseTuner):
         # name, and then skips them; with the name, they are seen when the adapter's file is checked
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         endings = tuple(f".{tensor}" for tensor in (*TENSORS, ORIGINALS, RECORD))
-        return {f"{key}.{adapter_name}" if key.endswith(endings) else key: value for key, value in remapped.items()}
+        return {
+            f"{key}.{adapter_name}" if key.endswith(endings) else named_bias(key, adapter_name): value
+            for key, value in remapped.items()
+        }
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
         """As torch's, with the record as it is where it is kept, if accelerate offloads it."""

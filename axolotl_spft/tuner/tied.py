@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from axolotl_spft.errors import SpftError
 from axolotl_spft.tuner.layer import multiply
 from axolotl_spft.tuner.mixed_batch import add_branches_, look_up_by_row_
 from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded
@@ -93,31 +94,35 @@ class TiedLayer(nn.Module, BaseTunerLayer):
             return multiply(x.to(execution_device(base_layer)), base_layer, self.owner, names, self._shared_input)
 
 
-def modules_tied_to(target: nn.Module, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that hold the weight of ``target``, itself among them, where one of them is an embedding.
-
-    Empty where no other module holds the weight, or none of them is an embedding.
-    """
-    weight = target._parameters.get("weight")
-    if weight is None:
-        return {}
-    names = dict(_names_tied(model))
-    found, own = {}, next(name for name, module in model.named_modules() if module is target)
+def tied_modules(model: nn.Module) -> dict[nn.Module, dict[str, nn.Module]]:
+    """For each module whose weight an embedding holds too, or that is one: all that hold it, by their names."""
+    tied_to = {
+        name.removesuffix(".weight"): source.removesuffix(".weight")
+        for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    }
+    holders: dict[tuple, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        other = module._parameters.get("weight")
-        if other is not None and (
-            weight_place(other) == weight_place(weight)
+        weight = module._parameters.get("weight")
+        if weight is not None:
             # on the meta device, where offloaded weights are, each module has its own
-            or (weight.is_meta and names.get(name, name) == names.get(own, own))
-        ):
-            found[name] = module
-    return found if len(found) > 1 and any(isinstance(module, nn.Embedding) for module in found.values()) else {}
+            place = ("name", tied_to.get(name, name)) if weight.is_meta else weight_place(weight)
+            holders.setdefault(place, {})[name] = module
+    return {
+        module: group
+        for group in holders.values()
+        if len(group) > 1 and any(isinstance(each, nn.Embedding) for each in group.values())
+        for module in group.values()
+    }
 
 
-def _names_tied(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """By what transformers knows of the model, each module that is tied, and the one that it is tied to."""
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        yield target.removesuffix(".weight"), source.removesuffix(".weight")
+def refuse_to_part(name: str, excluded: Sequence[str]) -> None:
+    """Raise where a module is targeted, and some that are tied to it are not to be trained as it is."""
+    if excluded:
+        raise SpftError(
+            f"`target_modules` takes {name}, and `exclude_modules` or `modules_to_save` names {excluded[0]}, but the "
+            "model ties the two: they are one weight, which one sparse delta trains in both places. Leave one of the "
+            "names out, or load the model with `tie_word_embeddings: false`"
+        )
 
 
 def mark_shared_weights(model: nn.Module) -> None:

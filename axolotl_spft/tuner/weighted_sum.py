@@ -102,6 +102,8 @@ def _problem_of(
         return f"`majority_sign_method: {majority_sign_method}` must be total or frequency"
     if model._has_auxiliary_modules():
         return "adapters with `modules_to_save` cannot be added up: merge one of them into the base model instead"
+    if any(model.peft_config[name].bias != "none" for name in adapters):
+        return "adapters with `bias: all` cannot be added up: merge one of them into the base model instead"
     if any(layer.merged for layer in spft_layers(model.model).values()):
         return "an adapter is merged: call unmerge_adapter() first"
     if not any(layer.mask(name).nnz for layer in spft_layers(model.model).values() for name in adapters

@@ -75,6 +75,16 @@ def make_experts(folder: Path) -> Path:
     return target
 
 
+def make_tied(folder: Path) -> Path:
+    """Write ``tied/`` into a workspace: its Llama with a tied head and biases in its attention; returns the path."""
+    target = folder / "tied"
+    shutil.copytree(folder / "base", target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = LlamaConfig.from_pretrained(folder / "base", tie_word_embeddings=True, attention_bias=True)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(target)
+    return target
+
+
 def write_config(folder: Path, name: str, **changes) -> Path:
     """Write ``<name>.yml`` with ``output_dir`` ``<name>/``; a change to None leaves the key out."""
     config = {

@@ -13,7 +13,7 @@ from integration.engines.cases import BASES, RANKS, STEPS, write_case
 from integration.engines.figures import figures_of, optimizer_files, same_state
 from integration.engines.matrix import problems_of
 from integration.engines.run import TrainingFailed, train, train_all
-from integration.engines.workspace import make_experts, make_workspace
+from integration.engines.workspace import make_experts, make_tied, make_workspace
 
 pytestmark = [pytest.mark.engine, pytest.mark.e2e]
 
@@ -23,6 +23,8 @@ REPAIRED = BASES["4bit"] | {"spft": {"density": 0.05, "samples": 16, "repair": 0
 FEW = {"num_values": 7, "scope": "global", "samples": 16}
 WITH_HEAD = {"density": 0.05, "samples": 16, "modules_to_save": ["lm_head"]}
 EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+# one delta of an embedding and a head, and biases
+TIED = {"target_modules": ["lm_head", "q_proj", "down_proj"], "bias": "all"}
 GRADIENTS = {"gradient_checkpointing": True}
 
 
@@ -38,6 +40,8 @@ def runs(folder):
     saved = {"lora_model_dir": str(folder / "single_plain")}
     experts = {"base_model": str(make_experts(folder)), "spft": {"density": 0.05, "samples": 16, **EXPERTS}}
 
+    tied = {"base_model": str(make_tied(folder)), "spft": {"density": 0.05, "samples": 16, **TIED}}
+
     def cases(engine: str, ranks: int = RANKS) -> list:
         def case(name: str, engine: str = engine, **changes):
             return write_case(folder, f"{engine}_{name}", engine, ranks, **changes)
@@ -47,6 +51,7 @@ def runs(folder):
                 case("plain", spft=mask), case("four_bit", **BASES["4bit"]), case("few", spft=FEW),
                 case("head", spft=WITH_HEAD), case("bf16", bf16=True),
                 case("continued", **saved), case("repaired", **REPAIRED), case("experts", **experts),
+                case("tied", **tied),
             ]  # fmt: skip
         if engine == "ddp":
             return [
@@ -76,6 +81,7 @@ def runs(folder):
             case("bf16", "zero3", bf16=True, **GRADIENTS),
             case("repaired", "zero3", **REPAIRED),
             case("experts", "zero3", **experts, **GRADIENTS),
+            case("tied", "zero3", **tied),
         ]
 
     sharded = cases("zero")
@@ -91,7 +97,7 @@ def figures(folder, name: str):
     "name",
     ["ddp_plain", "ddp_few", "ddp_head", "zero1_few", "zero2_head", "zero2_four_bit", "zero3_plain", "zero3_few",
      "zero3_head", "zero3_continued", "zero2-offload_plain", "zero3-offload_plain", "ddp_repaired", "zero1_repaired",
-     "zero3_repaired", "ddp_experts", "zero3_experts"],
+     "zero3_repaired", "ddp_experts", "zero3_experts", "zero3_tied"],
 )  # fmt: skip
 def test_equals_one_process(folder, runs, name):
     reference = f"single_{name.partition('_')[2]}"

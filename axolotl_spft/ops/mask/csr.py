@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from axolotl_spft.errors import SpftError
+
 
 class Mask(NamedTuple):
     """A CSR mask: ``columns`` (nnz; uint16 or int32) and ``row_offsets`` (out_features + 1; int32)."""
@@ -44,7 +46,17 @@ def empty_mask(out_features: int, in_features: int, device: torch.device | None 
 
 
 def mask_from_positions(positions: Tensor, out_features: int, in_features: int) -> Mask:
-    """The mask with entries at ``positions`` (nnz; int64, strictly ascending)."""
+    """The mask with entries at ``positions`` (nnz; int64, strictly ascending).
+
+    Raises:
+        SpftError: there are more than the row offsets can count.
+    """
+    most = torch.iinfo(torch.int32).max
+    if positions.numel() > most:
+        raise SpftError(
+            f"{positions.numel():,} values in one matrix are too many: its row offsets count at most {most:,}: lower "
+            "its density"
+        )
     rows = positions // in_features
     counts = torch.bincount(rows, minlength=out_features)
     row_offsets = torch.zeros(out_features + 1, dtype=torch.int32, device=positions.device)
