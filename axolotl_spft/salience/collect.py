@@ -185,8 +185,14 @@ def reached_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterato
 
         return note
 
+    def noting_gradient(name: str) -> Callable[[Tensor, int], None]:
+        return lambda gradient, _: reached.add(name) if name not in reached and gradient.any() else None
+
     with ExitStack() as hooks:
         for name, layer in layers.items():
+            if isinstance(layer, ExpertMatrix):
+                hooks.callback(layer.watch_gradient(noting_gradient(name)))
+                continue
             for module in (layer, *getattr(layer, "readers", ())):
                 hooks.callback(module.register_forward_hook(_gathering_hook([noting(name)])).remove)
         _let_inputs_take_part(model, hooks)
