@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -186,20 +185,18 @@ def reached_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterato
 
         return note
 
+    def noting_gradient(name: str) -> Callable[[Tensor, int], None]:
+        return lambda gradient, _: reached.add(name) if name not in reached and gradient.any() else None
+
     with ExitStack() as hooks:
         for name, layer in layers.items():
             if isinstance(layer, ExpertMatrix):
-                hooks.callback(layer.watch_gradient(partial(_note_experts, reached, name)))
+                hooks.callback(layer.watch_gradient(noting_gradient(name)))
                 continue
             for module in (layer, *getattr(layer, "readers", ())):
                 hooks.callback(module.register_forward_hook(_gathering_hook([noting(name)])).remove)
         _let_inputs_take_part(model, hooks)
         yield reached
-
-
-def _note_experts(reached: set[str], name: str, gradient: Tensor, _: int) -> None:
-    if name not in reached and gradient.any():
-        reached.add(name)
 
 
 def reduce_to_shards(sums: dict[str, Tensor], ranks: Ranks) -> None:
