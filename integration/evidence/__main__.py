@@ -1,6 +1,6 @@
 """Runs experiments and draws their tables.
 
-python -m integration.evidence run integration/evidence/experiments/rates-16bit.json --data FOLDER
+python -m integration.evidence run integration/evidence/experiments/gsm8k-rates.json --data FOLDER
 python -m integration.evidence report
 """
 
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from integration.evidence.experiment import key_of, read_experiment, runs_of
 from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of
@@ -28,16 +29,29 @@ def run_files(files: list[Path], data: Path, bases: Path, threads: int, results:
     from integration.evidence.train import train
 
     torch.set_num_threads(threads)
-    queue = [(file, run) for file in files for run in runs_of(read_experiment(file))]
-    for number, (file, run) in enumerate(queue, 1):
-        path = results / f"{file.stem}.jsonl"
+    tried: set[str] = set()
+    while (waiting := _waiting(files, results, tried)) is not None:
+        file, run, number, total = waiting
+        tried.add(key_of(run))
         with _claimed(bases / "claims", key_of(run)) as mine:
-            if not mine or key_of(run) in records_of(path):
+            # another process may have ended it since the queue was read
+            if not mine or key_of(run) in records_of(results):
                 continue
-            print(f"[{number}/{len(queue)}] {file.stem}: {key_of(run)}", flush=True)
+            print(f"[{number}/{total}] {file.stem}: {key_of(run)}", flush=True)
             result = train(run, data, bases)
-            append(path, run, result)
+            append(results / f"{file.stem}.jsonl", run, result)
             print(f"    {result}", flush=True)
+
+
+def _waiting(files: list[Path], results: Path, tried: set[str]) -> tuple[Path, dict[str, Any], int, int] | None:
+    """The next run of the queue, with its number and how many there are so far: what is recorded may add runs."""
+    records = records_of(results)
+    for file in files:
+        runs = runs_of(read_experiment(file), records)
+        for number, run in enumerate(runs, 1):
+            if key_of(run) not in records and key_of(run) not in tried:
+                return file, run, number, len(runs)
+    return None
 
 
 class _claimed:

@@ -27,11 +27,13 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class Ready(NamedTuple):
-    """A model to train; ``trained`` is the count of numbers that an optimizer changes."""
+    """A model to train; ``trained`` counts the numbers that an optimizer changes, ``moved`` says that the model does
+    not compute what its base computes."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     trained: int
+    moved: bool = False
 
 
 class Setting(NamedTuple):
@@ -41,6 +43,7 @@ class Setting(NamedTuple):
     options: Mapping[str, Any]
     learning_rate: float
     batches: Callable[[], Iterable[dict[str, Tensor]]]
+    loss_of: Callable[[nn.Module, dict[str, Tensor]], Tensor]
     seed: int
     unquantized: Callable[[], PreTrainedModel]
 
@@ -49,7 +52,7 @@ def spft(setting: Setting) -> Ready:
     options = {"target_modules": PROJECTIONS, "seed": setting.seed, **setting.options}
     power = options.pop("relative_rate", None)
     model = get_peft_model(setting.base, SpftConfig(**options))
-    select_mask(model, setting.batches())
+    select_mask(model, setting.batches(), setting.loss_of, learning_rate=setting.learning_rate)
     if power is None:
         groups = [{"params": _trainable(model), "lr": setting.learning_rate}]
     else:
@@ -76,7 +79,9 @@ def lora(setting: Setting) -> Ready:
     model = get_peft_model(setting.base, LoraConfig(target_modules=PROJECTIONS, **options))
     if start == "quantization_error":
         _start_at_quantization_error(model, setting)
-    return Ready(model, _adamw(_trainable(model), setting.learning_rate), _count(model))
+    # pissa and its like take their start out of the base weight, which rounds it
+    moved = start is not None or "init_lora_weights" in options
+    return Ready(model, _adamw(_trainable(model), setting.learning_rate), _count(model), moved)
 
 
 @torch.no_grad()
@@ -132,9 +137,11 @@ def shira(setting: Setting) -> Ready:
 
 
 def full(setting: Setting) -> Ready:
-    for name, parameter in setting.base.named_parameters():
+    # in bf16 most steps would be rounded away: fp32 weights under autocast are how full fine-tuning is done
+    model = setting.base.float()
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(f".{projection}." in name for projection in PROJECTIONS))
-    return Ready(setting.base, _adamw(_trainable(setting.base), setting.learning_rate), _count(setting.base))
+    return Ready(model, _adamw(_trainable(model), setting.learning_rate), _count(model))
 
 
 def none(setting: Setting) -> Ready:

@@ -39,9 +39,10 @@ def write_report(experiments: Path, results: Path, output: Path) -> None:
     """Write ``README.md`` and ``<experiment>.png`` to ``output``; equal records give equal bytes of the page."""
     parts = [_HEAD]
     files = [(path, read_experiment(path)) for path in sorted(experiments.glob("*.json"))]
+    records = records_of(results)
     for question, heading in _QUESTIONS.items():
         chosen = [(path, each) for path, each in files if each["question"] == question]
-        with_rows = [(path, each, rows_of(each, records_of(results / f"{path.stem}.jsonl"))) for path, each in chosen]
+        with_rows = [(path, each, rows_of(each, records)) for path, each in chosen]
         with_rows = [(path, each, rows) for path, each, rows in with_rows if rows]
         if with_rows:
             parts.append(f"## {question}. {heading}\n")

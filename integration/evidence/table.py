@@ -38,17 +38,19 @@ class Row:
 
 def rows_of(experiment: dict[str, Any], records: Mapping[str, dict[str, Any]]) -> list[Row]:
     """The rows that have a recorded run, in the order of the experiment."""
-    labels = {}
+    grids: dict[tuple, list] = {}
     for entry in experiment["methods"]:
-        for run in runs_of({**experiment, "methods": [entry]}):
-            labels.setdefault((entry["label"], run["method"], run["learning_rate"]), []).append(run)
+        for run in runs_of({**experiment, "methods": [entry]}, records):
+            grids.setdefault((entry["label"], run["method"]), []).append(run)
     rows = []
-    for (label, method, rate), runs in labels.items():
-        results = [records[key_of(run)]["result"] for run in runs if key_of(run) in records]
-        if results:
-            names = sorted(set().union(*results))
-            figures = {name: tuple(each[name] for each in results if name in each) for name in names}
-            rows.append(Row(label, method, rate, int(results[0]["trained"]), figures, len(runs)))
+    for (label, method), runs in grids.items():
+        for rate in sorted({run["learning_rate"] for run in runs}):
+            of_rate = [run for run in runs if run["learning_rate"] == rate]
+            results = [records[key_of(run)]["result"] for run in of_rate if key_of(run) in records]
+            if results:
+                names = sorted(set().union(*results))
+                figures = {name: tuple(each[name] for each in results if name in each) for name in names}
+                rows.append(Row(label, method, rate, int(results[0]["trained"]), figures, len(of_rate)))
     return rows
 
 
