@@ -1,11 +1,12 @@
 """An experiment is a small JSON file; this makes the list of its runs.
 
-    {"question": "a", "title": "...", "conclusion": "...",
+    {"question": "a", "order": 1, "title": "...",
      "base": "smollm2-135m-instruct", "bits": 16, "task": "gsm8k",
      "steps": 60, "batch": 4, "length": 96, "seeds": [0], "repeats": [1, 2],
      "methods": [{"label": "LoRA r4", "method": "lora", "options": {"r": 4}, "learning_rates": [0.001, 0.003]}]}
 
-Everything but ``question`` to ``conclusion`` may stand in an entry of ``methods`` too, for that entry alone.
+``order`` is the experiment's place in the queue, which it is no part of otherwise. Everything but ``question`` to
+``title`` may stand in an entry of ``methods`` too, for that entry alone.
 ``learning_rates`` are where the search for the best rate begins: the grid grows along 1, 3, 10, 30, ... by one rate
 at a time while the best recorded one is its first or last. ``repeats`` are seeds that run at the best rate alone.
 """
@@ -13,6 +14,7 @@ at a time while the best recorded one is its first or last. ``repeats`` are seed
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 from integration.evidence.methods import METHODS
 from integration.evidence.tasks import TASKS
 
-_DEFAULTS = {
+DEFAULTS = {
     "bits": 16,
     "steps": 60,
     "batch": 4,
@@ -32,10 +34,10 @@ _DEFAULTS = {
     "samples": 64,
     "dtype": "bfloat16",
 }
-_OF_A_RUN = ("base", "task", *_DEFAULTS)
+_OF_A_RUN = ("base", "task", *DEFAULTS)
 _SEARCH = ("learning_rates", "seeds", "repeats")
 _OF_A_METHOD = {"label", "method", "options", *_SEARCH, *_OF_A_RUN}
-_OF_AN_EXPERIMENT = {"question", "title", "conclusion", "methods", *_SEARCH, *_OF_A_RUN}
+_OF_AN_EXPERIMENT = {"question", "order", "title", "methods", *_SEARCH, *_OF_A_RUN}
 _RATES = tuple(float(f"{digit}e{exponent}") for exponent in range(-6, 0) for digit in (1, 3))
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -88,15 +90,35 @@ def runs_of(experiment: Mapping[str, Any], records: Records | None = None) -> li
     return [*first, *(run for search in searches for run in search.repeats())]
 
 
+def queue(folder: Path) -> list[Path]:
+    """The experiments that have an ``order``, in that order."""
+    files = [(read_experiment(path).get("order"), path) for path in sorted(folder.glob("*.json"))]
+    return [path for order, path in sorted(pair for pair in files if pair[0] is not None)]
+
+
+def expected_runs(experiment: Mapping[str, Any], records: Records) -> list[dict[str, Any]]:
+    """The runs that an experiment will have had at its end; a grid is taken to need one more rate than asked for."""
+    expected = []
+    for entry in experiment["methods"]:
+        search = _Search(experiment, entry, records)
+        grid, repeats = [run for seed in search.seeds for run in search.runs(seed)], [*search.repeats()]
+        begun = any(key_of(run) in records for run in grid)
+        more = 0 if begun or entry["method"] == "none" else len(search.seeds)
+        more += len(search.wanted_repeats) - len(repeats)
+        unknown = [grid[-1] | {"learning_rate": math.nan, "seed": number} for number in range(more)]
+        expected += [*grid, *repeats, *unknown]
+    return expected
+
+
 class _Search:
     """The runs of one entry of an experiment: its grid, as far as the records have it grow."""
 
     def __init__(self, experiment: Mapping[str, Any], entry: Mapping[str, Any], records: Records):
-        self._settings = {**_DEFAULTS, "seeds": [0], "repeats": [], **experiment, **entry}
+        self._settings = {**DEFAULTS, "seeds": [0], "repeats": [], **experiment, **entry}
         self._records = records
         trains = entry["method"] != "none"
-        self.seeds, self._repeats = (self._settings[name] if trains else [] for name in ("seeds", "repeats"))
-        self.seeds = self.seeds if trains else [0]
+        self.seeds = self._settings["seeds"] if trains else [0]
+        self.wanted_repeats = self._settings["repeats"] if trains else []
         self._rates = sorted(self._settings["learning_rates"]) if trains else [0.0]
         if trains:
             while (beyond := self._beyond_the_edge()) is not None:
@@ -108,8 +130,8 @@ class _Search:
 
     def repeats(self) -> Iterator[dict[str, Any]]:
         """At the best rate of a finished grid that is no edge."""
-        if self._repeats and (best := self._best()) is not None:
-            yield from (self._run(best, seed) for seed in self._repeats)
+        if self.wanted_repeats and (best := self._best()) is not None:
+            yield from (self._run(best, seed) for seed in self.wanted_repeats)
 
     def _run(self, rate: float, seed: int) -> dict[str, Any]:
         run = {key: self._settings[key] for key in _OF_A_RUN}

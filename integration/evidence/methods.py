@@ -7,6 +7,8 @@ Options of a method, as an experiment names them:
 - ``lora``: ``r``, ``alpha`` (2 r by default), ``use_rslora``, ``use_dora``, ``init_lora_weights`` (as ``pissa``), and
   ``start: quantization_error``: the activation-weighted best low-rank approximation of W - Q(W), as LoftQ-like
   methods start.
+- ``both``: those of ``spft``, and ``r``, ``alpha`` (2 r by default) and ``low_rank_rate`` of a low-rank branch beside
+  each sparse one (RoSA, arXiv 2401.04679); the run's learning rate is that of the sparse values.
 - ``shira``: ``r``. ``full``: none. ``none``: nothing is trained.
 """
 
@@ -57,7 +59,9 @@ def spft(setting: Setting) -> Ready:
         groups = [{"params": _trainable(model), "lr": setting.learning_rate}]
     else:
         groups = _relative_groups(model, setting.learning_rate, power)
-    return Ready(model, SparseAdamW(groups, lr=setting.learning_rate, weight_decay=0.0), _count(model))
+    # a repaired adapter begins nearer to the unquantized model than its base
+    moved = bool(options.get("repair"))
+    return Ready(model, SparseAdamW(groups, lr=setting.learning_rate, weight_decay=0.0), _count(model), moved)
 
 
 def _relative_groups(model: nn.Module, learning_rate: float, power: float) -> list[dict]:
@@ -129,6 +133,41 @@ def _input_rms(
     return {name: (total / tokens).sqrt() for name, total in squares.items()}
 
 
+class _LowRank(nn.Module):
+    """x -> alpha / r x A^T B^T, of (..., in_features); B begins at 0."""
+
+    def __init__(self, in_features: int, out_features: int, r: int, alpha: float, device: torch.device):
+        super().__init__()
+        self.down = nn.Linear(in_features, r, bias=False, device=device)
+        self.up = nn.Linear(r, out_features, bias=False, device=device)
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+        nn.init.zeros_(self.up.weight)
+        self.scale = alpha / r
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.up(self.down(x.to(self.up.weight.dtype)))
+
+
+def both(setting: Setting) -> Ready:
+    options = dict(setting.options)
+    r, rate = options.pop("r"), options.pop("low_rank_rate")
+    alpha = options.pop("alpha", 2 * r)
+    ready = spft(setting._replace(options=options))
+    branches = nn.ModuleList()
+    for layer in spft_layers(ready.model).values():
+        device = layer.spft_values["default"].device
+        branch = _LowRank(layer.in_features, layer.out_features, r, alpha, device)
+        branches.append(branch)
+
+        def add(_, args: tuple, y: Tensor, branch: nn.Module = branch) -> Tensor:
+            return y + branch(args[0]).to(y.dtype)
+
+        layer.register_forward_hook(add)
+    ready.model.low_rank = branches
+    ready.optimizer.add_param_group({"params": list(branches.parameters()), "lr": rate})
+    return ready._replace(trained=_count(ready.model))
+
+
 def shira(setting: Setting) -> Ready:
     model = get_peft_model(
         setting.base, ShiraConfig(target_modules=PROJECTIONS, random_seed=setting.seed, **setting.options)
@@ -151,6 +190,7 @@ def none(setting: Setting) -> Ready:
 METHODS: Mapping[str, Callable[[Setting], Ready]] = {
     "spft": spft,
     "lora": lora,
+    "both": both,
     "shira": shira,
     "full": full,
     "none": none,

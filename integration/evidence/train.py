@@ -89,6 +89,8 @@ def train(run: dict[str, Any], data: Path, bases: Path) -> dict[str, float]:
     return result
 
 
+# options of methods that have a mask, and no part in it
+_OF_NO_MASK = ("relative_rate", "r", "alpha", "low_rank_rate")
 # what a base is worth before any training, for all methods that start there
 _JUDGED_BASES: dict[tuple, dict[str, float]] = {}
 
@@ -109,12 +111,13 @@ def _encoded(
 
 
 def _with_mask_file(run: dict[str, Any], bases: Path) -> dict[str, Any]:
-    """The options; those of ``spft`` with the file of the mask, which all rates share, and the seeds where it can."""
-    if run["method"] != "spft":
+    """The options, with the mask's file where there is one: all rates share it, and all seeds unless it is random."""
+    if run["method"] not in ("spft", "both"):
         return run["options"]
     options = {"samples": run["samples"], **run["options"]}
     of_a_mask = {name: run[name] for name in ("base", "task", "bits", "dtype", "length", "batch")} | options
-    of_a_mask.pop("relative_rate", None)
+    for name in _OF_NO_MASK:
+        of_a_mask.pop(name, None)
     if options.get("salience") == "random":
         of_a_mask["seed"] = run["seed"]
     if options.get("score_after"):

@@ -12,11 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from integration.evidence import tasks
 from integration.evidence.__main__ import run_files
-from integration.evidence.experiment import key_of, read_experiment, runs_of
+from integration.evidence.experiment import key_of, queue, read_experiment, runs_of
 from integration.evidence.judge import IGNORED, batch_of, encode, judge
+from integration.evidence.plan import plan
 from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of
 from integration.evidence.report import write_report
-from integration.evidence.table import best_rows, rows_of
+from integration.evidence.table import Row, best_rows, rises_at_gain, rows_of
 from integration.evidence.tasks import Example, Task, load_task
 
 PAGE = Path(RESULTS).parent
@@ -175,12 +176,41 @@ def test_a_queue_resumes_and_sums_up(base, data, tmp_path, short_python):
     assert f"| {winner.trained:,} | **{winner.learning_rate:g}** |" in (tmp_path / "page" / "README.md").read_text()
 
 
+def test_what_is_paid_for_the_same_gain_is_read_off_the_curves():
+    def row(label, rate, task, english):
+        figures = {"before_task_loss": 2.0, "before_english_loss": 3.0, "after_task_loss": task,
+                   "after_english_loss": english}  # fmt: skip
+        return Row(label, "spft", rate, 1, {name: (value,) for name, value in figures.items()}, 1)
+
+    rows = [row("a", 0.1, 1.5, 3.1), row("a", 0.3, 1.0, 3.5), row("a", 1.0, 1.2, 9.0), row("b", 0.1, 1.4, 3.0)]
+    target, rises = rises_at_gain(rows, "english", 0.9)
+    assert target == pytest.approx(1.1) and rises["b"] is None
+    assert rises["a"] == pytest.approx(0.1 + 0.8 * 0.4)
+    target, rises = rises_at_gain(rows, "english", 0.25)
+    assert rises == pytest.approx({"a": 0.05, "b": 0.0})
+
+
+def test_the_plan_counts_what_a_search_will_need(tmp_path):
+    method = {"label": "s", "method": "spft", "learning_rates": [1e-3, 3e-3], "repeats": [1, 2]}
+    experiment, records = experiment_of("b", methods=[{"label": "base", "method": "none"}, method]), {}
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps({**experiment, "order": 1}))
+    assert queue(tmp_path) == [path]
+    # the base, two rates, one that is not known yet, two repeats
+    assert plan([path, path], records).splitlines()[1].split()[:3] == ["e", "0", "6"]
+    for run, loss in zip(runs_of(experiment), (9.0, 1.0, 2.0)):
+        records[key_of(run)] = {**run, "result": {"after_task_loss": loss, "cpu_seconds": 1800.0}}
+    lines = plan([path, path], records).splitlines()
+    assert lines[1].split() == ["e", "3", "3", "1.5", "h"] and lines[2].split() == ["e", "6", "0", "0.0", "h"]
+
+
 METHODS = [
     {"method": "spft", "options": {"density": 0.05, "relative_rate": 0.5, "scope": "global"}},
     {"method": "spft", "options": {"match_lora_rank": 2}, "bits": 4},
     {"method": "lora", "options": {"r": 2, "use_dora": True}},
     {"method": "lora", "options": {"r": 2, "init_lora_weights": "pissa"}},
     {"method": "lora", "options": {"r": 8, "start": "quantization_error"}, "bits": 4},
+    {"method": "both", "options": {"r": 2, "low_rank_rate": 0.01, "match_lora_rank": 2, "salience": "random"}},
     {"method": "shira", "options": {"r": 2}},
     {"method": "full"},
 ]
