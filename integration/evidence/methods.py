@@ -22,7 +22,7 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from axolotl_spft import SparseAdamW, SpftConfig, select_mask
+from axolotl_spft import DynamicMask, SparseAdamW, SpftConfig, select_mask
 from axolotl_spft.tuner.state import spft_layers
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -30,12 +30,13 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 class Ready(NamedTuple):
     """A model to train; ``trained`` counts the numbers that an optimizer changes, ``moved`` says that the model does
-    not compute what its base computes."""
+    not compute what its base computes, ``dynamic`` changes the mask on the way."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     trained: int
     moved: bool = False
+    dynamic: DynamicMask | None = None
 
 
 class Setting(NamedTuple):
@@ -61,7 +62,9 @@ def spft(setting: Setting) -> Ready:
         groups = _relative_groups(model, setting.learning_rate, power)
     # a repaired adapter begins nearer to the unquantized model than its base
     moved = bool(options.get("repair"))
-    return Ready(model, SparseAdamW(groups, lr=setting.learning_rate, weight_decay=0.0), _count(model), moved)
+    optimizer = SparseAdamW(groups, lr=setting.learning_rate, weight_decay=0.0)
+    dynamic = DynamicMask(model) if options.get("reselect") else None
+    return Ready(model, optimizer, _count(model), moved, dynamic)
 
 
 def _relative_groups(model: nn.Module, learning_rate: float, power: float) -> list[dict]:

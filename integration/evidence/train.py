@@ -12,6 +12,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from integration.evidence.bases import base_folder, load_base, load_tokenizer
 from integration.evidence.judge import batch_of, encode, judge, mean_loss
-from integration.evidence.methods import METHODS, Setting
+from integration.evidence.methods import METHODS, Ready, Setting
 from integration.evidence.tasks import Example, Task, load_task
 
 
@@ -79,7 +80,7 @@ def train(run: dict[str, Any], data: Path, bases: Path) -> dict[str, float]:
             batch_of([rows[i] for i in order[first : first + run["batch"]]], tokenizer.pad_token_id, device)
             for first in range(0, len(order), run["batch"])
         )
-        trained = _train(ready.model, ready.optimizer, steps, loss_of, run)
+        trained = _train(ready, steps, loss_of, run)
         after = judged(ready.model) if math.isfinite(trained["train_loss"]) else dict.fromkeys(before, math.inf)
         result |= trained | {f"after_{name}": value for name, value in after.items()}
     result["cpu_seconds"] = time.process_time() - worked
@@ -90,7 +91,7 @@ def train(run: dict[str, Any], data: Path, bases: Path) -> dict[str, float]:
 
 
 # options of methods that have a mask, and no part in it
-_OF_NO_MASK = ("relative_rate", "r", "alpha", "low_rank_rate")
+_OF_NO_MASK = ("relative_rate", "r", "alpha", "low_rank_rate", "reselect")
 # what a base is worth before any training, for all methods that start there
 _JUDGED_BASES: dict[tuple, dict[str, float]] = {}
 
@@ -136,13 +137,13 @@ def _order(rows: int, wanted: int, seed: int) -> list[int]:
 
 
 def _train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    ready: Ready,
     batches: Iterator[dict[str, Tensor]],
     loss_of: Callable[[nn.Module, dict[str, Tensor]], Tensor],
     run: dict[str, Any],
 ) -> dict[str, float]:
     """Linear warm-up and decay, gradients clipped to a norm of 1."""
+    model, optimizer, dynamic = ready.model, ready.optimizer, ready.dynamic
     warmup = max(1, math.ceil(run["warmup"] * run["steps"]))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (run["steps"] - step) / (run["steps"] - warmup + 1))
@@ -151,13 +152,17 @@ def _train(
     model.train()
     losses, seconds, busy = [], [], []
     with tqdm(batches, total=run["steps"], desc="Training", unit="step", leave=False) as bar:
-        for batch in bar:
+        for step, batch in enumerate(bar, 1):
             started, worked = time.perf_counter(), time.process_time()
-            loss = loss_of(model, batch)
-            loss.backward()
+            due = dynamic is not None and dynamic.options.is_due(step, run["steps"])
+            with dynamic.collecting() if due else nullcontext():
+                loss = loss_of(model, batch)
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            if due:
+                dynamic.reselect(optimizer, step)
             schedule.step()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):

@@ -207,6 +207,8 @@ def test_the_plan_counts_what_a_search_will_need(tmp_path):
 METHODS = [
     {"method": "spft", "options": {"density": 0.05, "relative_rate": 0.5, "scope": "global"}},
     {"method": "spft", "options": {"match_lora_rank": 2}, "bits": 4},
+    {"method": "spft", "options": {"density": 0.05, "reselect": {"every": 3, "fraction": 0.2}}},
+    {"method": "spft", "options": {"match_lora_rank": 2, "repair": 0.2}, "bits": 4},
     {"method": "lora", "options": {"r": 2, "use_dora": True}},
     {"method": "lora", "options": {"r": 2, "init_lora_weights": "pissa"}},
     {"method": "lora", "options": {"r": 8, "start": "quantization_error"}, "bits": 4},
