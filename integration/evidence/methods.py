@@ -7,6 +7,8 @@ Options of a method, as an experiment names them:
 - ``lora``: ``r``, ``alpha`` (2 r by default), ``use_rslora``, ``use_dora``, ``init_lora_weights`` (as ``pissa``), and
   ``start: quantization_error``: the activation-weighted best low-rank approximation of W - Q(W), as LoftQ-like
   methods start.
+- ``both``: those of ``spft``, and ``r``, ``alpha`` (2 r by default) and ``low_rank_rate`` of a low-rank branch beside
+  each sparse one (RoSA, arXiv 2401.04679); the run's learning rate is that of the sparse values.
 - ``shira``: ``r``. ``full``: none. ``none``: nothing is trained.
 """
 
@@ -20,18 +22,21 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from axolotl_spft import SparseAdamW, SpftConfig, select_mask
+from axolotl_spft import DynamicMask, SparseAdamW, SpftConfig, select_mask
 from axolotl_spft.tuner.state import spft_layers
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Ready(NamedTuple):
-    """A model to train; ``trained`` is the count of numbers that an optimizer changes."""
+    """A model to train; ``trained`` counts the numbers that an optimizer changes, ``moved`` says that the model does
+    not compute what its base computes, ``dynamic`` changes the mask on the way."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     trained: int
+    moved: bool = False
+    dynamic: DynamicMask | None = None
 
 
 class Setting(NamedTuple):
@@ -41,6 +46,7 @@ class Setting(NamedTuple):
     options: Mapping[str, Any]
     learning_rate: float
     batches: Callable[[], Iterable[dict[str, Tensor]]]
+    loss_of: Callable[[nn.Module, dict[str, Tensor]], Tensor]
     seed: int
     unquantized: Callable[[], PreTrainedModel]
 
@@ -49,12 +55,16 @@ def spft(setting: Setting) -> Ready:
     options = {"target_modules": PROJECTIONS, "seed": setting.seed, **setting.options}
     power = options.pop("relative_rate", None)
     model = get_peft_model(setting.base, SpftConfig(**options))
-    select_mask(model, setting.batches())
+    select_mask(model, setting.batches(), setting.loss_of, learning_rate=setting.learning_rate)
     if power is None:
         groups = [{"params": _trainable(model), "lr": setting.learning_rate}]
     else:
         groups = _relative_groups(model, setting.learning_rate, power)
-    return Ready(model, SparseAdamW(groups, lr=setting.learning_rate, weight_decay=0.0), _count(model))
+    # a repaired adapter begins nearer to the unquantized model than its base
+    moved = bool(options.get("repair"))
+    optimizer = SparseAdamW(groups, lr=setting.learning_rate, weight_decay=0.0)
+    dynamic = DynamicMask(model) if options.get("reselect") else None
+    return Ready(model, optimizer, _count(model), moved, dynamic)
 
 
 def _relative_groups(model: nn.Module, learning_rate: float, power: float) -> list[dict]:
@@ -76,7 +86,9 @@ def lora(setting: Setting) -> Ready:
     model = get_peft_model(setting.base, LoraConfig(target_modules=PROJECTIONS, **options))
     if start == "quantization_error":
         _start_at_quantization_error(model, setting)
-    return Ready(model, _adamw(_trainable(model), setting.learning_rate), _count(model))
+    # pissa and its like take their start out of the base weight, which rounds it
+    moved = start is not None or "init_lora_weights" in options
+    return Ready(model, _adamw(_trainable(model), setting.learning_rate), _count(model), moved)
 
 
 @torch.no_grad()
@@ -124,6 +136,41 @@ def _input_rms(
     return {name: (total / tokens).sqrt() for name, total in squares.items()}
 
 
+class _LowRank(nn.Module):
+    """x -> alpha / r x A^T B^T, of (..., in_features); B begins at 0."""
+
+    def __init__(self, in_features: int, out_features: int, r: int, alpha: float, device: torch.device):
+        super().__init__()
+        self.down = nn.Linear(in_features, r, bias=False, device=device)
+        self.up = nn.Linear(r, out_features, bias=False, device=device)
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+        nn.init.zeros_(self.up.weight)
+        self.scale = alpha / r
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.up(self.down(x.to(self.up.weight.dtype)))
+
+
+def both(setting: Setting) -> Ready:
+    options = dict(setting.options)
+    r, rate = options.pop("r"), options.pop("low_rank_rate")
+    alpha = options.pop("alpha", 2 * r)
+    ready = spft(setting._replace(options=options))
+    branches = nn.ModuleList()
+    for layer in spft_layers(ready.model).values():
+        device = layer.spft_values["default"].device
+        branch = _LowRank(layer.in_features, layer.out_features, r, alpha, device)
+        branches.append(branch)
+
+        def add(_, args: tuple, y: Tensor, branch: nn.Module = branch) -> Tensor:
+            return y + branch(args[0]).to(y.dtype)
+
+        layer.register_forward_hook(add)
+    ready.model.low_rank = branches
+    ready.optimizer.add_param_group({"params": list(branches.parameters()), "lr": rate})
+    return ready._replace(trained=_count(ready.model))
+
+
 def shira(setting: Setting) -> Ready:
     model = get_peft_model(
         setting.base, ShiraConfig(target_modules=PROJECTIONS, random_seed=setting.seed, **setting.options)
@@ -132,9 +179,11 @@ def shira(setting: Setting) -> Ready:
 
 
 def full(setting: Setting) -> Ready:
-    for name, parameter in setting.base.named_parameters():
+    # in bf16 most steps would be rounded away: fp32 weights under autocast are how full fine-tuning is done
+    model = setting.base.float()
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(f".{projection}." in name for projection in PROJECTIONS))
-    return Ready(setting.base, _adamw(_trainable(setting.base), setting.learning_rate), _count(setting.base))
+    return Ready(model, _adamw(_trainable(model), setting.learning_rate), _count(model))
 
 
 def none(setting: Setting) -> Ready:
@@ -144,6 +193,7 @@ def none(setting: Setting) -> Ready:
 METHODS: Mapping[str, Callable[[Setting], Ready]] = {
     "spft": spft,
     "lora": lora,
+    "both": both,
     "shira": shira,
     "full": full,
     "none": none,

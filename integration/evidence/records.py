@@ -13,15 +13,19 @@ from integration.evidence.experiment import key_of
 EXPERIMENTS, RESULTS = Path(__file__).with_name("experiments"), Path(__file__).with_name("results")
 
 
-def records_of(path: Path) -> dict[str, dict[str, Any]]:
-    """What a file of results holds: key of the run -> record. A line that a crash cut off is passed over."""
+def records_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """What all files of a folder hold, as key of the run -> record: experiments share the runs they have in common.
+
+    A line that a crash cut off is passed over.
+    """
     records = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        records[key_of(record)] = record
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            records[key_of(record)] = record
     return records
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from axolotl_spft.files import atomic_path
-from integration.evidence.experiment import read_experiment
+from integration.evidence.experiment import DEFAULTS, queue, read_experiment
+from integration.evidence.plan import plan
 from integration.evidence.records import records_of
-from integration.evidence.table import Row, best_rows, rows_of
+from integration.evidence.table import Row, best_rows, rises_at_gain, rows_of
 
 _QUESTIONS = {
     "a": "The learning rate against density and rank",
@@ -21,39 +23,48 @@ _QUESTIONS = {
     "h": "Static against dynamic masks",
 }
 _UNTOUCHED = ("english", "python")
+_GAIN = 0.95
 _HEAD = """# Evidence on real models
 
 Made by `python -m integration.evidence report` from the lines in `results/`; each experiment is a file of
-`experiments/`. To repeat one: `python -m integration.evidence run integration/evidence/experiments/<name>.json
---data FOLDER`, where FOLDER holds GSM8K (openai/gsm8k) as JSON lines and ARC, OpenBookQA and BoolQ as JSON lists of
-`instruction`, `output`, `answer`. `make evidence` repeats a small one in minutes.
+`experiments/`. `python -m integration.evidence run --data FOLDER` carries out what is left, where FOLDER holds GSM8K
+(openai/gsm8k) as JSON lines and ARC, OpenBookQA and BoolQ as JSON lists of `instruction`, `output`, `answer`; it may be
+stopped and started again, and several may work side by side. `make evidence` repeats a small experiment in minutes.
 
-Figures are losses per token on examples that were not trained on, after training; `±` is half of the range over the
+Losses are means over the tokens of answers that were not trained on, after training; `±` is half of the range over the
 seeds. Untouched text is of a kind that the task does not train: a method that lowers the task's loss and raises this
 one forgets. The best rate of a method is bold; "edge" says that it is the first or last of those tried, so that a
-better one may lie beyond.
+better one may lie beyond. A run's learning rate rises over its first tenth and then falls to 0; gradients are clipped
+to a norm of 1; LoRA's alpha is 2 r. The time of a step is the process', on one core.
 """
 
 
 def write_report(experiments: Path, results: Path, output: Path) -> None:
     """Write ``README.md`` and ``<experiment>.png`` to ``output``; equal records give equal bytes of the page."""
-    parts = [_HEAD]
-    files = [(path, read_experiment(path)) for path in sorted(experiments.glob("*.json"))]
+    records = records_of(results)
+    parts, measured = [_HEAD], []
+    for path in [*queue(experiments), *sorted(set(experiments.glob("*.json")) - set(queue(experiments)))]:
+        experiment = read_experiment(path)
+        rows = rows_of(experiment, records)
+        if any(row.method != "none" for row in rows):
+            measured.append((path.stem, experiment, rows))
     for question, heading in _QUESTIONS.items():
-        chosen = [(path, each) for path, each in files if each["question"] == question]
-        with_rows = [(path, each, rows_of(each, records_of(results / f"{path.stem}.jsonl"))) for path, each in chosen]
-        with_rows = [(path, each, rows) for path, each, rows in with_rows if rows]
-        if with_rows:
-            parts.append(f"## {question}. {heading}\n")
-        for path, experiment, rows in with_rows:
-            parts.append(_section(path.stem, experiment, rows))
-            _draw(output / f"{path.stem}.png", experiment["title"], rows)
+        parts.append(f"## {question}. {heading}\n")
+        if question == "e":
+            sections = [_forgetting(experiment, rows) for _, experiment, rows in measured]
+        else:
+            sections = [_section(*each) for each in measured if each[1]["question"] == question]
+        parts += sections or ["Not measured yet.\n"]
+    for name, experiment, rows in measured:
+        _draw(output / f"{name}.png", experiment["title"], rows)
+    left = plan(queue(experiments), records)
+    parts.append(f"## What is left of the queue\n\n```text\n{left}\n```\n")
     with atomic_path(output / "README.md") as temporary:
         temporary.write_text("\n".join(parts), encoding="utf-8")
 
 
 def _section(name: str, experiment: dict[str, Any], rows: list[Row]) -> str:
-    untouched = [text for text in _UNTOUCHED if any(f"before_{text}_loss" in row.figures for row in rows)]
+    untouched = _untouched(rows)
     judged = any("before_accuracy" in row.figures for row in rows)
     head = ["method", "trained", "rate", "seeds", "task loss", *[f"{text} loss" for text in untouched]]
     head += ["accuracy"] * judged + ["step"]
@@ -70,18 +81,60 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row]) -> str:
         cells += [row.text(f"{when}_{name}_loss") for name in ("task", *untouched)]
         if judged:
             cells.append(row.text(f"{when}_accuracy"))
-        step = row.mean("step_seconds")
-        cells.append("" if step is None else f"{step:.2f} s")
+        step = row.mean("step_cpu_seconds")
+        cells.append("" if step is None else f"{step:.1f} s")
         lines.append(f"| {' | '.join(cells)} |")
     setting = (
         f"`{experiment['base']}`, {experiment.get('bits', 16)} bits, {experiment['task']}, "
-        f"{experiment.get('steps', 80)} steps of {experiment.get('batch', 8)}; `experiments/{name}.json`"
+        f"{experiment.get('steps', DEFAULTS['steps'])} steps of {experiment.get('batch', DEFAULTS['batch'])}; "
+        f"`experiments/{name}.json`"
     )
-    conclusion = experiment.get("conclusion", "Not all of it has been run yet: no conclusion.")
+    table = "\n".join(lines)
+    picture = f"![{experiment['title']}]({name}.png)"
+    return f"### {experiment['title']}\n\n{setting}.\n\n{_ranking(best)}\n\n{table}\n\n{picture}\n"
+
+
+def _ranking(best: dict[str, tuple[Row, bool]]) -> str:
+    """One sentence: who has the lowest loss, and how far the others are behind."""
+    ordered = sorted(best.values(), key=lambda each: each[0].mean("after_task_loss"))
+    first, *others = [row for row, _ in ordered]
+
+    def doubts(row: Row) -> str:
+        found = len(row.figures["after_task_loss"])
+        edge = "" if best[row.label][1] else ", at the edge of its grid"
+        return f"{found} seed{'s' * (found > 1)}{edge}"
+
+    behind = [
+        f"{row.label} by {row.mean('after_task_loss') - first.mean('after_task_loss'):.3f} ({doubts(row)})"
+        for row in others
+    ]
+    sentence = (
+        f"Each at its best rate, {first.label} has the lowest task loss, {first.text('after_task_loss')} "
+        f"at {first.learning_rate:g} ({doubts(first)})"
+    )
+    return sentence + ("; behind it are " + ", ".join(behind) if behind else "") + "."
+
+
+def _forgetting(experiment: dict[str, Any], rows: list[Row]) -> str:
+    """What each method pays on untouched text for the same gain."""
+    texts = _untouched(rows)
+    found = {text: rises_at_gain(rows, text, _GAIN) for text in texts}
+    target = next(iter(found.values()))[0]
+    head = ["method", *(f"rise on {text}" for text in texts)]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    labels = next(iter(found.values()))[1]
+    for label in sorted(labels, key=lambda each: math.inf if labels[each] is None else labels[each]):
+        cells = ["not reached" if each is None else f"{each:+.3f}" for each in (found[t][1][label] for t in texts)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     table = "\n".join(lines)
     return (
-        f"### {experiment['title']}\n\n{setting}.\n\n{table}\n\n![{experiment['title']}]({name}.png)\n\n{conclusion}\n"
+        f"### {experiment['title']}: the price of {_GAIN:.0%} of the largest gain\n\nThe rise of the loss on untouched "
+        f"text where a method's curve over its rates first comes down to a task loss of {target:.3f}.\n\n{table}\n"
     )
+
+
+def _untouched(rows: list[Row]) -> list[str]:
+    return [text for text in _UNTOUCHED if any(f"before_{text}_loss" in row.figures for row in rows)]
 
 
 def _draw(path: Path, title: str, rows: list[Row]) -> None:
@@ -92,7 +145,7 @@ def _draw(path: Path, title: str, rows: list[Row]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), dpi=100, layout="constrained")
-    text = next((each for each in _UNTOUCHED if f"before_{each}_loss" in rows[0].figures), None)
+    text = next(iter(_untouched(rows)), None)
     for label in dict.fromkeys(row.label for row in rows):
         curve = sorted((row for row in rows if row.label == label), key=lambda row: row.learning_rate)
         when = "before" if curve[0].method == "none" else "after"

@@ -6,7 +6,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,17 +33,20 @@ class Task(NamedTuple):
     untouched: dict[str, list[str]]
 
 
-def load_task(name: str, data: Path, judged: int) -> Task:
-    """A task by name, with the first ``judged`` examples of its shuffled test set.
+def load_task(
+    name: str, data: Path, judged: int, texts: int, fits: Callable[[Example], bool] = lambda example: True
+) -> Task:
+    """A task by name, of the examples that ``fits``: the first ``judged`` of its shuffled test set, and of texts.
 
     Raises:
         SystemExit: the name or a file is unknown.
     """
     if name not in TASKS:
         raise SystemExit(f"task {name!r} is unknown: it must be one of {', '.join(TASKS)}")
-    held_out_python = _held_out_source(judged)
+    held_out_python = _held_out_source(texts)
     if name == "docstrings":
-        return Task(*_docstrings(judged), untouched={"python": held_out_python})
+        train, test = _docstrings(judged)
+        return Task(*([each for each in part if fits(each)] for part in (train, test)), {"python": held_out_python})
     if name == "gsm8k":
         train, test = (_maths(data / f"gsm8k_{part}.jsonl") for part in ("train", "test"))
         english = [_question(row) for row in _rows(data / "ARC-Easy_test.json")]
@@ -51,9 +54,9 @@ def load_task(name: str, data: Path, judged: int) -> Task:
         train, test = (_choice(data / f"{CHOICE_TASKS[name]}_{part}.json") for part in ("train", "test"))
         english = [example.prompt for example in _maths(data / "gsm8k_test.jsonl")]
     return Task(
-        train,
-        _shuffled(test)[:judged],
-        {"english": _shuffled(english)[:judged], "python": held_out_python},
+        [each for each in train if fits(each)],
+        [each for each in _shuffled(test) if fits(each)][:judged],
+        {"english": _shuffled(english)[:texts], "python": held_out_python},
     )
 
 
@@ -110,7 +113,7 @@ def _docstrings(judged: int) -> tuple[list[Example], list[Example]]:
     return tuple([Example(f"{row['input']}\n", row["output"]) for row in part] for part in parts)
 
 
-def _held_out_source(number: int, characters: int = 400) -> list[str]:
+def _held_out_source(number: int, characters: int = 200) -> list[str]:
     corpus = _quickstart_corpus()
     _, held_out = corpus.split_by_module(corpus.standard_library(), 15)
     pieces = [

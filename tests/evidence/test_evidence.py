@@ -12,11 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from integration.evidence import tasks
 from integration.evidence.__main__ import run_files
-from integration.evidence.experiment import key_of, read_experiment, runs_of
+from integration.evidence.experiment import key_of, queue, read_experiment, runs_of
 from integration.evidence.judge import IGNORED, batch_of, encode, judge
+from integration.evidence.plan import plan
 from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of
 from integration.evidence.report import write_report
-from integration.evidence.table import best_rows, rows_of
+from integration.evidence.table import Row, best_rows, rises_at_gain, rows_of
 from integration.evidence.tasks import Example, Task, load_task
 
 PAGE = Path(RESULTS).parent
@@ -73,7 +74,7 @@ def experiment_of(base: Path, **changes) -> dict:
     ]
     return {
         "question": "a", "title": "t", "base": str(base), "task": "gsm8k", "steps": 2, "batch": 2, "length": 64,
-        "judged": 3, "samples": 4, "dtype": "float32", "methods": methods, **changes,
+        "judged": 3, "texts": 2, "samples": 4, "dtype": "float32", "methods": methods, **changes,
     }  # fmt: skip
 
 
@@ -93,10 +94,12 @@ def test_what_is_wrong_in_an_experiment_is_said_together(tmp_path):
 def test_all_shipped_experiments_are_sound_and_name_different_runs():
     files = sorted(EXPERIMENTS.glob("*.json"))
     assert files
+    made = set()
     for path in files:
-        keys = [key_of(run) for run in runs_of(read_experiment(path))]
+        keys = [key_of(run) for run in runs_of(read_experiment(path), records_of(RESULTS))]
         assert len(keys) == len(set(keys)) > 1
-        assert records_of(RESULTS / f"{path.stem}.jsonl").keys() <= set(keys), "a record that no run of the file makes"
+        made |= set(keys)
+    assert records_of(RESULTS).keys() <= made, "a record that no run of the experiments makes"
 
 
 def test_the_page_is_what_the_recorded_lines_give(tmp_path):
@@ -107,22 +110,44 @@ def test_the_page_is_what_the_recorded_lines_give(tmp_path):
 
 def test_seeds_come_one_after_the_other_and_only_where_asked_for():
     runs = runs_of(experiment_of("b", seeds=[0, 1], methods=[
-        {"label": "base", "method": "none", "seeds": [0]},
-        {"label": "s", "method": "spft", "learning_rates": [0.1, 0.2]},
+        {"label": "base", "method": "none"},
+        {"label": "s", "method": "spft", "learning_rates": [0.1, 0.3]},
     ]))  # fmt: skip
     assert [(run["method"], run["learning_rate"], run["seed"]) for run in runs] == [
-        ("none", 0.0, 0), ("spft", 0.1, 0), ("spft", 0.2, 0), ("spft", 0.1, 1), ("spft", 0.2, 1),
+        ("none", 0.0, 0), ("spft", 0.1, 0), ("spft", 0.3, 0), ("spft", 0.1, 1), ("spft", 0.3, 1),
     ]  # fmt: skip
     assert key_of(runs[0]) == key_of(dict(reversed(runs[0].items())))
+
+
+@pytest.mark.parametrize(
+    ("start", "best", "tried"),
+    [
+        ([1e-3, 3e-3], 1e-3, [1e-3, 3e-3, 3e-4]),
+        ([1e-3, 3e-3], 1e-2, [1e-3, 3e-3, 1e-2, 3e-2]),
+        ([1e-3], 1e-3, [1e-3, 3e-3, 3e-4]),
+        ([1e-2], 0.3, [1e-2, 3e-2, 0.1, 0.3]),
+    ],
+)
+def test_a_grid_grows_until_its_best_rate_lies_inside(start, best, tried):
+    method = {"label": "s", "method": "spft", "learning_rates": start, "repeats": [1, 2]}
+    experiment, records, done = experiment_of("b", methods=[method]), {}, []
+    while waiting := [run for run in runs_of(experiment, records) if key_of(run) not in records]:
+        run = waiting[0]
+        done.append((run["learning_rate"], run["seed"]))
+        # a diverged run is infinitely bad, and the repeats must not move the choice
+        rate = run["learning_rate"]
+        loss = math.inf if rate > 5 * best else abs(math.log(rate / best)) + 9 * run["seed"]
+        records[key_of(run)] = {"result": {"after_task_loss": loss}}
+    assert done == [*((rate, 0) for rate in tried), (best, 1), (best, 2)]
 
 
 def test_a_line_that_was_cut_off_is_done_again(tmp_path):
     path, run = tmp_path / "r.jsonl", {"method": "none", "seed": 0}
     append(path, run, {"task_loss": 1.23456789})
     path.write_bytes(path.read_bytes()[:-20])
-    assert records_of(path) == {}
+    assert records_of(tmp_path) == {}
     append(path, run, {"task_loss": 1.23456789})
-    (record,) = records_of(path).values()
+    (record,) = records_of(tmp_path).values()
     assert record["result"] == {"task_loss": 1.23457} and record["made"]["versions"]["torch"]
 
 
@@ -133,30 +158,61 @@ def test_a_queue_resumes_and_sums_up(base, data, tmp_path, short_python):
     threads = torch.get_num_threads()
     run_files([path], data, tmp_path / "bases", threads, results)
     lines = (results / "small.jsonl").read_text().splitlines()
-    assert len(lines) == 3
+    # of two rates one is at the edge, so the grid has grown
+    assert len(lines) >= 4
     (results / "small.jsonl").write_text("\n".join(lines[:2]) + "\n")
     run_files([path], data, tmp_path / "bases", threads, results)
     again = (results / "small.jsonl").read_text().splitlines()
-    assert again[:2] == lines[:2] and len(again) == 3
+    assert again[:2] == lines[:2] and len(again) == len(lines)
     exact = ("before_task_loss", "after_task_loss", "after_english_loss", "trained")
     first, second = (json.loads(each)["result"] for each in (lines[2], again[2]))
     assert {name: first[name] for name in exact} == {name: second[name] for name in exact}
-    rows = rows_of(experiment, records_of(results / "small.jsonl"))
-    assert [(row.label, row.learning_rate) for row in rows] == [("base", 0.0), ("spft", 0.01), ("spft", 0.03)]
+    rows = rows_of(experiment, records_of(results))
+    assert (rows[0].label, rows[0].learning_rate) == ("base", 0.0) and {row.label for row in rows[1:]} == {"spft"}
+    assert len(list((tmp_path / "bases" / "masks").iterdir())) == 1, "all rates share one mask"
     winner, inner = best_rows(rows)["spft"]
-    assert winner.mean("after_task_loss") == min(row.mean("after_task_loss") for row in rows[1:]) and not inner
+    assert winner.mean("after_task_loss") == min(row.mean("after_task_loss") for row in rows[1:]) and inner
     write_report(path.parent, results, tmp_path / "page")
-    assert (
-        f"| {winner.trained:,} | **{winner.learning_rate:g}** (edge) |" in (tmp_path / "page" / "README.md").read_text()
-    )
+    assert f"| {winner.trained:,} | **{winner.learning_rate:g}** |" in (tmp_path / "page" / "README.md").read_text()
+
+
+def test_what_is_paid_for_the_same_gain_is_read_off_the_curves():
+    def row(label, rate, task, english):
+        figures = {"before_task_loss": 2.0, "before_english_loss": 3.0, "after_task_loss": task,
+                   "after_english_loss": english}  # fmt: skip
+        return Row(label, "spft", rate, 1, {name: (value,) for name, value in figures.items()}, 1)
+
+    rows = [row("a", 0.1, 1.5, 3.1), row("a", 0.3, 1.0, 3.5), row("a", 1.0, 1.2, 9.0), row("b", 0.1, 1.4, 3.0)]
+    target, rises = rises_at_gain(rows, "english", 0.9)
+    assert target == pytest.approx(1.1) and rises["b"] is None
+    assert rises["a"] == pytest.approx(0.1 + 0.8 * 0.4)
+    target, rises = rises_at_gain(rows, "english", 0.25)
+    assert rises == pytest.approx({"a": 0.05, "b": 0.0})
+
+
+def test_the_plan_counts_what_a_search_will_need(tmp_path):
+    method = {"label": "s", "method": "spft", "learning_rates": [1e-3, 3e-3], "repeats": [1, 2]}
+    experiment, records = experiment_of("b", methods=[{"label": "base", "method": "none"}, method]), {}
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps({**experiment, "order": 1}))
+    assert queue(tmp_path) == [path]
+    # the base, two rates, one that is not known yet, two repeats
+    assert plan([path, path], records).splitlines()[1].split()[:3] == ["e", "0", "6"]
+    for run, loss in zip(runs_of(experiment), (9.0, 1.0, 2.0)):
+        records[key_of(run)] = {**run, "result": {"after_task_loss": loss, "cpu_seconds": 1800.0}}
+    lines = plan([path, path], records).splitlines()
+    assert lines[1].split() == ["e", "3", "3", "1.5", "h"] and lines[2].split() == ["e", "6", "0", "0.0", "h"]
 
 
 METHODS = [
     {"method": "spft", "options": {"density": 0.05, "relative_rate": 0.5, "scope": "global"}},
     {"method": "spft", "options": {"match_lora_rank": 2}, "bits": 4},
+    {"method": "spft", "options": {"density": 0.05, "reselect": {"every": 3, "fraction": 0.2}}},
+    {"method": "spft", "options": {"match_lora_rank": 2, "repair": 0.2}, "bits": 4},
     {"method": "lora", "options": {"r": 2, "use_dora": True}},
     {"method": "lora", "options": {"r": 2, "init_lora_weights": "pissa"}},
     {"method": "lora", "options": {"r": 8, "start": "quantization_error"}, "bits": 4},
+    {"method": "both", "options": {"r": 2, "low_rank_rate": 0.01, "match_lora_rank": 2, "salience": "random"}},
     {"method": "shira", "options": {"r": 2}},
     {"method": "full"},
 ]
@@ -168,7 +224,7 @@ METHODS = [
 def test_every_method_lowers_the_loss_of_what_it_trains(entry, base, data, tmp_path, short_python):
     from integration.evidence.train import train
 
-    entry = {"label": "x", "learning_rates": [0.02], "steps": 12, **entry}
+    entry = {"label": "x", "learning_rates": [0.03], "steps": 12, **entry}
     (run,) = runs_of(experiment_of(base, methods=[entry]))
     result = train(run, data, tmp_path)
     assert result["after_task_loss"] < result["before_task_loss"] - 0.1
@@ -194,12 +250,12 @@ def test_the_low_rank_start_comes_nearer_to_the_unquantized_model(base, data, tm
 
 
 def test_choices_and_questions_are_read_as_text(data, short_python):
-    task = load_task("arc-easy", data, 4)
+    task = load_task("arc-easy", data, 4, 2)
     assert task.train[1] == Example("Question: Which is red?\nAnswer:", " the sea", (" a rose", " the sea", " snow"))
     assert set(task.untouched) == {"english", "python"}
-    assert load_task("gsm8k", data, 4).train[0].answer == " It is 1.\n#### 1"
+    assert load_task("gsm8k", data, 4, 2).train[0].answer == " It is 1.\n#### 1"
     with pytest.raises(SystemExit, match=r"boolq_train.json is missing: name the folder that holds it with --data"):
-        load_task("boolq", data, 4)
+        load_task("boolq", data, 4, 2)
 
 
 def test_losses_are_those_of_the_answers_tokens_alone(base):
