@@ -3,6 +3,7 @@
 #   make test         run all tests
 #   make bench        compare a training step with LoRA's, SHiRA's and the limit
 #   make engines      train under DDP and DeepSpeed ZeRO-1, 2, 3 on two CPU ranks, kill, resume, and compare
+#   make lint       ruff and mypy
 #   make evidence     compare tuned methods on the quickstart's model (integration/evidence has the larger experiments)
 # TORCH says which build: `make test TORCH=torch` takes the newest.
 PYTHON ?= python3
@@ -44,6 +45,7 @@ evidence: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf build $(VENV)

@@ -6,7 +6,7 @@ Public names are imported on first use, so that importing the package loads neit
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from axolotl_spft.tuner import SpftConfig, SpftModel
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

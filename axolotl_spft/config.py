@@ -133,7 +133,9 @@ class SpftConfig(PeftConfig):
         return range(total - missing_allowed(list(shapes.values()), self.block, self.scope, bounded), total + 1)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SpftConfig:
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         weights = folder / "adapter_model.safetensors"
         # PEFT reads the weights only after it has changed the model: look at the file before that

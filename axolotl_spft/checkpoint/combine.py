@@ -10,7 +10,7 @@ from torch import Tensor
 
 from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta
 from axolotl_spft.checkpoint.adapter_config import config_of
-from axolotl_spft.checkpoint.largest import taken, threshold
+from axolotl_spft.checkpoint.largest import taken, threshold_of
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.mask.csr import mask_from_positions, positions
 
@@ -43,7 +43,8 @@ def combine(
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     _check(adapters, weights, density, method)
     modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.deltas))
-    deltas, table = {}, {}
+    deltas: dict[str, SavedDelta] = {}
+    table: dict[str, dict[str, int]] = {}
     for module in modules:
         given = [(a.deltas[module], w) for a, w in zip(adapters, weights) if module in a.deltas]
         shape = _shape(module, adapters)
@@ -56,7 +57,7 @@ def combine(
         if density is not None:
             wanted = max(1, round(density * shape[0] * shape[1]))
             if wanted < len(at):
-                kept, _ = taken(values, threshold(lambda v=values: [v], wanted))
+                kept, _ = taken(values, threshold_of(values, wanted))
                 at, values = at[kept], values[kept]
                 originals = None if originals is None else originals[kept]
         row["kept"] += len(at)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta
 from axolotl_spft.checkpoint.adapter_config import config_of
 from axolotl_spft.checkpoint.base import BaseCheckpoint
-from axolotl_spft.checkpoint.largest import taken, threshold
+from axolotl_spft.checkpoint.largest import taken, threshold, threshold_of
 from axolotl_spft.checkpoint.shards import find_checkpoint
 from axolotl_spft.checkpoint.skeleton import linear_shapes, skeleton
 from axolotl_spft.errors import SpftFileError, first_of
@@ -64,9 +64,7 @@ def extract(
     deltas, moved, left = {}, 0.0, 0.0
     for module, shape in tqdm(modules.items(), desc="Extracting", unit="matrix"):
         difference = _difference(first, second, module)
-        own = (
-            threshold(lambda d=difference: [d], max(1, round(density * difference.numel()))) if limit is None else limit
-        )
+        own = threshold_of(difference, max(1, round(density * difference.numel()))) if limit is None else limit
         positions, rest = taken(difference, own)
         limit = rest if limit is not None else None
         before, after = (each.read_matrix(module).flatten()[positions] for each in (first, second))

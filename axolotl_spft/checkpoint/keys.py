@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Group:
     """
 
     first_name: str
-    converter: object | None = None
+    converter: Any = None
     keys: dict[str, str] = field(default_factory=dict)
 
     def convert(self, tensors: Mapping[str, Tensor], config: object) -> dict[str, Tensor]:
@@ -94,7 +95,8 @@ class KeyMap:
             if name in state:
                 group = groups.setdefault(name, Group(name, by_pattern[pattern] if pattern is not None else None))
                 group.keys[key] = pattern
-        self.group_of, self.parameters_of = {}, {}
+        self.group_of: dict[str, Group] = {}
+        self.parameters_of: dict[str, list[str]] = {}
         for name, group in groups.items():
             for made in [name] if group.converter is None else self._names(group, shapes):
                 self.group_of[made] = group
@@ -122,7 +124,8 @@ class KeyMap:
 
     def offsets(self, group: Group) -> dict[str, tuple[int, int]]:
         """Which numbers of `places` each tensor of the group has: key -> (first, last exclusive)."""
-        total, found = 0, {}
+        total = 0
+        found: dict[str, tuple[int, int]] = {}
         for key in group.keys:
             found[key] = (total, total + prod(self._shapes[key]))
             total = found[key][1]
@@ -131,7 +134,7 @@ class KeyMap:
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by the names that they have where no adapter wraps their modules."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
         found |= {name.replace(".base_layer.", ".").replace(".original_module.", "."): each for name, each in named}
     return found

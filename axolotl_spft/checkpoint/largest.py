@@ -44,6 +44,11 @@ def threshold(stream: Callable[[], Iterable[Tensor]], count: int) -> Threshold:
     return Threshold((upper << 16) | lower, ties)
 
 
+def threshold_of(values: Tensor, count: int) -> Threshold:
+    """The threshold of the ``count`` largest magnitudes of one tensor."""
+    return threshold(lambda: [values], count)
+
+
 def _bin_of(counts: Tensor, count: int) -> tuple[int | None, int]:
     """The bin that the ``count``-th largest lies in, and how many are wanted of it; None if there are fewer."""
     from_above = counts.flip(0).cumsum(0)

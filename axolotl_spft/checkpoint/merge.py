@@ -97,7 +97,9 @@ def merge(
     }
 
 
-def read_for(adapter_folder: Path, base_folder: Path, trust_remote_code: bool = False):
+def read_for(
+    adapter_folder: Path, base_folder: Path, trust_remote_code: bool = False
+) -> tuple[SavedAdapter, torch.nn.Module]:
     """An adapter with its shapes, and the model of its base on the meta device."""
     adapter = read_adapter(adapter_folder)
     head = next(

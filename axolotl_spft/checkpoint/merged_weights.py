@@ -82,7 +82,8 @@ class MergedWeights:
     ):
         self._base, self._quantizer, self._onto_quantized = base, quantizer, onto_quantized
         self.exactness: dict[str, Exactness] = {}
-        self._lock, self._made = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._made: tuple[Group, dict[str, Tensor]] | None = None
         keys = base.keys
         # PEFT saves the weights of embeddings that are targeted, which may have grown
         given = {name: tensor for name, tensor in adapter.others.items() if ".base_layer." in name}
@@ -118,7 +119,7 @@ class MergedWeights:
 
     def changed(self, key: str) -> tuple[torch.dtype, tuple[int, ...]] | None:
         """Dtype and shape of the tensor under ``key``, if the merge changes it."""
-        names = self._base.keys.parameters_of.get(key, ())
+        names = self._base.keys.parameters_of.get(key, [])
         if not any(name in self._deltas or name in self._whole or name in self._round for name in names):
             return None
         whole = self._whole.get(names[0], self._given.get(names[0])) if self._base.keys.is_plain(names[0]) else None

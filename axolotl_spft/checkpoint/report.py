@@ -45,7 +45,7 @@ def describe_extract(output: str, report: dict) -> str:
 def describe_combine(output: str, report: dict) -> str:
     """The table of overlaps and conflicts of `combine`."""
     columns = ("positions", "shared", "conflicts", "kept")
-    rows = [("module type", *columns)]
+    rows: list[tuple[str, ...]] = [("module type", *columns)]
     rows += [(name, *(f"{row[column]:,}" for column in columns)) for name, row in report["modules"].items()]
     rows.append(("all", *(f"{sum(row[column] for row in report['modules'].values()):,}" for column in columns)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

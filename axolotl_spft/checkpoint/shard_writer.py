@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ def write_shard(
         SpftFileError: the disk is full, or refuses for another reason; nothing has changed then.
     """
     sizes = {key: (entry.dtype, entry.shape) for key, entry in old.items()} | dict(new)
-    header, offset = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
     places = {}
     for key, (dtype, shape) in sizes.items():
         length = prod(shape) * DTYPES[dtype].itemsize
@@ -84,7 +86,7 @@ def is_written(path: Path, mark: Mapping[str, str]) -> Header | None:
     return header if mark.items() <= header.metadata.items() else None
 
 
-def _write(descriptor: int, data, at: int) -> None:
+def _write(descriptor: int, data: Any, at: int) -> None:
     view = memoryview(data).cast("B") if len(data) else memoryview(b"")
     while view:
         count = os.pwrite(descriptor, view[:_PIECE_BYTES], at)

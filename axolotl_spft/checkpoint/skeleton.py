@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,14 +60,14 @@ def skeleton(
     raise SpftFileError(f"{folder} is not the model that the adapter belongs to ({reason}): name that base model")
 
 
-def _kinds(config, task_type: str | None) -> list[str]:
+def _kinds(config: Any, task_type: str | None) -> list[str]:
     named = list(config.architectures or ())
     return list(
         dict.fromkeys([*([_BY_TASK[task_type]] if task_type in _BY_TASK else []), *_GENERAL[:1], *named, *_GENERAL])
     )
 
 
-def _on_meta(kind: type, config, trust_remote_code: bool) -> nn.Module:
+def _on_meta(kind: Any, config: Any, trust_remote_code: bool) -> nn.Module:
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -42,7 +42,7 @@ def _group(group: Sequence[MatrixFigures]) -> dict[str, Any]:
 
 
 def _matrix(each: MatrixFigures) -> dict[str, Any]:
-    shape = {"layer": each.place.layer, "module_type": each.place.kind}
+    shape: dict[str, Any] = {"layer": each.place.layer, "module_type": each.place.kind}
     shape |= {"out_features": each.report.out_features, "in_features": each.report.in_features}
     shape |= {"used_rows": each.report.used_rows, "used_columns": each.report.used_columns}
     return shape | _group([each])

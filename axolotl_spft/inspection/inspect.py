@@ -46,7 +46,7 @@ def inspect_files(paths: Sequence[Path], base: Path | None = None) -> Inspection
     """
     files = tuple(read_sparse_file(path, base) for path in paths)
     if len(files) == 2:
-        check_same_model(files[0].matrices, files[1].matrices, tuple(str(path) for path in paths))
+        check_same_model(files[0].matrices, files[1].matrices, (str(paths[0]), str(paths[1])))
     checkpoint = None
     if base is not None:
         names = dict.fromkeys(name for file in files for name in file.matrices)

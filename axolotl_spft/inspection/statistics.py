@@ -152,8 +152,8 @@ def figures_of(group: Sequence[MatrixFigures]) -> Figures:
     coverage = coverage_of(each.report for each in group)
     rows, columns = (concentration(group, side) for side in ("rows", "columns"))
     tenth = GRID.index(0.1)
-    held = [None if curve is None else curve[tenth].item() for curve in (rows, columns)]
-    return Figures(coverage, *held, _values_of(group))
+    top_rows, top_columns = (None if curve is None else curve[tenth].item() for curve in (rows, columns))
+    return Figures(coverage, top_rows, top_columns, _values_of(group))
 
 
 def concentration(group: Sequence[MatrixFigures], side: str) -> Tensor | None:

@@ -109,7 +109,7 @@ def _histogram(panel: Histogram) -> str:
             f'<rect x="{x[0]:.2f}" y="{_TOP + height - tall:.2f}" width="{x[1] - x[0] - 0.5:.2f}" height="{tall:.2f}" '
             f'class="bar"><title>{between}</title></rect>'
         )
-    ticks = [exponent for exponent in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)]
+    ticks: list[float] = list(range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1))
     if len(ticks) < 2:
         ticks = [low + (high - low) * part / 4 for part in range(5)]
     parts += _axes(right, height, [((tick - low) / (high - low), f"{10**tick:.2g}") for tick in ticks], "x")

@@ -41,8 +41,8 @@ def describe(inspection: Inspection) -> str:
         parts.append("")
     if inspection.overlaps is not None:
         parts.append(OVERLAP_TITLE)
-        for name, groups in overlap_groups(inspection).items():
-            parts += ["", *aligned((name, *OVERLAP_HEADER), overlap_rows(groups))]
+        for name, overlaps in overlap_groups(inspection).items():
+            parts += ["", *aligned((name, *OVERLAP_HEADER), overlap_rows(overlaps))]
         parts += only_in_one(inspection)
     return "\n".join(parts).rstrip()
 

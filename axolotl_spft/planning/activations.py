@@ -44,15 +44,23 @@ class Activations(NamedTuple):
         return max(at_loss, in_blocks)
 
 
-def activations(shape: ModelShape, run: Settings, density: float) -> Activations:
-    """The activations of one pass of ``run.rows`` sequences; ``density`` is the share that is trained."""
+def activations(shape: ModelShape, run: Settings, density: float | None) -> Activations:
+    """The activations of one pass of ``run.rows`` sequences.
+
+    Args:
+        density: the share that is trained; None: the salience pass, whose dense gradients need whole inputs.
+    """
     tokens = run.rows * run.sequence_len
     kept = _per_token(shape, run.dtype_bytes) * tokens
     if run.eager:
         # the softmax in float32, and its copy that the values are multiplied by
         kept += run.rows * shape.heads * run.sequence_len**2 * (4 + run.dtype_bytes)
-    columns = column_share(str(run.options.get("salience", "gradient")), run.options.get("scope", "layer"), density)
-    kept += round(sum(shape.kept_targets) / max(1, shape.blocks) * columns * run.dtype_bytes * tokens)
+    if density is None:
+        inputs = float(sum(shape.dense_inputs))
+    else:
+        salience, scope = str(run.options.get("salience", "gradient")), run.options.get("scope", "layer")
+        inputs = sum(shape.kept_targets) * column_share(salience, scope, density)
+    kept += round(inputs / max(1, shape.blocks) * run.dtype_bytes * tokens)
     # which experts keep whole: a token's input once for each of its experts
     kept += shape.expert_inputs * run.dtype_bytes * tokens
     logits = 4 * tokens * shape.vocabulary

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from axolotl_spft.planning.estimate import Estimate, estimate
 from axolotl_spft.planning.settings import Settings
@@ -12,7 +12,7 @@ from axolotl_spft.planning.shapes import ModelShape
 ENGINES = {"single": "one process", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 BITS = (16, 8, 4)
 # of the configurations in `integration/deepspeed`
-_BUCKETS = 2 * 25_000_000
+_BUCKETS, _PREFETCHED, _REUSED = 2 * 25_000_000, 25_000_000, 1_000_000_000
 
 
 class Change(NamedTuple):
@@ -76,6 +76,8 @@ def _changes(run: Settings) -> Iterator[tuple[str, Callable[[Settings], Settings
 def _under(run: Settings, engine: str) -> Settings:
     if engine == run.engine:
         return run
-    buckets = (run.buckets or _BUCKETS) if engine.startswith("zero") else 0
-    offload = {} if engine.startswith("zero") else {"offload_optimizer": False, "offload_base": False}
-    return run._replace(engine=engine, gpus=1 if engine == "single" else run.gpus, buckets=buckets, **offload)
+    changes: dict[str, Any] = {"buckets": (run.buckets or _BUCKETS) if engine.startswith("zero") else 0}
+    if not engine.startswith("zero"):
+        changes |= {"offload_optimizer": False, "offload_base": False}
+    changes |= {"prefetched": _PREFETCHED, "reused": _REUSED} if engine == "zero3" else {"prefetched": 0, "reused": 0}
+    return run._replace(engine=engine, gpus=1 if engine == "single" else run.gpus, **changes)

@@ -90,13 +90,13 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
     )
     base = 0 if run.offload_base else parts.base
     optimizer = 0 if run.offload_optimizer else parts.optimizer
-    # what ZeRO-3 gathers for a moment: the output head, which is the widest
-    gathered = shape.head_entries * run.dtype_bytes if run.engine == "zero3" else 0
+    gathered = gathered_entries(shape, run) * run.dtype_bytes
     passed = activations(shape, run, nnz / entries)
     keeps = run.accumulates or run.engine.startswith("zero")
     held = base + parts.values + parts.indices + optimizer
     peak = held + gathered + passed.peak(parts.gradients, keeps)
     without_gradients = passed.peak(0, keeps_gradients=False)
+    dense = activations(shape, run, None).peak(0, keeps_gradients=False)
     on_gpu, on_host = 0, 0
     if accumulators:
         whole = 4 * accumulators * entries
@@ -122,9 +122,30 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
         peak=peak,
         salience=on_gpu,
         salience_host=on_host,
-        salience_peak=base + gathered + on_gpu + without_gradients if accumulators else 0,
+        # the pass gathers one module at a time
+        salience_peak=base + (2 * widest_entries(shape) * run.dtype_bytes if gathered else 0) + on_gpu + dense
+        if accumulators
+        else 0,
         file=file_bytes(shape, nnz, run.value_bytes) + nnz * repaired_bytes,
     )
+
+
+def gathered_entries(shape: ModelShape, run: Settings) -> int:
+    """Entries of the weights that ZeRO-3 holds whole at the worst moment of training, the end of the forward pass.
+
+    It keeps what the backward pass uses again within ``run.reused`` elements, counted there and back, and gathers
+    ``run.prefetched`` ahead, of which there are two copies for a moment.
+    """
+    if run.engine != "zero3":
+        return 0
+    whole = sum(rows * columns for rows, columns in shape.quantizable) + shape.other_entries
+    held = max(widest_entries(shape), run.reused // 2)
+    return min(whole, held + run.prefetched) + min(whole, run.prefetched)
+
+
+def widest_entries(shape: ModelShape) -> int:
+    """Entries of the largest module, which most often is the output head."""
+    return max(shape.head_entries, *(rows * columns for rows, columns in shape.quantizable), 0)
 
 
 def base_bytes(shape: ModelShape, run: Settings) -> int:

@@ -39,6 +39,8 @@ class Settings(NamedTuple):
         eager: whether attention keeps a score for each pair of tokens.
         state_bits: of the moments; None where the optimizer is not `SparseAdamW`.
         buckets: elements of DeepSpeed's buckets.
+        prefetched: elements of the weights that ZeRO-3 gathers ahead.
+        reused: elements within which ZeRO-3 keeps gathered weights that are used again.
         offload_optimizer, offload_base: whether they lie on the host.
     """
 
@@ -57,6 +59,8 @@ class Settings(NamedTuple):
     eager: bool
     state_bits: int | None
     buckets: int
+    prefetched: int
+    reused: int
     offload_optimizer: bool
     offload_base: bool
 
@@ -100,7 +104,6 @@ def settings_of(cfg: Mapping[str, Any], gpus: int | None) -> Settings:
         "float32"
     ) else 2  # fmt: skip
     keeps_dtype = cfg.get("peft_autocast_adapter_dtype") is False
-    bucket = zero.get("reduce_bucket_size", 500_000_000) if zero else 0
     paired = cfg.get("rl") in _PAIRED
     return Settings(
         base_model=str(cfg["base_model"]),
@@ -117,10 +120,20 @@ def settings_of(cfg: Mapping[str, Any], gpus: int | None) -> Settings:
         fused_loss=any(cfg.get(key) for key in _FUSED_LOSSES) or _has_plugin(cfg, "CutCrossEntropy"),
         eager=(cfg.get("attn_implementation") or ("eager" if cfg.get("eager_attention") else "")) == "eager",
         state_bits=OPTIMIZERS.get(str(cfg.get("optimizer"))),
-        buckets=(2 if zero.get("overlap_comm") else 1) * bucket if isinstance(bucket, int) else 0,
+        prefetched=_elements(zero, "stage3_prefetch_bucket_size", 50_000_000) if engine == "zero3" else 0,
+        reused=_elements(zero, "stage3_max_reuse_distance", 1_000_000_000) if engine == "zero3" else 0,
+        buckets=(2 if zero.get("overlap_comm") else 1) * _elements(zero, "reduce_bucket_size", 500_000_000)
+        if zero
+        else 0,
         offload_optimizer=bool(zero.get("offload_optimizer")),
         offload_base=bool(zero.get("offload_param")),
     )
+
+
+def _elements(zero: Mapping[str, Any], key: str, default: int) -> int:
+    # "auto" becomes known when the engine is made: transformers makes it the square of the hidden size
+    found = zero.get(key, default)
+    return int(found) if isinstance(found, (int, float)) else 0
 
 
 def _has_plugin(cfg: Mapping[str, Any], name: str) -> bool:

@@ -51,6 +51,8 @@ class ModelShape(NamedTuple):
         names: of the targeted matrices.
         targets: (out_features, in_features) of each targeted matrix.
         kept_targets: in_features of the targeted matrices whose input no norm can make again.
+        dense_inputs: of what a dense gradient needs beside what a frozen model keeps anyway: the in_features of each
+            tensor that targeted matrices read, once, but for the output of attention.
         quantizable: (out_features, in_features) of every matrix that a quantized base quantizes.
         other_entries: entries of all other parameters, each once.
         head_entries: of the output head.
@@ -68,6 +70,7 @@ class ModelShape(NamedTuple):
     names: list[str]
     targets: list[tuple[int, int]]
     kept_targets: list[int]
+    dense_inputs: list[int]
     quantizable: list[tuple[int, int]]
     other_entries: int
     head_entries: int
@@ -149,6 +152,8 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
     from axolotl_spft.plugin.module_names import check_module_names
     from axolotl_spft.salience.install import adapted_layers
     from axolotl_spft.tuner.expert_matrix import ExpertMatrix
+    from axolotl_spft.tuner.layer import SpftLinear
+    from axolotl_spft.tuner.shared_input import group_by_input
     from axolotl_spft.tuner.state import shapes_of
 
     text = config.get_text_config(decoder=True)
@@ -169,6 +174,7 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
     config_of_adapter = SpftConfig(task_type="CAUSAL_LM", **{**options, "init_weights": True, "mask_path": None})
     adapted = get_peft_model(model, config_of_adapter)
     layers = adapted_layers(adapted)
+    widths = {name: layer.in_features for name, layer in layers.items() if isinstance(layer, SpftLinear)}
     saved = [
         p
         for name, p in adapted.named_parameters()
@@ -189,6 +195,9 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
             layer.in_features
             for name, layer in layers.items()
             if _reads_no_norm(name) and not isinstance(layer, ExpertMatrix)
+        ],
+        dense_inputs=[
+            layers[names[0]].in_features for names in group_by_input(widths) if not _reads_attention(names[0])
         ],
         quantizable=quantizable,
         other_entries=entries - sum(rows * columns for rows, columns in quantizable),
@@ -213,11 +222,15 @@ def _reads_no_norm(name: str) -> bool:
     return name.rpartition(".")[2] in ("o_proj", "down_proj", "out_proj", "dense", "fc2", "c_proj", "w2")
 
 
+def _reads_attention(name: str) -> bool:
+    return "att" in name and _reads_no_norm(name)
+
+
 def _norms_of_a_block(model: nn.Module) -> list[int]:
     """The widths of the norms in the first block."""
     from torch.nn import ModuleList
 
-    blocks = next((module for module in model.modules() if isinstance(module, ModuleList) and len(module)), [])
+    blocks: Any = next((module for module in model.modules() if isinstance(module, ModuleList) and len(module)), [])
     return [
         module.weight.numel()
         for module in (blocks[0].modules() if len(blocks) else [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def make_exceptions(cfg: Any) -> None:
         settings["bnb_4bit_quant_storage"] = "float32"
 
 
-def run_dtype(cfg: MutableMapping[str, Any]) -> str:
+def run_dtype(cfg: Mapping[str, Any]) -> str:
     """The dtype that Axolotl will choose from the same raw keys."""
     from transformers.utils import is_torch_bf16_gpu_available
 

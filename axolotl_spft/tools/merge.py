@@ -6,13 +6,14 @@ import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import click
 
 from axolotl_spft.tools.options import json_option
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
-_SETTINGS = {
+_SETTINGS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},

@@ -60,7 +60,7 @@ class Watch:
             return {}
         if self._weight_squares is None:
             self._weight_squares = self._squares_of_weights()
-        squares = {kind: 0.0 for kind in self.kinds}
+        squares: dict[str, Any] = {kind: 0.0 for kind in self.kinds}
         rounded, compared = [], 0
         partitioned = False
         for name, layer in self.layers.items():
@@ -74,7 +74,8 @@ class Watch:
                 compared += originals.numel()
         # one transfer from the device for all
         found = torch.stack([*squares.values(), *([torch.stack(rounded).sum().float()] if rounded else [])])
-        *by_kind, leftover = [*(self.ranks.sum_(found) if partitioned else found).tolist(), *([] if rounded else [0.0])]
+        sums: list[float] = (self.ranks.sum_(found) if partitioned else found).tolist()
+        *by_kind, leftover = sums if rounded else [*sums, 0.0]
         result = {f"{PREFIX}values_norm": sum(by_kind) ** 0.5}
         if compared:
             result[f"{PREFIX}rounded_away"] = leftover / compared

@@ -93,6 +93,8 @@ def main() -> None:
         python = Path(".venv/bin/python").absolute()
         torch = os.environ.get("TORCH", "torch==2.13.0")
         run(python, ["pip", "install", "--quiet", "--disable-pip-version-check", torch, str(checkout)])
+        # the wheel that was built and installed, beside axolotl and all that it pins
+        run(python, ["pip", "check"])
     if not options.base:
         run(python, ["python", str(checkout / "integration" / "newcomer" / "base.py"), "base"])
     write("train.jsonl", "".join(json.dumps(row) + "\n" for row in rows()))

@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parents[2] / "integration" / "bench" / "results"
 BASE = Settings(
     base_model="base", options={}, bits=16, dtype_bytes=2, value_bytes=4, engine="single", gpus=1, rows=1,
     sequence_len=4096, accumulates=False, checkpointing=False, fused_loss=False, eager=False, state_bits=32, buckets=0,
+    prefetched=0, reused=0,
     offload_optimizer=False, offload_base=False,
 )  # fmt: skip
 SHAPES: dict[str, ModelShape] = {}

@@ -1,0 +1,77 @@
+"""What stands beside the weights of a merged model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from axolotl_spft.checkpoint.companions import CONFIG, copy_companions, merged_config, write_json
+from tests.models import tiny_llama
+
+
+def folder_of(path, **files: str):
+    path.mkdir()
+    for name, text in files.items():
+        (path / name.replace("__", ".")).write_text(text)
+    return path
+
+
+def test_weights_configs_and_hidden_files_are_not_copied(tmp_path):
+    base = folder_of(
+        tmp_path / "base", config__json="{}", generation_config__json="g", tokenizer__json="t", vocab__txt="v",
+        modeling_own__py="code", LICENSE="l", model__safetensors="w", pytorch_model__bin="w",
+    )  # fmt: skip
+    for name in ("model.safetensors.index.json", ".gitattributes", "model.gguf"):
+        (base / name).write_text("w")
+    (base / "onnx").mkdir()
+    adapter, target = folder_of(tmp_path / "adapter", tokenizer__json="no config beside it"), tmp_path / "target"
+    target.mkdir()
+    names = copy_companions(base, adapter, target)
+    assert sorted(names) == ["LICENSE", "generation_config.json", "modeling_own.py", "tokenizer.json", "vocab.txt"]
+    assert sorted(names) == sorted(path.name for path in target.iterdir())
+    assert (target / "tokenizer.json").read_text() == "t"
+
+
+def test_a_tokenizer_of_the_adapter_takes_the_place_of_all_of_the_bases(tmp_path):
+    base = folder_of(tmp_path / "base", tokenizer__json="old", vocab__txt="old", generation_config__json="g")
+    adapter = folder_of(tmp_path / "adapter", tokenizer_config__json="{}", tokenizer__json="new", README__md="card")
+    target = tmp_path / "target"
+    target.mkdir()
+    assert set(copy_companions(base, adapter, target)) == {
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+    }  # fmt: skip
+    assert (target / "tokenizer.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_config_says_what_the_adapter_changed_and_nothing_else(tmp_path, nested):
+    text = {"vocab_size": 10, "tie_word_embeddings": True}
+    config = {"model_type": "own", "text_config": text} if nested else {"model_type": "own", **text}
+    base = folder_of(tmp_path / "base", config__json=json.dumps(config))
+    model = tiny_llama()
+    assert merged_config(base, model, {}, untied=False, heads=()) == config
+    grown = merged_config(base, model, {"model.embed_tokens.weight": (12, 28)}, untied=True, heads=())
+    inner = grown["text_config"] if nested else grown
+    assert inner == {**inner, "vocab_size": 12, "tie_word_embeddings": False}
+    assert json.loads((base / CONFIG).read_text()) == config
+
+
+def test_a_new_head_gives_the_config_its_class_and_labels(tmp_path):
+    base = folder_of(tmp_path / "base", config__json='{"architectures": ["LlamaForCausalLM"]}')
+    with torch.device("meta"):
+        model = tiny_llama()
+    config = merged_config(base, model, {"score.weight": (3, 28)}, untied=False, heads={"score.weight"})
+    assert config["architectures"] == [type(model).__name__]
+    assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    assert config["label2id"]["LABEL_2"] == 2
+
+
+def test_json_is_written_whole(tmp_path):
+    path = tmp_path / "config.json"
+    write_json(path, {"a": "é"})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é"}
+    assert [each.name for each in tmp_path.iterdir()] == ["config.json"]
