@@ -99,7 +99,7 @@ def test_originals_are_put_back_once_and_deviations_add_up(kind):
 
 
 def test_rows_of_a_batch_have_the_repair_of_their_own_adapter():
-    model = with_repair(quantize(tiny_llama(), "8bit"))
+    model = with_repair(quantize(tiny_llama(), "4bit"))
     with_repair(model, "plain", 2, repairs=False).eval()
     ids = token_batch()["input_ids"]
     with torch.no_grad():
