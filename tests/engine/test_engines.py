@@ -200,9 +200,8 @@ def test_the_saved_adapter_is_complete(folder, runs, name):
     ("engine", "base", "dies_at"),
     [
         ("ddp", "float", "step:4"),
-        ("zero2", "float", "checkpoint:2"),
+        ("zero2", "repaired", "checkpoint:2"),
         ("zero3", "4bit", "salience:2"),
-        ("zero2", "repaired", "step:4"),
         ("zero3", "float", "checkpoint:2"),
     ],
 )
