@@ -28,7 +28,7 @@ transformers in 4 bits (nf4):
 """  # noqa: E501
 
 _FOOT = """
-Left alone are the output head and what the table names: experts that are one parameter of three dimensions, routers that are a parameter,
+Left alone are the output head and what the table names: experts that are one parameter (`target_parameters` takes them), routers that are one too,
 convolutions. Of a vision-language model `exclude_modules: '.*(vision_tower|multi_modal_projector).*'` leaves the tower and its projector out, which
 pictures still pass; without it they are targets like others.
 
