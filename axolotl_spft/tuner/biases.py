@@ -36,7 +36,8 @@ def hold_biases(tuner: nn.Module, adapter_name: str, trained: bool) -> None:
     holder = nn.Module()
     for name, parameter in _biases_of(tuner.model):
         parameter.requires_grad_(trained)
-        holder.register_parameter(name.replace(".", "/"), parameter)
+        # past register_parameter, which makes a new parameter where accelerate keeps modules empty
+        holder._parameters[name.replace(".", "/")] = parameter
     tuner._modules[NAME][adapter_name] = holder
     if not holder._parameters:
         warnings.warn(f"`bias: all`: the {type(tuner.model).__name__} has no biases, so none are trained", stacklevel=2)
