@@ -69,7 +69,7 @@ class MergedWeight(BaseWeight):
         if self._undo_merge:
             self.refuse_if_quantized_and_offloaded()
         if self.shares_base:
-            if any(len(self.spft_originals.get(name, ())) for name in self.merged_adapters):
+            if self.repairs and any(name in self.spft_originals for name in self.merged_adapters):
                 raise SpftError(
                     "a repaired adapter cannot be unmerged where another method's adapter has the same layer: its "
                     "entries were assigned, and what stood there before cannot be told; load the base model again"
