@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 @contextmanager
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block every rank holds these parameters whole; they are partitioned again afterwards."""
+    """Within the block every rank holds these parameters whole; afterwards they are in parts again, or as before."""
     with ExitStack() as stack:
         # DeepSpeed's own work on the parameters is nothing that a mode of the caller's should see
         with torch._C.DisableTorchFunction():
             # one by one: gathering them together would read all with the dtype of the first
             for parameter in parameters:
-                stack.enter_context(gather_params_ctx(parameter, modifier_rank=None))
+                # DeepSpeed refuses, since 0.19, to gather what a context around this one has gathered
+                if not is_whole(parameter):
+                    stack.enter_context(gather_params_ctx(parameter, modifier_rank=None))
         try:
             yield
         finally:
@@ -30,6 +32,11 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
 def is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether this rank holds a part of the parameter only."""
     return hasattr(parameter, "ds_id")
+
+
+def is_whole(parameter: nn.Parameter) -> bool:
+    """Whether this rank holds all of the parameter now, because it is not partitioned or has been gathered."""
+    return parameter.numel() == count_of(parameter)
 
 
 def own_part(parameter: Tensor, rank: int) -> Tensor:
@@ -51,7 +58,7 @@ def overwrite(parameter: nn.Parameter, entries: Tensor, rank: int) -> None:
     """Give a parameter that ZeRO-3 has partitioned other ``entries`` (its count, flat), also where it is whole now."""
     own = own_part(parameter, rank)
     own.copy_(entries[rank * parameter.ds_tensor.numel() :][: own.numel()])
-    if parameter.numel() == parameter.ds_numel:
+    if is_whole(parameter):
         parameter.copy_(entries.view(parameter.shape))
 
 

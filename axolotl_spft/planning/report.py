@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from axolotl_spft.planning.advice import BITS, ENGINES, Change
 from axolotl_spft.planning.estimate import GIB, RESERVE_BYTES, Estimate
@@ -22,16 +22,28 @@ _PARTS = {
 }
 
 
-def as_text(
-    source: str,
-    shape: ModelShape,
-    run: Settings,
-    found: Estimate,
-    table: dict[str, dict[int, Estimate | None]],
-    changes: list[Change],
-    gpu_bytes: int,
-) -> str:
+class Plan(NamedTuple):
+    """What is told of a run.
+
+    Attributes:
+        source: where the shape of the base model was found.
+        table: engine -> bits of the base -> what the run would need so, None where it cannot be.
+        changes: that would make it fit, one on top of the other.
+        gpu_bytes: of one GPU.
+    """
+
+    source: str
+    shape: ModelShape
+    run: Settings
+    found: Estimate
+    table: dict[str, dict[int, Estimate | None]]
+    changes: list[Change]
+    gpu_bytes: int
+
+
+def as_text(plan: Plan) -> str:
     """A few tables."""
+    source, shape, run, found, table, changes, gpu_bytes = plan
     head = [
         f"{run.base_model} ({source})",
         f"{found.values:,} values, {100 * found.values / found.entries:.3g}% of {found.entries:,} entries in "
@@ -62,16 +74,9 @@ def as_text(
     return "\n".join(head + lines)
 
 
-def as_json(
-    source: str,
-    shape: ModelShape,
-    run: Settings,
-    found: Estimate,
-    table: dict[str, dict[int, Estimate | None]],
-    changes: list[Change],
-    gpu_bytes: int,
-) -> dict[str, Any]:
+def as_json(plan: Plan) -> dict[str, Any]:
     """The same, in bytes."""
+    source, shape, run, found, table, changes, gpu_bytes = plan
 
     def row(each: Estimate) -> dict[str, Any]:
         return {**each._asdict(), "needed": each.needed, "fits": each.needed <= gpu_bytes}

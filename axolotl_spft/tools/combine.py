@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from axolotl_spft.tools.options import json_option, output_option
+
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
@@ -27,10 +29,8 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     show_default=True,
     help="linear: the sum. ties: at each position the mean of those that have the sign of the sum.",
 )
-@click.option(
-    "--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the new adapter."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")
+@output_option
+@json_option
 def command(adapters, weights, density, method, output, as_json) -> None:
     """Add up adapters of the same base model.
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import click
 
+from axolotl_spft.tools.options import json_option, output_option
+
 
 @click.command()
 @click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--to", type=click.Choice(["spft", "shira"]), help="By default the other kind of what ADAPTER is.")
 @click.option("--base", help="The base model, whose config tells the shapes that a file may not have.")
-@click.option(
-    "--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the new adapter."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")
+@output_option
+@json_option
 def command(adapter, to, base, output, as_json) -> None:
     """Convert an adapter between PEFT's SHiRA and this package; what it computes stays the same.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import click
+
+from axolotl_spft.tools.options import json_option, output_option
 
 
 @click.command()
@@ -26,11 +27,9 @@ import click
     show_default=True,
     help="layer: the largest differences of each matrix. global: the largest of all.",
 )
-@click.option(
-    "--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the adapter."
-)
+@output_option
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that the base model brings.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")
+@json_option
 def command(base, tuned, density, scope, output, trust_remote_code, as_json) -> None:
     """Keep the largest changes that full fine-tuning made, as an adapter.
 

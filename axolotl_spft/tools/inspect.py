@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from axolotl_spft.tools.options import json_option
+
 _EXISTING = click.Path(exists=True, path_type=Path)
 _NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -18,7 +20,7 @@ _NEW_FILE = click.Path(dir_okay=False, path_type=Path)
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of the base model (safetensors, not quantized): relative changes of an adapter need it.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")
+@json_option
 @click.option(
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),

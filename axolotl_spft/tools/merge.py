@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from axolotl_spft.tools.options import json_option
+
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _SETTINGS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -39,7 +41,7 @@ _SETTINGS = {
     help="Whether `--quantization nf4` or fp4 quantized the scales too, as Axolotl does.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that the base model brings.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")
+@json_option
 def command(source, base, output, onto, quantization, double_quantization, trust_remote_code, as_json) -> None:
     """Merge an adapter into its base model, file by file.
 

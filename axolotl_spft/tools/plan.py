@@ -42,8 +42,8 @@ def command(config: Path, gpus: int | None, gpu_memory: float, shape: str | None
     model_config, source = find_config(run.base_model, shape)
     found_shape, gpu_bytes = read_shape(model_config, run.options), round(gpu_memory * GIB)
     found = estimate(found_shape, run, gpu_bytes)
-    parts = (
+    plan = report.Plan(
         source, found_shape, run, found, alternatives(found_shape, run, gpu_bytes),
         changes_that_help(found_shape, run, gpu_bytes), gpu_bytes,
     )  # fmt: skip
-    print(json.dumps(report.as_json(*parts), indent=1) if as_json else report.as_text(*parts))
+    print(json.dumps(report.as_json(plan), indent=1) if as_json else report.as_text(plan))
