@@ -95,6 +95,18 @@ def test_what_is_needed_at_once_goes_to_the_host_of_a_gpu(monkeypatch, options):
     assert asked == [None, GIB_OF_TWO_MATRICES]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"scope": "global"}, {"salience": "balanced"}], ids=str)
+def test_a_gpu_gives_one_mask_with_sums_on_it_on_the_host_and_in_several_passes(options):
+    masks = []
+    for memory in (None, GIB_OF_TWO_MATRICES):
+        model = get_peft_model(tiny_llama(), SpftConfig(density=0.05, salience_memory_gib=memory, **options)).cuda()
+        batches = [{k: x.cuda() if isinstance(x, torch.Tensor) else x for k, x in each.items()} for each in BATCHES]
+        select_mask(model, batches)
+        masks.append(chosen(model))
+    assert masks[0] == masks[1]
+
+
 def test_groups_hold_as_much_as_the_memory():
     layers = adapted_layers(get_peft_model(tiny_llama(), SpftConfig()))
     found = groups_of(layers, {"gradient"}, GIB_OF_TWO_MATRICES)
