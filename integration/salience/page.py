@@ -56,7 +56,8 @@ full fine-tuning 4.048). A study on real models is in [integration/evidence](../
   `scope: global` selects the total over all matrices, between `min_density` and `max_density` of each.
 - `pattern: block` trains whole blocks, and never more values than the budget. The exact statement heads `axolotl_spft/budget.py`.
 - A matrix that no gradient reached on the sample, that nothing calls, or that the run freezes gets nothing. Its share goes to the others, and the
-  report names it once with the remedy: more `samples` for experts, `exclude_modules` for towers and poolers.
+  report names it once with the remedy: more `samples` for experts, `exclude_modules` for towers and poolers. Saliences that need no sample
+  (`magnitude`, `lift`, `random`) read of it as much as shows that every matrix is used, mostly one batch.
 - `score_after: N` computes the salience after N optimizer steps of a throw-away warm-up of a random mask, of which nothing stays. Not under
   ZeRO-3, and not with `grasp` and `synflow`, which are defined at the pretrained weights.
 - The sums of the pass are kept on the GPU where half of its free memory holds them, else on the host. `salience_memory_gib` sets another
