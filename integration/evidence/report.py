@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from axolotl_spft.files import atomic_path
-from integration.evidence.experiment import DEFAULTS, queue, read_experiment
+from integration.evidence.experiment import DEFAULTS, Records, queue, read_experiment
+from integration.evidence.picture import draw
 from integration.evidence.plan import plan
 from integration.evidence.records import records_of
 from integration.evidence.table import Row, best_rows, rises_at_gain, rows_of
@@ -35,7 +37,8 @@ Losses are means over the tokens of answers that were not trained on, after trai
 seeds. Untouched text is of a kind that the task does not train: a method that lowers the task's loss and raises this
 one forgets. The best rate of a method is bold; "edge" says that it is the first or last of those tried, so that a
 better one may lie beyond. A run's learning rate rises over its first tenth and then falls to 0; gradients are clipped
-to a norm of 1; LoRA's alpha is 2 r. The time of a step is the process', on one core.
+to a norm of 1; LoRA's alpha is 2 r; rates are chosen by the same held-out examples for all methods alike. The time of
+a step is the process', on one core.
 """
 
 
@@ -56,11 +59,21 @@ def write_report(experiments: Path, results: Path, output: Path) -> None:
             sections = [_section(*each) for each in measured if each[1]["question"] == question]
         parts += sections or ["Not measured yet.\n"]
     for name, experiment, rows in measured:
-        _draw(output / f"{name}.png", experiment["title"], rows)
+        draw(output / f"{name}.png", experiment["title"], rows, next(iter(_untouched(rows)), None))
     left = plan(queue(experiments), records)
     parts.append(f"## What is left of the queue\n\n```text\n{left}\n```\n")
+    parts.append(f"Recorded so far: {_machines(records)}.\n")
     with atomic_path(output / "README.md") as temporary:
         temporary.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _machines(records: Records) -> str:
+    """How many runs which machine made with which torch."""
+    made = Counter(
+        f"{each['made']['gpu'] or each['made']['cpu']} with torch {each['made']['versions']['torch']}"
+        for each in records.values()
+    )
+    return ", ".join(f"{count} runs on {machine}" for machine, count in sorted(made.items())) or "nothing"
 
 
 def _section(name: str, experiment: dict[str, Any], rows: list[Row]) -> str:
@@ -135,36 +148,3 @@ def _forgetting(experiment: dict[str, Any], rows: list[Row]) -> str:
 
 def _untouched(rows: list[Row]) -> list[str]:
     return [text for text in _UNTOUCHED if any(f"before_{text}_loss" in row.figures for row in rows)]
-
-
-def _draw(path: Path, title: str, rows: list[Row]) -> None:
-    """Task loss against the loss of untouched text: a curve over the rates for each method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=100, layout="constrained")
-    text = next(iter(_untouched(rows)), None)
-    for label in dict.fromkeys(row.label for row in rows):
-        curve = sorted((row for row in rows if row.label == label), key=lambda row: row.learning_rate)
-        when = "before" if curve[0].method == "none" else "after"
-        if text is None:
-            x, y = [row.learning_rate for row in curve], [row.mean(f"{when}_task_loss") for row in curve]
-        else:
-            x = [row.mean(f"{when}_task_loss") for row in curve]
-            y = [row.mean(f"{when}_{text}_loss") for row in curve]
-        axes.plot(x, y, marker="o", label=label)
-        if text is not None:
-            for row, at in zip(curve, zip(x, y)):
-                if row.learning_rate:
-                    axes.annotate(f"{row.learning_rate:g}", at, textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axes.set_xlabel("learning rate" if text is None else "loss on the task (lower is better)")
-    axes.set_ylabel("loss on the task" if text is None else f"loss on untouched {text} (lower is better)")
-    if text is None:
-        axes.set_xscale("log")
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-    plt.close(figure)

@@ -1,0 +1,55 @@
+"""The picture of an experiment: what a method reaches at which rate, and what it pays for that elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from axolotl_spft.files import atomic_path
+from integration.evidence.table import Row
+
+
+def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> None:
+    """Task loss over the rates; beside it, where there is untouched text, its loss over the task loss.
+
+    A curve is a method over its rates. Runs that diverged have no place in it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = 1 if untouched is None else 2
+    figure, axes = plt.subplots(
+        1, panels, figsize=(5.5 * panels + 2.5, 5), dpi=100, layout="constrained", squeeze=False
+    )
+    over_rates, over_loss = axes[0, 0], axes[0, -1]
+    colors = plt.get_cmap("tab20").colors
+    trained = [row for row in rows if row.method != "none" and math.isfinite(row.mean("after_task_loss"))]
+    for number, label in enumerate(dict.fromkeys(row.label for row in trained)):
+        curve = sorted((row for row in trained if row.label == label), key=lambda row: row.learning_rate)
+        style = {
+            "marker": "o",
+            "color": colors[number % len(colors)],
+            "linestyle": "-" if curve[0].method == "spft" else "--",
+        }
+        rates, losses = [row.learning_rate for row in curve], [row.mean("after_task_loss") for row in curve]
+        over_rates.plot(rates, losses, label=label, **style)
+        if untouched is not None:
+            others = [row.mean(f"after_{untouched}_loss") for row in curve]
+            over_loss.plot(losses, others, **style)
+            for rate, at in zip(rates, zip(losses, others)):
+                over_loss.annotate(f"{rate:g}", at, textcoords="offset points", xytext=(4, 4), fontsize=7)
+    over_rates.set(xscale="log", xlabel="learning rate", ylabel="loss on the task (lower is better)")
+    if untouched is not None:
+        before = trained[0].mean(f"before_{untouched}_loss")
+        over_loss.axhline(before, color="grey", linewidth=0.8, linestyle=":", label="base")
+        over_loss.set(
+            xlabel="loss on the task (lower is better)", ylabel=f"loss on untouched {untouched} (lower is better)"
+        )
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    plt.close(figure)
