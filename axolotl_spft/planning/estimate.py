@@ -123,7 +123,7 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
         salience=on_gpu,
         salience_host=on_host,
         # the pass gathers one module at a time
-        salience_peak=base + (2 * widest_entries(shape) * run.dtype_bytes if gathered else 0) + on_gpu + dense
+        salience_peak=base + (widest_entries(shape) * run.dtype_bytes if gathered else 0) + on_gpu + dense
         if accumulators
         else 0,
         file=file_bytes(shape, nnz, run.value_bytes) + nnz * repaired_bytes,

@@ -134,7 +134,7 @@ def test_changes_lead_to_a_run_that_fits():
     needs = [change.estimate.needed for change in changes]
     assert needs == sorted(needs, reverse=True)
     assert needs[-2] > 24 * GIB >= needs[-1]
-    assert changes_that_help(shape_of("llama-8b"), run, 140 * GIB) == []
+    assert changes_that_help(shape_of("llama-8b"), run, 200 * GIB) == []
 
 
 def test_where_the_accumulators_go():

@@ -9,11 +9,21 @@ from pathlib import Path
 import pytest
 
 from axolotl_spft.planning.estimate import GIB, estimate
-from axolotl_spft.planning.settings import read_settings
-from axolotl_spft.planning.shapes import find_config, read_shape
+from axolotl_spft.planning.settings import Settings, read_settings
+from axolotl_spft.planning.shapes import ModelShape, find_config, read_shape
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted(path for path in ROOT.glob("examples/**/*.yml") if "# Memory per GPU of" in path.read_text())
+EXAMPLES = sorted(path for path in ROOT.glob("examples/**/*.yml") if "GiB in training" in path.read_text())
+
+
+SHAPES: dict[tuple[str, str], ModelShape] = {}
+
+
+def _shape(run: Settings) -> ModelShape:
+    key = (run.base_model, str({**run.options, "salience": None}))
+    if key not in SHAPES:
+        SHAPES[key] = read_shape(find_config(run.base_model, None)[0], run.options)
+    return SHAPES[key]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -29,5 +39,5 @@ def test_the_head_says_what_plan_says(path, monkeypatch):
     options = dict(zip(words[2::2], words[3::2]))
     assert gib == int(options.get("--gpu-memory", 80))
     run = read_settings(Path(words[1]), int(options["--gpus"]) if "--gpus" in options else None)
-    found = estimate(read_shape(find_config(run.base_model, None)[0], run.options), run, gib * GIB)
+    found = estimate(_shape(run), run, gib * GIB)
     assert (training, salience) == (round(found.peak / GIB), round(found.salience_peak / GIB))

@@ -31,6 +31,15 @@ def test_help_lists_every_command_and_loads_no_torch():
     assert output.endswith("[]\n")
 
 
+@pytest.mark.parametrize("name", spft.list_commands(None))
+def test_every_command_explains_every_option_and_refuses_others_in_one_line(name):
+    command = spft.get_command(None, name)
+    assert command.help and all(each.help for each in command.params if each.param_type_name == "option")
+    result = CliRunner().invoke(spft, [name, "--no-such-option"])
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.startswith("Error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "axolotl_spft", "--help"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
