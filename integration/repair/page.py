@@ -21,10 +21,10 @@ questions of another kind. The gap is that of NF4 (double quantization, blocks o
 """
 _FOOT = """
 A quantization error is nearly of full rank, so a few exact entries mend more of it than a low-rank product of many more
-numbers, for the kind of text that the statistics are of. The English questions, which are of another kind and few, gained
-nothing from repair and lost with more entries, as with the low rank of 1.15%; the one of 0.29% gained. What of such a
-start is left after a fine-tuning is another question, and one for [the experiments](../evidence/README.md). The default
-of `repair` is 0 until they answer it.
+numbers, for the kind of text that the statistics are of. The English questions, of another kind and few, gained nothing
+from repair and lost with more entries, as with the low rank of 1.15%; the one of 0.29% gained. What of such a start is
+left after a fine-tuning is another question, and one for [the experiments](../evidence/README.md). The default of
+`repair` is 0 until they answer it.
 
 ## Least squares instead of the exact entries
 
