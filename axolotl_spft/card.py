@@ -22,6 +22,10 @@ _SOURCE = {
     "repaired": "values that begin at the weight before quantization",
     "repair_from": "which was read from",
 }
+_REPAIRED = """
+It repairs a quantized base: give `from_pretrained` the `quantization_config` of the training. `axolotl spft merge`
+merges it from the files, without quantizing the result.
+"""
 _BUDGETS = ("density", "num_values", "match_lora_rank")
 
 
@@ -49,6 +53,7 @@ def _section(config: dict[str, Any]) -> str:
     source = config.get("mask_source") or {}
     rows += [(text, source[name]) for name, text in _SOURCE.items() if source.get(name) not in (None, 0.0)]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    repaired = _REPAIRED if source.get("repaired") else ""
     return f"""{_START}
 ## Sparse adapter
 
@@ -70,7 +75,7 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
-
+{repaired}
 To merge it into the base model, for programs that know nothing of adapters:
 
 ```python

@@ -54,6 +54,7 @@ full fine-tuning 4.048). A study on real models is in [integration/evidence](../
   of `density_pattern` takes out the matrices that it matches first and gives them together its own density; `num_values` stays the total.
 - `scope: layer` and `row` share it in proportion to the entries, rounded down, and the rest one by one to the largest remainders.
   `scope: global` selects the total over all matrices, between `min_density` and `max_density` of each.
+- `repair` has its share of each matrix' values first, the salience the rest: [quantization and repair](../tuner/REPAIR.md).
 - `pattern: block` trains whole blocks, and never more values than the budget. The exact statement heads `axolotl_spft/budget.py`.
 - A matrix that no gradient reached on the sample, that nothing calls, or that the run freezes gets nothing. Its share goes to the others, and the
   report names it once with the remedy: more `samples` for experts, `exclude_modules` for towers and poolers. Saliences that need no sample

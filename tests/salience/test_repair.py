@@ -272,6 +272,7 @@ def test_it_loads_without_the_unquantized_weights_and_says_what_it_is(base, tmp_
     assert (source["repair"], source["repaired"], source["repair_from"]) == (0.4, nnz, str(copy))
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert f"| values that begin at the weight before quantization | {nnz} |" in card
+    assert "the `quantization_config` of the training" in card
     # an unquantized base has the originals itself
     plain = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter"
