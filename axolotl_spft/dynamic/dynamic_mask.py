@@ -20,6 +20,7 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import is_partitioned, own_part
 from axolotl_spft.engine.zero_state import is_zero_optimizer, rearrange_zero_
 from axolotl_spft.errors import SpftConfigError, SpftError
+from axolotl_spft.metrics import METRICS
 from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.optim.mask_changes import Slot
@@ -54,6 +55,10 @@ class DynamicMask:
             if due:
                 print(mask.reselect(optimizer, step))
 
+    Attributes:
+        layers: those whose mask changes, by name.
+        static: names of the others that hold values: experts that are one parameter.
+
     Args:
         model: a `PeftModel` whose adapter has a mask.
         fraction: share of each matrix' values that is exchanged; by default that of the config's ``reselect``, or 0.2.
@@ -84,6 +89,7 @@ class DynamicMask:
             if self.adapter_name in layer.spft_values and layer.mask(self.adapter_name).nnz
         }
         self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, (SpftLinear, SpftEmbedding))}
+        self.static = [name for name in layers if name not in self.layers]
         if not self.layers:
             raise SpftError(f"adapter `{self.adapter_name}` has no mask that could change: call select_mask() first")
         check_base(self.metric, self.layers)
@@ -136,8 +142,7 @@ class DynamicMask:
         for (name, layer), passes in zip(bar, reached):
             if not passes:
                 continue
-            # not by the dict: DeepSpeed gathers a parameter that it has partitioned when it is looked up so
-            values = layer.spft_values._parameters[self.adapter_name]
+            values = layer.spft_values[self.adapter_name]
             whole = ranks.concatenate(own_part(values, ranks.rank)) if is_partitioned(values) else values.detach()
             found = self._exchange(name, whole.to(layer.mask(self.adapter_name).columns.device), ranks)
             if found is None:
@@ -199,8 +204,11 @@ class DynamicMask:
             self.metric, {name: layer}, {GRADIENT: {name: gradient}}, ranks, self.config.seed or 0,
             self.config.lift_rank,
         )  # fmt: skip
-        per_row = self.config.scope == "row"
-        return exchange(mask, layer.in_features, importance, score_of(0), self.options.fraction, per_row, ranks)
+        scores, per_row = score_of(0).contiguous(), self.config.scope == "row"
+        if self.config.salience not in METRICS:
+            # a function of the user's own may give back what it was given, the weight itself
+            scores = scores.clone()
+        return exchange(mask, layer.in_features, importance, scores, self.options.fraction, per_row, ranks)
 
     def _masks(self) -> dict:
         return {name: layer.mask(self.adapter_name) for name, layer in self.layers.items()}

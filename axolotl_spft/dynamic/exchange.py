@@ -34,7 +34,7 @@ def exchange(
 
     Args:
         importance: (nnz).
-        scores: this rank's rows (rows, in_features), float32 and finite; written to.
+        scores: this rank's rows (rows, in_features), float32, finite and contiguous; written to.
         per_row: whether each row keeps its number of entries.
         ranks: the processes that share the rows.
 

@@ -55,6 +55,12 @@ def hold_values(layer: nn.Module, adapter_name: str, values: Tensor) -> None:
             f"the mask of adapter `{adapter_name}` has {values.numel()} values in a layer where DeepSpeed's engine "
             f"holds {count_of(old)}: select or load it before the engine is made"
         )
+    if is_partitioned(old):
+        # wherever its parts lie
+        overwrite(old, values.to(old.dtype), Ranks.current().rank)
+        old.grad = None
+        note_change(old, partial(_slot, weakref.ref(layer), adapter_name))
+        return
     alike = (old.device, old.dtype) == (values.device, values.dtype) and not old.is_inference()
     if alike and (same_count or not old.numel()):
         _hold(old, values)
@@ -73,9 +79,6 @@ def _slot(layer: weakref.ref[nn.Module], adapter_name: str) -> Slot | None:
 @torch.no_grad()
 def _hold(parameter: nn.Parameter, values: Tensor) -> None:
     parameter.grad = None
-    if is_partitioned(parameter):
-        overwrite(parameter, values, Ranks.current().rank)
-        return
     if parameter.numel() != values.numel():
         parameter.data = torch.empty_like(values)
     # not by .data: autograd has to see the change

@@ -5,6 +5,7 @@
     salience:2      before the loss of the second batch of the salience pass
     step:5          between the backward passes and the update of the fifth optimizer step
     checkpoint:2    in the second checkpoint, with the adapter written and the next file half written
+    reselection:9   while the ninth matrix of all is exchanged, among those of a re-selection of a dynamic mask
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import psutil
 import torch
 
 VARIABLE = "SPFT_CRASH"
-MOMENTS = ("salience", "step", "checkpoint")
+MOMENTS = ("salience", "step", "checkpoint", "reselection")
 
 
 def arm() -> None:
@@ -33,12 +34,15 @@ def arm() -> None:
         raise ValueError(f"{VARIABLE}={wanted} must be one of {', '.join(MOMENTS)}, a colon and a number")
     from transformers import Trainer
 
+    from axolotl_spft.dynamic.history import History
     from axolotl_spft.trainer.salience_pass import _TrainerSample
 
     if moment == "salience":
         _before_call(int(number), _TrainerSample, "loss", _die)
     elif moment == "step":
         _before_call(int(number), Trainer, "_clip_grad_norm", _die)
+    elif moment == "reselection":
+        _before_call(int(number), History, "move", _die)
     else:
         _before_call(int(number), Trainer, "_save_optimizer_and_scheduler", _die_in_next_save)
 

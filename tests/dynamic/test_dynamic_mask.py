@@ -17,7 +17,9 @@ from axolotl_spft.reselect_rules import Reselect
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.salience.metrics.metric import load_metric
 from axolotl_spft.tuner.record import record_from_tensor
+from axolotl_spft.tuner.state import shapes_of
 from tests.dynamic.runs import MaskedDense, adapted, masks_of, micro_batches, optimizer_of, train, values_of
+from tests.engine.test_ranks import LiveBytes
 from tests.models import ARCHITECTURES, same_weights, tiny_gpt2, tiny_llama, tiny_moe, token_batch, weights_of
 from tests.tuner.test_quantized import dequantized, quantize
 
@@ -253,7 +255,12 @@ def test_checkpointing_repeated_layers_and_frozen_ones():
     name = "model.layers.1.self_attn.q_proj"
     assert len(dynamic.collector._pairs[name]) == 2
     optimizer.step()
-    dynamic.reselect(optimizer, 1)
+    shapes = set(shapes_of(dynamic.layers).values())
+    with LiveBytes(shapes, [*model.parameters()]) as tracker:
+        dynamic.reselect(optimizer, 1)
+    sizes = [4 * rows * columns for rows, columns in shapes_of(dynamic.layers).values()]
+    # the gradient, its score, and what both are made and checked with
+    assert 0 < tracker.peak <= 6 * max(sizes) < sum(sizes)
     dense = dense_gradient(tiny_moe(), f"{name}.weight", 3, 4)
     check_grown(before[name], masks_of(model)[name], dense, 0.3)
     frozen = "model.layers.0.mlp.shared_expert.up_proj"
