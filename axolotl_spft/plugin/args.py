@@ -15,6 +15,7 @@ from axolotl_spft.plugin.repair_rules import problems_of_repair
 from axolotl_spft.plugin.reselect_run import problems_of_reselect
 from axolotl_spft.plugin.salience_rules import problems_of_salience
 from axolotl_spft.trainer.prepare import OPTIMIZERS
+from axolotl_spft.tuner.experts import IMPLEMENTATIONS
 
 ADAPTER = "spft"
 
@@ -101,6 +102,7 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
             "`init_weights: False` would train random values at random positions: leave it out (`salience: random` "
             "trains random positions, from 0)"
         )
+    problems += _problems_of_experts(cfg, options)
     optimizer = str(cfg.get("optimizer") or "")
     if optimizer.startswith("sparse_") and optimizer not in OPTIMIZERS:
         problems.append(f"`optimizer: {optimizer}` must be {' or '.join(OPTIMIZERS)} or a Hugging Face optimizer name")
@@ -151,6 +153,22 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
     if cfg.get("deepspeed"):
         problems += problems_of_deepspeed(cfg, optimizer in OPTIMIZERS)
     return problems
+
+
+def _problems_of_experts(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """Ways to compute experts of which it is not known whether they make the gradient of the experts' weights."""
+    if not options.get("target_parameters"):
+        return []
+    asked = [key for key in ("use_scattermoe", "use_sonicmoe") if cfg.get(key)]
+    if cfg.get("experts_implementation") not in (None, *IMPLEMENTATIONS):
+        asked.append("experts_implementation")
+    if cfg.get("expert_backend") in ("scattermoe", "sonicmoe"):
+        asked.append("expert_backend")
+    return [
+        f"`{key}: {cfg[key]}` computes the experts by a kernel that may give no gradient of their weights, which "
+        f"`spft.target_parameters` needs: write `experts_implementation: {IMPLEMENTATIONS[-1]}`, or leave one out"
+        for key in asked
+    ]
 
 
 def problems_of_launcher(cfg: Mapping[str, Any]) -> list[str]:

@@ -91,6 +91,11 @@ class ExpertMatrix(SparseLayer):
 
     # --- passes
 
+    @property
+    def is_used(self) -> bool:
+        """Whether a forward pass that begins now needs the gradient of W."""
+        return bool(self._watchers or self.adapters_to_apply())
+
     def watch_gradient(self, watcher: Watcher, all_at_once: bool = False) -> Callable[[], None]:
         """Let every backward pass give its dense gradient of W to ``watcher``, until what is returned is called.
 

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from axolotl_spft.errors import SpftError
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
+
+# transformers' ways to compute experts, which are made of torch's functions and have every gradient
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
 class SpftExperts(nn.Module):
@@ -55,6 +59,8 @@ class SpftExperts(nn.Module):
         with ExitStack() as stack:
 
             def begin(module: nn.Module, _: Any) -> None:
+                if torch.is_grad_enabled() and any(matrix.is_used for matrix in matrices):
+                    _check_implementation(module)
                 one_by_one = _takes_one_by_one(module)
                 found = [stack.enter_context(matrix.in_use(one_by_one)) for matrix in matrices]
                 before_backward.extend(each for each in found if each is not None)
@@ -101,9 +107,23 @@ def _call(functions: list[Callable[[], None]]) -> None:
         function()
 
 
+def _implementation(module: nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "_experts_implementation", None)
+
+
+def _check_implementation(module: nn.Module) -> None:
+    """Raise where a kernel computes the experts that may give no gradient of their weights."""
+    implementation = _implementation(module)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise SpftError(
+            f"`experts_implementation: {implementation}` computes the experts, and whether it makes the gradient of "
+            f"their weights, which `target_parameters` needs, is not known: use {', '.join(IMPLEMENTATIONS)}"
+        )
+
+
 def _takes_one_by_one(module: nn.Module) -> bool:
     """Whether it is transformers' loop over the experts that runs, and no kernel that wants tensors alone."""
     # a parametrized module's class is one that torch has made of the module's own
     if not any(kind.__module__.startswith("transformers.models.") for kind in type(module).__mro__):
         return False
-    return getattr(getattr(module, "config", None), "_experts_implementation", None) in (None, "eager")
+    return _implementation(module) in (None, "eager")

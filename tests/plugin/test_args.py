@@ -65,6 +65,10 @@ def test_good_configurations_pass(options):
             {"spft": {"salience": "fisher", "target_parameters": ["a.b"]}},
             ["tell whose tokens they are (a.b)"],
         ),
+        (
+            {"spft": {"target_parameters": ["a.b"]}, "use_scattermoe": True, "experts_implementation": "scattermoe"},
+            ["`use_scattermoe: True` computes the experts", "`experts_implementation: scattermoe` computes"],
+        ),
         ({"spft": {"reselect": {"every": 9}, "pattern": "block"}}, ["tear the blocks of `pattern: block`"]),
         (
             {"spft": {"reselect": {"every": 9, "collect": 3}}, "micro_batch_size": 2, "batch_size": 4},

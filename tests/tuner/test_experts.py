@@ -308,6 +308,20 @@ def test_what_is_saved_in_the_midst_of_a_pass_is_w():
     assert all(torch.equal(weight, start[name]) for name, weight in caught.items()) and caught
 
 
+def test_a_kernel_that_may_give_no_gradient_is_refused_where_one_is_needed():
+    model = adapted()
+    expected = logits(model)
+    for module in model.modules():
+        if type(module).__name__ == "MixtralExperts":
+            module.config._experts_implementation_internal = "sonicmoe"
+            with pytest.raises(
+                SpftError, match=r"`experts_implementation: sonicmoe` .* use eager, batched_mm, grouped"
+            ):
+                loss_of(model)
+            module.config._experts_implementation_internal = "eager"
+    assert torch.equal(logits(model), expected)
+
+
 def test_rows_with_adapters_of_their_own_are_refused():
     model = adapted().eval()
     with pytest.raises(SpftError, match=r"`adapter_names` cannot be given to .*experts\.down_proj"):
