@@ -29,6 +29,21 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
                 stack.close()
 
 
+@contextmanager
+def writable(parameter: nn.Parameter) -> Iterator[None]:
+    """Within the block every rank holds the parameter whole, and what all write into it stays.
+
+    For a parameter that is partitioned before transformers knows of ZeRO-3, which PEFT's own asks.
+    """
+    if not is_partitioned(parameter):
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter], modifier_rank=0):
+        yield
+
+
 def is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether this rank holds a part of the parameter only."""
     return hasattr(parameter, "ds_id")
@@ -74,7 +89,7 @@ def gather_as_units(model: nn.Module, *units: type[nn.Module]) -> None:
 
 def gather_beside(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Let DeepSpeed's engine, made later, gather parameters of another module too whenever ``module`` runs."""
-    from deepspeed.zero import register_external_parameter
+    from deepspeed.runtime.zero import register_external_parameter
 
     for parameter in parameters:
         register_external_parameter(module, parameter)

@@ -31,7 +31,7 @@ _FOREIGN_KEYS = {
     "peft_layers_to_transform": "set `spft.layers_to_transform`",
     "peft_layers_pattern": "set `spft.layers_pattern`",
     "peft_trainable_token_indices": (
-        "name the embedding in `spft.target_modules`, or train it whole with `spft.modules_to_save`"
+        "leave it out: name the embedding in `spft.target_modules`, or train it whole with `spft.modules_to_save`"
     ),
     **dict.fromkeys(
         (

@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Iterator, MutableMapping
 
 import torch
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
+from axolotl_spft.engine.zero3 import writable
 from axolotl_spft.errors import SpftFileError, first_of
 
 NAME = "spft_bias"
@@ -95,7 +95,7 @@ def take_biases(tuner: nn.Module, state_dict: MutableMapping[str, Tensor], prefi
             f"{first_of(problems, '; ')}. Load it on the base model it was trained on, with an intact copy of the file"
         )
     for name, parameter in own.items():
-        with torch.no_grad(), gather_params_ctx(parameter, modifier_rank=0):
+        with torch.no_grad(), writable(parameter):
             parameter.copy_(given[name])
         state_dict[f"{start}{name}"] = parameter
 

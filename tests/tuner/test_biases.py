@@ -74,7 +74,7 @@ def test_a_file_whose_biases_do_not_fit_is_refused(tmp_path):
         ({key: None}, r"model\.layers\.0\.self_attn\.q_proj\.bias is missing"),
         ({key: tensors[key][1:]}, r"q_proj\.bias is \(27,\), but \(28,\) in the model"),
         ({key: tensors[key] / 0}, r"q_proj\.bias holds a NaN or an infinity"),
-        ({key + "s": tensors[key]}, r"q_proj\.biass is in the file, but not in the model"),
+        ({key + "s": tensors[key].clone()}, r"q_proj\.biass is in the file, but not in the model"),
     ):
         changed = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
         save_file(changed, path)

@@ -178,6 +178,7 @@ def test_two_adapters_alone_and_together(make):
             for adapter in layer.spft_values:
                 twin.get_submodule(name).weight += layer.get_delta_weight(adapter)
     assert (together - logits(twin)).abs().max() <= 1e-5 * together.abs().max()
+    model.set_adapter("two")
     model.delete_adapter("one")
     assert torch.equal(outputs_of(model, "two"), alone["two"])
     assert torch.equal(logits(model.unload()), logits(make()))
