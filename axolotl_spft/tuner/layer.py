@@ -70,6 +70,7 @@ class SpftLinear(SparseLayer):
         if self.forward_only or (names and nested):
             delta, values = self.delta_of(names)
             y = self._base_output(x, *args, **kwargs)
+            values = self.added_to_weight(values, delta.mask, delta.originals)
             return add_sparse_branch(y, x, values, delta.mask, delta.plan)
         base_layer = self.get_base_layer()
         if not is_offloaded(base_layer):

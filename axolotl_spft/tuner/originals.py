@@ -63,7 +63,10 @@ class Originals:
 
     def values_added(self, adapter_name: str) -> Tensor:
         """What an adapter adds to W at the entries of its mask, those that repair it included: (nnz)."""
-        values, mask, originals = self._part(adapter_name)
+        return self.added_to_weight(*self._part(adapter_name))
+
+    def added_to_weight(self, values: Tensor, mask: Mask, originals: Tensor | None) -> Tensor:
+        """``originals`` + ``values`` - W at the entries of ``mask``, or the values where nothing is replaced: (nnz)."""
         if originals is None:
             return values
         own = self.read_weight().reshape(-1)[positions(mask, self.in_features)]

@@ -16,18 +16,19 @@ _HEAD = """# PEFT's own tests
 nearest to this one, with `SpftConfig` as well. The checkout is yours to make, of the release that is installed; none of its code is here. Where
 the tests load a model, a small random one of the same architecture stands in for it, so nothing is downloaded.
 
-Each case of SHiRA has one of ours with the same modules and as many values as a LoRA of its rank. Ours has a random mask and random values: a new
-sparse adapter has no mask, and trains nothing before it has one.
+Each case of SHiRA has one of ours with the same modules, or all linear ones where it names none, and as many values as a LoRA of its rank. Ours has
+a random mask and random values: a new sparse adapter has no mask, and trains nothing before it has one. Batches whose rows have several adapters,
+which SHiRA has not, and quantized bases, on which PEFT tests other methods, have cases of their own.
 
 """  # noqa: E501
 
 _FOOT = """
 Why they fail:
 
-- `peft_config["default"] is config`: one `SpftConfig` may serve several models, so each keeps its records in a copy.
+- `test_from_pretrained_config_construction` asks for `peft_config["default"] is config`: one `SpftConfig` may serve several models, so each keeps its records in a copy.
 - `test_disable_adapters` (custom): the tests want a new adapter that changes nothing until it is trained, and ours begins with random values there.
-- "has no mask": the test trains, or runs in train mode, an adapter that it makes without `init_weights=False`.
-- `test_training` of features: without targets ours takes all linear layers, the pooler among them, whose output these tests do not read.
+- Where it has no mask: the test trains, or runs in train mode, an adapter that it makes without `init_weights=False`.
+- `test_training` and its relative, of features: without targets ours takes all linear layers, the pooler among them, whose output these tests do not read.
 - `test_mixed_adapter_batches_mlp`: the rows' outputs differ from those of each adapter alone by rounding: W of all rows is multiplied once, and S added
   beside it. The test wants them to 1e-5 of each value, with values of 1,000 before a softmax; `tests/tuner/test_mixed_batch.py` holds the same to
   1e-5 of the largest.
@@ -56,11 +57,16 @@ def _passed(counts: Mapping[str, Any] | None) -> str:
 
 
 def _failures(results: Mapping[str, Mapping[str, Any]]) -> str:
-    said = Counter(text for found in results.values() for text in found.get("SPFT", {}).get("said", {}).values())
+    said = Counter(
+        (name.partition("[")[0].rpartition("::")[2], text)
+        for found in results.values()
+        for name, text in found.get("SPFT", {}).get("said", {}).items()
+    )
     if not said:
         return ""
-    lines = ["", "What SPFT's failures said:", "", "| times | message |", "|---|---|"]
-    lines += [f"| {count} | {_cell(text)} |" for text, count in sorted(said.items(), key=lambda each: (-each[1], each))]
+    lines = ["", "What failed with SPFT:", "", "| times | test | it said |", "|---|---|---|"]
+    for (test, text), count in sorted(said.items(), key=lambda each: (-each[1], each)):
+        lines.append(f"| {count} | `{test}` | {_cell(text)} |")
     return "\n".join(lines) + "\n" + _FOOT
 
 

@@ -7,6 +7,7 @@ methods, and it writes how each of them went to the file that ``SPFT_SUITE_RECOR
 from __future__ import annotations
 
 import json
+import linecache
 import os
 import sys
 from collections.abc import Iterator
@@ -147,9 +148,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         said = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0]
-        # of a bare assertion, what is asserted
-        asserted = [line[1:].strip() for line in report.longreprtext.splitlines() if line.startswith(">")]
-        record["said"] = (f"{said}: {asserted[-1]}" if said == "AssertionError" and asserted else said)[:300]
+        if crash and said.split()[0] in ("AssertionError", "assert"):
+            # which says little: the line that asserts it says more
+            said = linecache.getline(crash.path, crash.lineno).strip() or said
+        record["said"] = said[:300]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -90,8 +90,8 @@ def main() -> None:
             results[part] = {**results.get(part, {}), **counts_of(records), "peft": version("peft")}
             with atomic_path(RESULTS) as temporary:
                 temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    with atomic_path(PAGE) as temporary:
-        temporary.write_text(page(results), encoding="utf-8")
+            with atomic_path(PAGE) as temporary:
+                temporary.write_text(page(results), encoding="utf-8")
     print(table(results))
 
 

@@ -44,18 +44,18 @@ def test_ours_are_put_behind_theirs():
 def test_counts_and_their_table():
     records = {
         "tests/a.py::one": {"method": "SPFT", "outcome": "passed"},
-        "tests/a.py::two": {"method": "SPFT", "outcome": "failed", "said": "ValueError: no | more"},
+        "tests/a.py::Test::two[x-1]": {"method": "SPFT", "outcome": "failed", "said": "ValueError: no | more"},
         "tests/a.py::three": {"method": "SPFT", "outcome": "skipped"},
         "tests/a.py::four": {"method": "SHiRA"},
     }
     found = counts_of(records)
     assert found["SPFT"] == {
-        "passed": 1, "failed": 1, "skipped": 1, "not run": 0, "said": {"two": "ValueError: no | more"}
+        "passed": 1, "failed": 1, "skipped": 1, "not run": 0, "said": {"Test::two[x-1]": "ValueError: no | more"}
     }  # fmt: skip
     results = {"custom": {**found, "peft": "0.20.0"}}
     row = "| custom | 0.20.0 | 1 of 2 | 0 of 0 (1 not run: out of time) | 1, 0 |"
     assert table(results).splitlines()[-1] == row
-    assert "| 1 | ValueError: no \\| more |" in page(results).splitlines()
+    assert "| 1 | `two` | ValueError: no \\| more |" in page(results).splitlines()
 
 
 def test_stand_ins_are_found_by_name(tmp_path, monkeypatch):

@@ -168,12 +168,16 @@ def test_saved_adapters_are_loaded_together(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "spft").eval()), logits(model))
 
 
+@pytest.mark.parametrize("repaired", [False, True])
 @pytest.mark.parametrize("order", [("lora", "spft"), ("spft", "lora")], ids="-".join)
-def test_a_quantized_base(order):
+def test_a_quantized_base(order, repaired):
     base = quantize(tiny_llama(), "4bit")
     before = weights_of(base)
     plain = logits(base.train())
     model = mixed_model(order, base=base).train()
+    for layer in adapted_layers(model).values() if repaired else ():
+        at = layer.storage_positions(layer.mask("spft"))
+        layer.set_originals("spft", layer.get_base_weight().flatten()[at] + 0.1 * torch.randn(len(at)))
     both = logits(model)
     model.set_adapter(["spft"])
     alone = logits(with_same_values(model))
@@ -190,6 +194,7 @@ def with_same_values(model: PeftMixedModel) -> PeftModel:
     for name, layer in adapted_layers(model).items():
         own = layers[name.removesuffix(".base_layer")]
         own.set_mask("default", layer.mask("spft"), layer.spft_values["spft"].detach())
+        own.set_originals("default", layer.originals("spft"))
     return single.train()
 
 
