@@ -13,6 +13,8 @@ import click
 
 from axolotl_spft import tools
 
+_NO_COMMANDS = ("cli", "options")
+
 
 class Mistake(click.ClickException):
     """A command that was called wrongly or given a wrong file: one line, and click's exit status for that."""
@@ -24,7 +26,7 @@ class CommandFiles(click.Group):
     """A group whose commands are the files of a package; a file is imported when its command is looked up."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(module.name for module in pkgutil.iter_modules(tools.__path__) if module.name != "cli")
+        return sorted(module.name for module in pkgutil.iter_modules(tools.__path__) if module.name not in _NO_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
