@@ -54,7 +54,8 @@ def write_report(experiments: Path, results: Path, output: Path) -> None:
     for question, heading in _QUESTIONS.items():
         parts.append(f"## {question}. {heading}\n")
         if question == "e":
-            sections = [_forgetting(experiment, rows) for _, experiment, rows in measured]
+            # a price means something beside another's alone
+            sections = [_forgetting(experiment, rows) for _, experiment, rows in measured if len(best_rows(rows)) > 1]
         else:
             sections = [_section(*each) for each in measured if each[1]["question"] == question]
         parts += sections or ["Not measured yet.\n"]
