@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -85,14 +85,6 @@ def gather_as_units(model: nn.Module, *units: type[nn.Module]) -> None:
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(model, list(units))
-
-
-def gather_beside(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Let DeepSpeed's engine, made later, gather parameters of another module too whenever ``module`` runs."""
-    from deepspeed.runtime.zero import register_external_parameter
-
-    for parameter in parameters:
-        register_external_parameter(module, parameter)
 
 
 @contextmanager

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from axolotl_spft.engine.kind import engine_of
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.engine.zero3 import gather_as_units, gather_beside
+from axolotl_spft.engine.zero3 import gather_as_units
+from axolotl_spft.errors import SpftError
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
 from axolotl_spft.trainer.checkpoints import RunRecord
@@ -27,7 +29,6 @@ from axolotl_spft.trainer.watch import watch_training
 from axolotl_spft.tuner.experts import SpftExperts
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import slots_of
-from axolotl_spft.tuner.tied import TiedLayer
 
 # name: precision of the moments
 OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}
@@ -49,6 +50,8 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         SpftFileError: the checkpoint does not fit.
     """
     model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
+    if engine == "zero3":
+        _refuse_tied(model)
     is_saved = has_mask(model)
     reselect = model.peft_config[model.active_adapter].reselect is not None
     if reselect:
@@ -73,10 +76,7 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         compare_with_repaired_start(trainer, model)
     say(f"Sparse mask: checksum {check_same_mask(model, ranks)[:16]} on all {ranks.world} ranks")
     if engine == "zero3":
-        gather_as_units(model, SparseLayer, TiedLayer, SpftExperts)
-        for layer in adapted_layers(model).values():
-            for reader in layer.readers:
-                gather_beside(reader, layer.spft_values.parameters())
+        gather_as_units(model, SparseLayer, SpftExperts)
     trainer.add_callback(RunRecord(ranks.world, engine, reselect))
     if optimizer in OPTIMIZERS:
         slots = slots_of(adapted_layers(model), model.active_adapter)
@@ -85,6 +85,15 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     if reselect:
         add_reselections(trainer, model, checkpoint, say)
     keep_section_of_card(trainer)
+
+
+def _refuse_tied(model: nn.Module) -> None:
+    tied = [name for name, layer in adapted_layers(model).items() if getattr(layer, "readers", ())]
+    if tied:
+        raise SpftError(
+            f"{tied[0]} is tied to another module, and under ZeRO-3 the values of their one delta are not gathered for "
+            "the second: use ZeRO-2 or DDP, or leave it out of `target_modules`"
+        )
 
 
 def _optimizer(args: Any, state_bits: int, slots: dict) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
