@@ -70,6 +70,7 @@ def runs(folder):
         return [
             case("few", "zero1", spft=FEW),
             case("head", "zero2", spft=WITH_HEAD),
+            case("experts", "zero2", **experts),
             case("bf16", "zero2", bf16=True),
             case("eight_bit", "zero1", optimizer="sparse_adamw_8bit"),
             case("four_bit", "zero2", **BASES["4bit"]),
@@ -91,7 +92,6 @@ def runs(folder):
             case("plain", "zero3-offload"),
             case("bf16", "zero3", bf16=True, **GRADIENTS),
             case("repaired", "zero3", **REPAIRED),
-            case("experts", "zero3", **experts, **GRADIENTS),
         ]
 
     sharded = cases("zero")
@@ -107,7 +107,7 @@ def figures(folder, name: str):
     "name",
     ["ddp_plain", "ddp_few", "ddp_head", "zero1_few", "zero2_head", "zero2_four_bit", "zero3_plain", "zero3_few",
      "zero3_head", "zero3_continued", "zero2-offload_plain", "zero3-offload_plain", "ddp_repaired", "zero1_repaired",
-     "zero3_repaired", "ddp_experts", "zero3_experts", "zero2_tied", "ddp_dynamic", "zero2-offload_dynamic",
+     "zero3_repaired", "ddp_experts", "zero2_experts", "zero2_tied", "ddp_dynamic", "zero2-offload_dynamic",
      "zero3_dynamic"],
 )  # fmt: skip
 def test_equals_one_process(folder, runs, name):

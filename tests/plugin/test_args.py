@@ -66,6 +66,10 @@ def test_good_configurations_pass(options):
             ["tell whose tokens they are (a.b)"],
         ),
         (
+            {"spft": {"target_parameters": ["a.b"]}, "deepspeed": {"zero_optimization": {"stage": 3}}},
+            ["`spft.target_parameters: ['a.b']` does not go with ZeRO-3"],
+        ),
+        (
             {"spft": {"target_parameters": ["a.b"]}, "use_scattermoe": True, "experts_implementation": "scattermoe"},
             ["`use_scattermoe: True` computes the experts", "`experts_implementation: scattermoe` computes"],
         ),
