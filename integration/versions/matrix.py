@@ -4,8 +4,7 @@
 
 ``pinned`` holds what Axolotl 0.19 asks for, which is the oldest that the ranges of pyproject.toml admit beside it;
 ``newest`` has, against its wish, the newest releases of what Axolotl pins and still runs with. Each folder of tests is
-a run of its own, recorded when it ends in results.json, of which README.md holds the table; what did not run there is
-empty.
+a run of its own, recorded when it ends in results.json, of which README.md holds the table.
 """
 
 from __future__ import annotations
@@ -126,12 +125,13 @@ def summary(run: Mapping[str, Any] | None) -> str:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The record in Markdown: one column for each environment, one row for each package and folder of tests."""
+    """The record in Markdown: a column for each environment, a row for each package and folder of tests that ran."""
     names = [name for name in UPGRADED if name in record]
     rows = [["", *names], ["---"] * (len(names) + 1)]
     rows += [[package, *(record[name]["releases"][package] for name in names)] for package in TESTED]
-    for folder in sorted({*test_folders(), *(folder for name in names for folder in record[name]["runs"])}):
+    for folder in sorted({folder for name in names for folder in record[name]["runs"]}):
         rows.append([f"`{folder}`", *(summary(record[name]["runs"].get(folder)) for name in names)])
+    rows.append(["all other tests", *("not run" for _ in names)])
     rows.append(["`pip check`", *("; ".join(record[name]["pip_check"]) or "no complaint" for name in names)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -37,7 +37,8 @@ def test_the_page_is_written_between_its_marks_and_shows_what_did_not_run(tmp_pa
     assert "| peft | 0.20.0 | 0.21.2 |\n" in text
     assert "| `tests/tuner` | 7 passed, 1 skipped | 7 passed, 1 skipped, **1 failed** |\n" in text
     assert "| `tests/optim` |  | 7 passed, **broken off (status -9)** |\n" in text
-    assert "| `tests/engine` |  |  |\n" in text
+    table = text.partition(matrix.BEGIN)[2].partition(matrix.END)[0]
+    assert "| all other tests | not run | not run |\n" in table and "tests/engine" not in table
     assert text.partition(matrix.BEGIN)[0] == matrix.PAGE.read_text().partition(matrix.BEGIN)[0]
 
 
