@@ -32,7 +32,7 @@ def run(experiment: Path, data: Path | None, output: Path, changes: dict[str, An
 
     created_at = dt.datetime.now(tz=dt.timezone.utc).replace(microsecond=0).isoformat()
     begun = time.perf_counter()
-    settings, _ = read_settings(experiment, changes)
+    settings = read_settings(experiment, changes)
     set_seed(settings["seed"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(settings["model_id"])

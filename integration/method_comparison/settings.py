@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 ADAPTER, TRAINING = "adapter_config.json", "training_params.json"
-
+_DTYPES = ("float32", "float16", "bfloat16")
+_FIXED = ("compile", "use_gc", "use_amp", "autocast_adapter_dtype", "lr_scheduler", "init_kv_cache_prefix")
 # as method_comparison/MetaMathQA/default_training_params.json of PEFT has them: its results are compared at these
 DEFAULTS: Mapping[str, Any] = {
     "model_id": "meta-llama/Llama-3.2-3B",
@@ -34,19 +35,28 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def read_settings(experiment: Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The training settings, with ``changes`` of the command line last, and the adapter's config as a dict.
+def read_settings(experiment: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The training settings of an experiment's folder, with ``changes`` of the command line last.
 
     Raises:
-        SystemExit: a file is missing or no JSON object, or a setting is unknown.
+        SystemExit: a file is missing or no JSON object, or a setting is unknown or not to be had here.
     """
-    adapter = _json(experiment / ADAPTER)
+    _json(experiment / ADAPTER)
     path = experiment / TRAINING
     settings = {**DEFAULTS, **(_json(path) if path.is_file() else {}), **changes}
-    unknown = sorted(set(settings) - set(DEFAULTS))
-    if unknown:
-        raise SystemExit(f"{path}: unknown settings {', '.join(unknown)}; known are {', '.join(DEFAULTS)}")
-    return settings, adapter
+    problems = [
+        f"`{name}` is unknown: known are {', '.join(DEFAULTS)}" for name in sorted(set(settings) - set(DEFAULTS))
+    ]
+    if settings["dtype"] not in _DTYPES:
+        problems.append(f"`dtype: {settings['dtype']}` must be one of {', '.join(_DTYPES)}")
+    problems += [
+        f"`{name}: {settings[name]}` is not to be had here: leave it at {DEFAULTS[name]}"
+        for name in _FIXED
+        if settings[name] != DEFAULTS[name]
+    ]
+    if problems:
+        raise SystemExit("\n".join(f"{path}: {problem}" for problem in problems))
+    return settings
 
 
 def _json(path: Path) -> dict[str, Any]:

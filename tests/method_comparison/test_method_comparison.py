@@ -112,5 +112,12 @@ def test_what_is_missing_or_unknown_is_said(tmp_path, data):
         load_data(tmp_path / "none")
     assert load_data(data).train[1] == Pair("What is 1 + 1?", "It is 2.\n#### 2")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"unknown settings max_stepps; known are model_id"):
-        read_settings(tmp_path, {"max_stepps": 3})
+    with pytest.raises(SystemExit) as error:
+        read_settings(tmp_path, {"max_stepps": 3, "dtype": "int4", "compile": True})
+    message = str(error.value)
+    for part in (
+        "`max_stepps` is unknown: known are model_id",
+        "`dtype: int4` must be one of float32",
+        "`compile: True`",
+    ):
+        assert part in message
