@@ -68,9 +68,12 @@ def combine(
     known = all(any(a.has_shapes for a in adapters if module in a.deltas) for module in modules)
     first = adapters[0].config
     source = {"sum of": [a.mask_source for a in adapters], "weights": weights, "method": method}
+    source = source if len(adapters) > 1 else dict(adapters[0].mask_source)
+    if repaired := sum(delta.mask.nnz for delta in deltas.values() if delta.originals is not None):
+        source["repaired"] = repaired
     config = config_of(
         deltas,
-        source if len(adapters) > 1 else adapters[0].mask_source,
+        source,
         first.get("base_model_name_or_path"),
         task_type=first.get("task_type"),
         modules_to_save=first.get("modules_to_save") or (),

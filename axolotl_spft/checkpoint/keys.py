@@ -69,6 +69,7 @@ class KeyMap:
         group_of: parameter name -> the group that makes it.
         parameters_of: checkpoint key -> the parameters that it is a part of; keys that the model leaves out have none.
         tied: parameter name -> the parameter whose tensor it shares, where the checkpoint has the other one only.
+        doubled: pairs of parameters that are tied, where the checkpoint has a tensor of each.
     """
 
     def __init__(self, model: nn.Module, keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]]):
@@ -108,6 +109,8 @@ class KeyMap:
             for absent, present in ((name, source), (source, name)):
                 if absent not in self.group_of and present in self.group_of:
                     self.tied[absent] = present
+        pairs = [(name, source) for name, source in tied.items() if {name, source} <= self.group_of.keys()]
+        self.doubled = [*pairs, *((source, name) for name, source in pairs)]
 
     def _names(self, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         # on the meta device: the names alone, in no time

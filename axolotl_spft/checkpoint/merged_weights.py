@@ -100,6 +100,10 @@ class MergedWeights:
                 self._module_of[base.parameter(module)] = module
             else:
                 untied[own] = module
+        for name, other in keys.doubled:
+            # a model ties the two where they are equal: left as it is, the other one would part from it
+            if name in self._deltas and other not in self._deltas and self._are_equal(name, other):
+                self._deltas[other], self._module_of[other] = self._deltas[name], self._module_of[name]
         self._whole = {name: tensor for name, tensor in others.items() if name in keys.group_of}
         quantized = quantizer.modules if quantizer is not None and onto_quantized else ()
         for module in quantized:
@@ -112,6 +116,9 @@ class MergedWeights:
         for name, tensor in others.items():
             if name not in keys.group_of and not self._is_tied_copy(name, tensor, others):
                 self.additional[name] = tensor.to(_dtype_of(base))
+
+    def _are_equal(self, name: str, other: str) -> bool:
+        return torch.equal(self._base.read_parameter(name), self._base.read_parameter(other))
 
     def _is_tied_copy(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> bool:
         other = others.get(self._base.keys.tied.get(name, ""))

@@ -89,6 +89,20 @@ def test_an_embedding_that_the_base_has_under_the_name_of_its_head(tmp_path):
     _equal(tmp_path / "merged", expected)
 
 
+def test_a_base_that_has_a_tied_weight_twice(tmp_path):
+    base = save_base(tmp_path / "base", BASES["tied"], max_shard_size="5GB")
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"])
+    expected = merged_in_memory(base, adapter)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    merge(adapter, tmp_path / "merged", base)
+    # a model ties them only where they are equal
+    got = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
+    _equal(tmp_path / "merged", expected)
+
+
 def test_a_base_without_the_prefix_of_its_head(tmp_path):
     model = tiny_llama(tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "whole")
@@ -205,6 +219,9 @@ def test_repaired_adapters_are_combined_with_repaired_ones_and_are_no_shira(tmp_
         assert torch.equal(delta.originals, weight[positions(delta.mask, layer.in_features)])
     write_adapter(tmp_path / "both", both)
     assert read_adapter(tmp_path / "both").repaired == both.nnz > max(each.nnz for each in adapters)
+    fewer, _ = combine(adapters[:1], density=0.005)
+    write_adapter(tmp_path / "fewer", fewer)
+    assert 0 < read_adapter(tmp_path / "fewer").repaired == fewer.nnz < adapters[0].nnz
     plain = read_adapter(save_adapter(tmp_path / "plain", base, target_modules=["q_proj"]))
     with pytest.raises(SpftFileError, match=r"some of the adapters repair a quantized base.*add_weighted_adapter"):
         combine([adapters[0], plain])
