@@ -14,6 +14,7 @@ from axolotl_spft.plugin.deepspeed_json import problems_of_deepspeed
 from axolotl_spft.plugin.repair_rules import problems_of_repair
 from axolotl_spft.plugin.reselect_run import problems_of_reselect
 from axolotl_spft.plugin.salience_rules import problems_of_salience, stage_of
+from axolotl_spft.plugin.target_rules import problems_of_targets
 from axolotl_spft.trainer.prepare import OPTIMIZERS
 from axolotl_spft.tuner.experts import IMPLEMENTATIONS
 
@@ -96,7 +97,7 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
     problems = check_options(options)
     if not problems:
         problems = problems_of_salience(cfg, options) + problems_of_repair(cfg, options)
-        problems += problems_of_reselect(cfg, options)
+        problems += problems_of_reselect(cfg, options) + problems_of_targets(cfg, options)
     if options.get("init_weights") is False:
         problems.append(
             "`init_weights: False` would train random values at random positions: leave it out (`salience: random` "

@@ -24,6 +24,7 @@ from axolotl_spft.trainer.saved_adapter import (
     copy_to_reference,
     has_reference,
     install_checkpoint_mask,
+    refuse_trained_reference,
 )
 from axolotl_spft.trainer.watch import watch_training
 from axolotl_spft.tuner.experts import SpftExperts
@@ -52,6 +53,7 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
     if engine == "zero3":
         _refuse_tied(model)
+    refuse_trained_reference(trainer, model.peft_config[model.active_adapter])
     is_saved = has_mask(model)
     reselect = model.peft_config[model.active_adapter].reselect is not None
     if reselect:

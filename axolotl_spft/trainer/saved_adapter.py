@@ -41,6 +41,28 @@ def copy_to_reference(model: nn.Module) -> None:
     record_mask(model.base_model, _REFERENCE, model.peft_config[trained].mask_source)
 
 
+def refuse_trained_reference(trainer: Any, config: SpftConfig) -> None:
+    """Refuse a trainer of TRL's whose reference, the base without the adapter, would be trained beside it.
+
+    Raises:
+        SpftError: the biases of the base are trained in place, and the reference is asked while they are.
+    """
+    if (
+        config.bias != "none"
+        and _compares_with_its_base(trainer)
+        and not getattr(trainer.args, "precompute_ref_log_probs", False)
+    ):
+        raise SpftError(
+            f"`bias: {config.bias}` trains the base model's own biases, and a {type(trainer).__name__} compares with "
+            "that base, which would change as they do: leave `bias` out, or set `precompute_ref_log_probs: true`"
+        )
+
+
+def _compares_with_its_base(trainer: Any) -> bool:
+    # trainers without a reference have no such attribute; with a `beta` of 0, none is asked
+    return hasattr(trainer, "ref_model") and trainer.ref_model is None and getattr(trainer, "beta", 1) != 0
+
+
 def compare_with_repaired_start(trainer: Any, model: nn.Module) -> None:
     """Let a trainer of TRL's that compares with a reference find a repaired model as its training starts.
 
@@ -50,9 +72,8 @@ def compare_with_repaired_start(trainer: Any, model: nn.Module) -> None:
         SpftError: the trainer has asked the reference already, or takes all adapters away for it.
     """
     trained = model.active_adapter
-    # trainers without a reference have no such attribute; with a `beta` of 0, none is asked
-    compares = hasattr(trainer, "ref_model") and trainer.ref_model is None and getattr(trainer, "beta", 1) != 0
-    if not compares or not any(trained in layer.spft_originals for layer in adapted_layers(model).values()):
+    is_repaired = any(trained in layer.spft_originals for layer in adapted_layers(model).values())
+    if not is_repaired or not _compares_with_its_base(trainer):
         return
     if getattr(trainer.args, "precompute_ref_log_probs", False):
         raise SpftError(

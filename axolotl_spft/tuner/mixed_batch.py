@@ -41,7 +41,7 @@ def adapters_by_row(
     Raises:
         SpftError: the model is in train mode, an adapter is merged, there is no such adapter, or not one for each row.
     """
-    problem = _problem_of(tuner.model, layers, adapter_names, args, kwargs)
+    problem = _problem_of(tuner.model, layers, adapter_names, args, kwargs) or _problem_of_biases(tuner, adapter_names)
     if problem:
         raise SpftError(problem)
 
@@ -162,6 +162,16 @@ def _problem_of(
     if batch is not None and len(batch) != len(adapter_names):
         return _mismatch(adapter_names, batch)
     return None
+
+
+def _problem_of_biases(tuner: nn.Module, adapter_names: Sequence[str]) -> str | None:
+    trained = [name for name, config in tuner.peft_config.items() if getattr(config, "bias", "none") != "none"]
+    if not trained or set(adapter_names) <= set(trained):
+        return None
+    return (
+        f"`adapter_names`: the biases that `{trained[0]}` trained (`bias: all`) are the model's own, so that other "
+        "rows would have them too: run the rows of each adapter on a model of its own"
+    )
 
 
 def _batch_of(args: tuple, kwargs: Mapping) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -13,8 +15,9 @@ from axolotl_spft.checkpoint.combine import combine
 from axolotl_spft.checkpoint.merge import merge
 from axolotl_spft.checkpoint.shira import write_shira
 from axolotl_spft.errors import SpftError, SpftFileError
+from axolotl_spft.trainer.saved_adapter import refuse_trained_reference
 from tests.checkpoint.saved import merged_in_memory
-from tests.models import logits, tiny_gpt2, tiny_llama, tiny_qwen2, with_adapter
+from tests.models import logits, tiny_gpt2, tiny_llama, tiny_qwen2, token_batch, with_adapter
 
 
 def biases_of(model) -> dict[str, torch.nn.Parameter]:
@@ -94,6 +97,27 @@ def test_one_adapter_of_a_model_has_biases():
         model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
     with pytest.warns(UserWarning, match="the LlamaForCausalLM has no biases"):
         get_peft_model(tiny_llama(), SpftConfig(bias="all"))
+
+
+def test_rows_of_another_adapter_would_have_the_biases_too():
+    model = trained(tiny_qwen2).eval()
+    model.add_adapter("other", SpftConfig(init_weights=False))
+    batch = {"input_ids": token_batch()["input_ids"]}
+    for names in (["default", "other"], ["default", "__base__"]):
+        with pytest.raises(SpftError, match=r"`default` trained .*`bias: all`"):
+            model(**batch, adapter_names=names)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch, adapter_names=["default"] * 2).logits, logits(model))
+
+
+def test_a_trainer_that_compares_with_the_base_is_refused():
+    reference = SimpleNamespace(ref_model=None, beta=0.1, args=SimpleNamespace())
+    with pytest.raises(SpftError, match="`bias: all` trains the base model's own biases"):
+        refuse_trained_reference(reference, SpftConfig(bias="all"))
+    refuse_trained_reference(reference, SpftConfig())
+    refuse_trained_reference(SimpleNamespace(args=reference.args), SpftConfig(bias="all"))
+    reference.args.precompute_ref_log_probs = True
+    refuse_trained_reference(reference, SpftConfig(bias="all"))
 
 
 def test_files_with_biases_are_merged_combined_and_not_converted(tmp_path):
