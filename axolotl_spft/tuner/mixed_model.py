@@ -126,10 +126,26 @@ class SparseMixedModel(mixed.MixedModel, SpftModel):
             self.spft_record._buffers.pop(name, None)
             let_go_of_biases(self, name)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._refuse_to_merge_repaired()
         for handle in self._guards:
             handle.remove()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        self._refuse_to_merge_repaired()
+
+    def _refuse_to_merge_repaired(self) -> None:
+        # neither layer of a module knows whether the other one's is in the weight already
+        for layer in spft_layers(self.model).values():
+            for name in layer.spft_originals if layer.repairs else ():
+                raise SpftError(
+                    f"adapter `{name}` repairs the quantized base by assigning entries, which would lose what another "
+                    "method's adapter has merged there: keep the adapters of this mixed model unmerged, or "
+                    f"delete_adapter({name!r}) first"
+                )
 
 
 def register_in_mixed_models() -> None:

@@ -183,6 +183,10 @@ def test_a_quantized_base(order, repaired):
     alone = logits(with_same_values(model))
     assert_close(logits(model), alone)
     assert min((both - plain).abs().max(), (both - alone).abs().max()) > 0.01
+    if repaired:
+        for merge in (model.base_model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(SpftError, match="`spft` repairs the quantized base by assigning entries"):
+                merge()
     model.unload()
     assert same_weights(base, before)
 
