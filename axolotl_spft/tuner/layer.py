@@ -17,8 +17,9 @@ from axolotl_spft.ops.linear import frozen_linear, sparse_linear
 from axolotl_spft.tuner.base_weight import keep_dequantizable
 from axolotl_spft.tuner.mixed_batch import add_branches_
 from axolotl_spft.tuner.offloading import execution_device, is_offloaded
-from axolotl_spft.tuner.shared_input import SharedInput
+from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.sparse_layer import SparseLayer
+from axolotl_spft.tuner.state import spft_layers
 
 
 class SpftLinear(SparseLayer):
@@ -115,3 +116,13 @@ def multiply(
     else:
         y = frozen_linear(inputs, bias, owner)
     return y if autocast else cast(y, x.dtype)
+
+
+def mark_shared_inputs(model: nn.Module) -> None:
+    """Tell linear layers which others read the same tensor."""
+    layers = {name: layer for name, layer in spft_layers(model).items() if isinstance(layer, SpftLinear)}
+    for names in group_by_input({name: layer.in_features for name, layer in layers.items()}):
+        readers = [layers[name] for name in names]
+        shared_input = SharedInput(readers)
+        for layer in readers:
+            layer.share_input(shared_input)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING, _get_submodules, get_quantization_kwargs
@@ -15,23 +14,21 @@ from peft.utils.integrations import init_empty_weights
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from axolotl_spft.budget import layer_budgets
 from axolotl_spft.config import RECORDED, SpftConfig
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.tuner.biases import hold_biases, let_go_of_biases, named_bias
 from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.expert_targets import inject_parameters
 from axolotl_spft.tuner.experts import SpftExperts
-from axolotl_spft.tuner.layer import SpftLinear
-from axolotl_spft.tuner.load import record_mask, take_state
+from axolotl_spft.tuner.layer import SpftLinear, mark_shared_inputs
+from axolotl_spft.tuner.load import take_state
 from axolotl_spft.tuner.mixed_batch import adapters_by_row
 from axolotl_spft.tuner.offloading import fill_in
+from axolotl_spft.tuner.random_values import fill_randomly
 from axolotl_spft.tuner.record import NAME as RECORD
-from axolotl_spft.tuner.shared_input import SharedInput, group_by_input
 from axolotl_spft.tuner.sparse_layer import SparseLayer
-from axolotl_spft.tuner.state import ORIGINALS, TENSORS, shapes_of, spft_layers
+from axolotl_spft.tuner.state import ORIGINALS, TENSORS, spft_layers
 from axolotl_spft.tuner.targets import check_target, settle_targets, whole_names
 from axolotl_spft.tuner.tied import TiedLayer, mark_shared_weights, refuse_to_part, tied_modules
 from axolotl_spft.tuner.weighted_sum import add_weighted_adapter
@@ -130,12 +127,12 @@ class SpftModel(BaseTuner):
         if config.bias == "all":
             hold_biases(self, adapter_name, trained=not config.inference_mode)
         mark_shared_weights(model)
-        _mark_shared_inputs(model)
+        mark_shared_inputs(model)
         self._write_ahead(model)
         self._refuse_training_without_mask(model)
         # on the meta device, values are about to be loaded
         if not config.init_weights and not config.is_saved and not kwargs.get("low_cpu_mem_usage"):
-            self._fill_randomly(adapter_name, config)
+            fill_randomly(self, adapter_name)
         # what the model holds from now on is a record of its own, which another adapter does not begin with
         config.is_saved = False
 
@@ -295,15 +292,6 @@ class SpftModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    def _fill_randomly(self, adapter_name: str, config: SpftConfig) -> None:
-        layers = {name: layer for name, layer in spft_layers(self.model).items() if adapter_name in layer.spft_values}
-        counts = layer_budgets(list(shapes_of(layers).values()), **config.budget(list(layers)))
-        for layer, count in zip(layers.values(), counts):
-            at = torch.randperm(layer.out_features * layer.in_features)[:count].sort().values
-            mask = mask_from_positions(at, layer.out_features, layer.in_features)
-            layer.set_mask(adapter_name, mask, torch.randn(count, dtype=layer.spft_values[adapter_name].dtype))
-        record_mask(self, adapter_name, None)
-
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         # before PEFT brings any weight in
@@ -339,13 +327,3 @@ class SpftModel(BaseTuner):
         """As torch's, after `take_state`; see there for what it raises."""
         take_state(self, state_dict, prefix, local_metadata.get("assign_to_params_buffers", False))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-
-def _mark_shared_inputs(model: nn.Module) -> None:
-    """Tell linear layers which others read the same tensor."""
-    layers = {name: layer for name, layer in spft_layers(model).items() if isinstance(layer, SpftLinear)}
-    for names in group_by_input({name: layer.in_features for name, layer in layers.items()}):
-        readers = [layers[name] for name in names]
-        shared_input = SharedInput(readers)
-        for layer in readers:
-            layer.share_input(shared_input)

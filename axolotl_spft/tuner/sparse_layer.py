@@ -107,7 +107,7 @@ class SparseLayer(nn.Module, BaseTunerLayer, Deltas, MergedWeight):
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
         """As torch's, with the tensors of an adapter that is offloaded as they are where they are kept."""
         state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
-        for part in ("spft_values", "spft_columns", "spft_row_offsets"):
+        for part in ("spft_values", "spft_columns", "spft_row_offsets", "spft_originals"):
             fill_in(state_dict, f"{prefix}{part}.", self._modules[part])
         return state_dict
 

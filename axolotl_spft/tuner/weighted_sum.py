@@ -78,6 +78,9 @@ def add_weighted_adapter(
         for layer in layers.values():
             layer.add_up(adapter_name, list(zip(adapters, weights)), combine)
     config.num_values = sum(layer.mask(adapter_name).nnz for layer in layers.values())
+    replacing = [layer for layer in layers.values() if adapter_name in layer.spft_originals]
+    if replacing:
+        options["repaired"] = sum(layer.mask(adapter_name).nnz for layer in replacing)
     record_mask(model, adapter_name, {"sum of": summed} | options)
 
 
