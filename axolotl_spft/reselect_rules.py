@@ -87,9 +87,4 @@ def problems_beside(options: Mapping[str, Any]) -> list[str]:
             f"parameter keep inside their module: leave `target_parameters: {options['target_parameters']}` or "
             "`reselect` out"
         )
-    if options.get("repair"):
-        problems.append(
-            f"`reselect` does not go with `repair: {options['repair']}`, whose values repair the entries that they "
-            "were chosen for: leave one of the two out"
-        )
     return problems

@@ -16,6 +16,7 @@ from axolotl_spft.config import SpftConfig, option_names
 from axolotl_spft.dynamic.collect import Collector
 from axolotl_spft.dynamic.exchange import Exchange, exchange
 from axolotl_spft.dynamic.history import FILE, Figures, History
+from axolotl_spft.dynamic.originals import open_grown_originals
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import is_partitioned, own_part
 from axolotl_spft.engine.zero_state import is_zero_optimizer, rearrange_zero_
@@ -68,6 +69,7 @@ class DynamicMask:
     Raises:
         SpftError: the adapter has no mask, or its mask cannot change.
         SpftConfigError: an option breaks its rule, or does not go with the adapter's others.
+        SpftFileError: the adapter repairs a quantized base, and the unquantized weights cannot be read.
     """
 
     def __init__(
@@ -93,6 +95,9 @@ class DynamicMask:
         if not self.layers:
             raise SpftError(f"adapter `{self.adapter_name}` has no mask that could change: call select_mask() first")
         check_base(self.metric, self.layers)
+        self._originals = open_grown_originals(
+            model.base_model.model, config, self.adapter_name, self.layers, Ranks.current()
+        )
         self.collector = Collector(self.layers, self.adapter_name)
         self.history = History(self._masks(), shapes_of(self.layers))
 
@@ -116,7 +121,9 @@ class DynamicMask:
         """Exchange values by what was collected, after an optimizer step; all ranks must call it together.
 
         Dropped positions hold W again, bit for bit, and grown values begin with 0, their moments too; the optimizer's
-        count of steps stays. A matrix whose gradient is not finite, or that no backward pass reached, keeps its mask.
+        count of steps stays. Where the adapter repairs a quantized W, dropped positions are quantized again, and grown
+        ones begin at the unquantized weight. A matrix whose gradient is not finite, or that no backward pass reached,
+        keeps its mask.
 
         Args:
             optimizer: that trains the values: `SparseAdamW`, Adam or SGD of torch's, what accelerate or DeepSpeed's
@@ -125,6 +132,7 @@ class DynamicMask:
 
         Raises:
             SpftError: nothing was collected, or the optimizer's state does not follow the values.
+            SpftFileError: the unquantized weights of a repaired matrix cannot be read any more.
         """
         ranks, optimizer = Ranks.current(), _unwrapped(optimizer)
         zero = is_zero_optimizer(optimizer)
@@ -147,11 +155,12 @@ class DynamicMask:
             found = self._exchange(name, whole.to(layer.mask(self.adapter_name).columns.device), ranks)
             if found is None:
                 continue
+            originals = None if self._originals is None else self._originals.after(name, found, ranks)
             if zero:
                 rearrange_zero_(optimizer, values, found.sources, ranks)
             else:
                 rearrange_(optimizer, values, found.sources)
-            layer.set_mask(self.adapter_name, found.mask, rearranged(whole, found.sources.to(whole.device)))
+            layer.set_mask(self.adapter_name, found.mask, rearranged(whole, found.sources.to(whole.device)), originals)
             self.history.move(name, found.sources, step)
             exchanged += int((found.sources < 0).sum())
         self.collector.forget()

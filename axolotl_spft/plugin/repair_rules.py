@@ -54,7 +54,10 @@ def check_unquantized_weights(cfg: Mapping[str, Any]) -> None:
         SpftFileError: there are none, or they were saved quantized.
     """
     options = cfg.get("spft") or {}
-    if not options.get("repair") or _has_originals(cfg) or cfg.get("resume_from_checkpoint"):
+    if not options.get("repair") or _has_originals(cfg):
+        return
+    # a checkpoint has them as far as its mask stays
+    if cfg.get("resume_from_checkpoint") and not options.get("reselect"):
         return
     source = options.get("repair_from")
     try:

@@ -96,7 +96,7 @@ class Repair:
         weight, quantized = self._rows(name)
         rows, in_features = self._ranks.rows(self.layers[name].out_features), self.layers[name].in_features
         scale = self._scale(name, weight.device)
-        mine = at[(at >= rows.start * in_features) & (at < rows.stop * in_features)].to(weight.device)
+        mine = own_positions(at, rows, in_features).to(weight.device)
         local = mine - rows.start * in_features
         originals = weight.reshape(-1)[local]
         replaced = (originals.to(torch.float32) - quantized.reshape(-1)[local]) * scale[mine % in_features]
@@ -108,9 +108,7 @@ class Repair:
         sums[1] = float(replaced.square_().sum(dtype=torch.float64))
         before, gone, whole = self._ranks.sum_(sums).tolist()
         self.errors[name] = MatrixError(before, max(before - gone, 0.0), whole)
-        # as bytes, which every back end sends
-        sent = self._ranks.concatenate(originals.contiguous().view(torch.uint8))
-        self.originals[name] = sent.view(originals.dtype)
+        self.originals[name] = concatenated(originals, self._ranks)
         self._last = None
         self._bar.update()
         if len(self.originals) == len(self.layers):
@@ -138,6 +136,16 @@ class Repair:
             weight = on_every_rank(lambda: self._checkpoint.read_rows(name, rows.start, rows.stop), self._ranks)
             self._last = name, weight.to(quantized.device, _dtype_of(quantized, weight))
         return self._last[1], quantized[rows]
+
+
+def own_positions(at: Tensor, rows: slice, in_features: int) -> Tensor:
+    """Those of ``at``, row * in_features + column, that lie in these rows."""
+    return at[(at >= rows.start * in_features) & (at < rows.stop * in_features)]
+
+
+def concatenated(originals: Tensor, ranks: Ranks) -> Tensor:
+    """The ranks' entries (n) one after the other; as bytes, which every back end sends."""
+    return ranks.concatenate(originals.contiguous().view(torch.uint8)).view(originals.dtype)
 
 
 def _dtype_of(quantized: Tensor, weight: Tensor) -> torch.dtype:
@@ -168,15 +176,8 @@ def open_repair(
             f"{key} replaces entries of the quantized weights, and those of a {kind} layer cannot be read or replaced "
             f"({first_of(fixed, ', ')}): leave it out, or quantize the base with bitsandbytes (`load_in_4bit: true`)"
         )
-    name = config.repair_from or config.base_model_name_or_path or getattr(model.config, "_name_or_path", None)
-    if not name:
-        raise SpftFileError(f"{key} reads the unquantized weights, and nothing says where they are: set `repair_from`")
-    revision = None if config.repair_from else getattr(model.config, "_commit_hash", None)
-    try:
-        checkpoint = on_every_rank(lambda: BaseCheckpoint(name, model, revision), ranks)
-    except SpftFileError as error:
-        raise SpftFileError(f"{key} reads the unquantized weights, but {error} (`repair_from`)") from error
-    problems = _problems_of(checkpoint, quantized)
+    checkpoint = open_unquantized(key, model, config, ranks)
+    problems = problems_with(checkpoint, quantized)
     if len(problems) == len(quantized):
         raise SpftFileError(
             f"{key}: {checkpoint.shards.folder} has the unquantized weight of none of the matrices "
@@ -193,7 +194,27 @@ def open_repair(
     return Repair(checkpoint, repaired, config.repair, ranks), notes
 
 
-def _problems_of(checkpoint: BaseCheckpoint, layers: Mapping[str, SparseLayer]) -> dict[str, str]:
+def open_unquantized(key: str, model: nn.Module, config: SpftConfig, ranks: Ranks) -> BaseCheckpoint:
+    """The checkpoint that holds the weights from before quantization.
+
+    Args:
+        key: what reads them, for the errors.
+        model: the base model.
+
+    Raises:
+        SpftFileError: there is none.
+    """
+    name = config.repair_from or config.base_model_name_or_path or getattr(model.config, "_name_or_path", None)
+    if not name:
+        raise SpftFileError(f"{key} reads the unquantized weights, and nothing says where they are: set `repair_from`")
+    revision = None if config.repair_from else getattr(model.config, "_commit_hash", None)
+    try:
+        return on_every_rank(lambda: BaseCheckpoint(name, model, revision), ranks)
+    except SpftFileError as error:
+        raise SpftFileError(f"{key} reads the unquantized weights, but {error} (`repair_from`)") from error
+
+
+def problems_with(checkpoint: BaseCheckpoint, layers: Mapping[str, SparseLayer]) -> dict[str, str]:
     """By layer, why its weight cannot be had."""
     problems = {name: f"{name} is missing" for name in checkpoint.missing(layers)}
     for name, shape in shapes_of(layers).items():

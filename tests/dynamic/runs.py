@@ -65,9 +65,20 @@ def values_of(model: nn.Module) -> torch.Tensor:
 
 
 class MaskedDense:
-    """AdamW on D in W + D with the gradient times a mask that changes; all tensors are (out_features, in_features)."""
+    """AdamW on D in W + D with the gradient times a mask that changes; all tensors are (out_features, in_features).
 
-    def __init__(self, model: nn.Module, masks: dict[str, torch.Tensor], fraction: float, per_row: bool, drop: str):
+    Of the layers in ``originals`` W has these where the mask is, and elsewhere what ``model`` has.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: dict[str, torch.Tensor],
+        fraction: float,
+        per_row: bool,
+        drop: str,
+        originals: dict[str, torch.Tensor] | None = None,
+    ):
         self.model, self.masks, self.fraction, self.per_row, self.drop = model, dict(masks), fraction, per_row, drop
         self.layers = {name: model.get_submodule(name) for name in masks}
         for parameter in model.parameters():
@@ -76,6 +87,10 @@ class MaskedDense:
             layer.weight.requires_grad_(True)
         self.start = {name: self._seen(layer.weight.detach().clone(), name) for name, layer in self.layers.items()}
         self.deltas = {name: torch.zeros_like(start, requires_grad=True) for name, start in self.start.items()}
+        self.quantized, self.originals = dict(self.start), originals or {}
+        for name in masks:
+            self._repair(name)
+        self._write()
         self.optimizer = torch.optim.AdamW(self.deltas.values(), lr=RATE, weight_decay=DECAY)
 
     def _seen(self, weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -124,6 +139,11 @@ class MaskedDense:
             # what was dropped, and what was grown
             tensor[before != after] = 0
         self.masks[name] = after
+        self._repair(name)
+
+    def _repair(self, name: str) -> None:
+        if name in self.originals:
+            self.start[name] = torch.where(self.masks[name], self.originals[name], self.quantized[name])
 
     @torch.no_grad()
     def _write(self) -> None:

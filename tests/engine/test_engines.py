@@ -18,8 +18,6 @@ from integration.engines.workspace import make_experts, make_tied, make_workspac
 pytestmark = [pytest.mark.engine, pytest.mark.e2e]
 
 # few values over all matrices together: most get none, some fewer than there are ranks
-# with a base that is repaired, which is said in the same block
-REPAIRED = BASES["4bit"] | {"spft": {"density": 0.05, "samples": 16, "repair": 0.3}}
 FEW = {"num_values": 7, "scope": "global", "samples": 16}
 WITH_HEAD = {"density": 0.05, "samples": 16, "modules_to_save": ["lm_head"]}
 EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -33,6 +31,11 @@ def dynamic(collect: int) -> dict:
     # after few steps of Adam many values are equal but for rounding, and only their gradients tell them apart
     reselect = {"every": 2, "fraction": 0.3, "collect": collect, "drop": "value_gradient"}
     return {"density": 0.05, "samples": 16, "reselect": reselect}
+
+
+def repaired(collect: int) -> dict:
+    """The same on a base that is repaired."""
+    return BASES["4bit"] | {"spft": dynamic(collect) | {"repair": 0.3}}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def runs(folder):
             return [
                 case("plain", spft=mask), case("four_bit", **BASES["4bit"]), case("few", spft=FEW),
                 case("head", spft=WITH_HEAD), case("bf16", bf16=True),
-                case("continued", **saved), case("repaired", **REPAIRED), case("experts", **experts),
+                case("continued", **saved), case("repaired", **repaired(4)), case("experts", **experts),
                 case("tied", **tied), case("dynamic", spft=dynamic(4)),
             ]  # fmt: skip
         if engine == "ddp":
@@ -65,7 +68,7 @@ def runs(folder):
                 case("plain", spft={**mask, "mask_path": str(folder / "ddp_mask.safetensors")}, **GRADIENTS),
                 case("from_file", spft={**mask, "mask_path": str(folder / "ddp_mask.safetensors")}, **GRADIENTS),
                 case("few", spft=FEW), case("head", spft=WITH_HEAD), case("eight_bit_base", load_in_8bit=True),
-                case("repaired", **REPAIRED), case("experts", **experts), case("dynamic", spft=dynamic(2)),
+                case("repaired", **repaired(2)), case("experts", **experts), case("dynamic", spft=dynamic(2)),
             ]  # fmt: skip
         return [
             case("few", "zero1", spft=FEW),
@@ -75,7 +78,7 @@ def runs(folder):
             case("eight_bit", "zero1", optimizer="sparse_adamw_8bit"),
             case("four_bit", "zero2", **BASES["4bit"]),
             case("bf16", "zero1", bf16=True),
-            case("repaired", "zero1", **REPAIRED),
+            case("repaired", "zero1", **repaired(2)),
             case("eight_bit_base", "zero2", load_in_8bit=True),
             case("plain", "zero2-offload"),
             case("dynamic", "zero2-offload", spft=dynamic(2)),
@@ -91,7 +94,7 @@ def runs(folder):
             case("continued", "zero3", **saved),
             case("plain", "zero3-offload"),
             case("bf16", "zero3", bf16=True, **GRADIENTS),
-            case("repaired", "zero3", **REPAIRED),
+            case("repaired", "zero3", **repaired(2)),
         ]
 
     sharded = cases("zero")
@@ -235,7 +238,7 @@ def test_the_saved_adapter_is_complete(folder, runs, name):
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(folder, engine, base, dies_at):
-    bases = BASES | {"repaired": REPAIRED, "dynamic": {"spft": dynamic(1)}}
+    bases = BASES | {"repaired": repaired(1), "dynamic": {"spft": dynamic(1)}}
     fresh, killed = (
         write_case(folder, f"{engine}_{base}_{name}", engine, **bases[base]) for name in ("whole", "killed")
     )

@@ -51,5 +51,10 @@ def test_the_files_are_looked_for_before_the_model_loads(tmp_path):
     save_file({"a.weight": torch.zeros(2, 2, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     with pytest.raises(SpftFileError, match="was saved quantized"):
         check_unquantized_weights(run)
+    # which a mask that changes reads again
+    resumed = run | {"resume_from_checkpoint": "saved"}
+    check_unquantized_weights(resumed)
+    with pytest.raises(SpftFileError, match="was saved quantized"):
+        check_unquantized_weights(resumed | {"spft": {"repair": 0.2, "reselect": {"every": 9}}})
     check_unquantized_weights(run | {"lora_model_dir": "saved"})
     check_unquantized_weights(run | {"spft": {"repair": 0.0}})

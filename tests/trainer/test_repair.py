@@ -41,9 +41,10 @@ def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"), tiny_llama)
 
 
-def make(kind, base, folder, wrapped=False, **changes):
+def make(kind, base, folder, wrapped=False, reselect=None, **changes):
     trainer, config, rows, options = KINDS[kind]
-    model, sparse = load_quantized(base, "nf4"), SpftConfig(density=0.05, samples=8, repair=0.4)
+    model = load_quantized(base, "nf4")
+    sparse = SpftConfig(density=0.05, samples=8, repair=0.4, reselect=reselect)
     return trainer(
         get_peft_model(model, sparse) if wrapped else model,
         args=arguments(config, folder, **(options | {"gradient_accumulation_steps": 1} | changes)),
@@ -82,16 +83,22 @@ def test_the_reference_is_the_repaired_start(base, tmp_path, kind, wrapped):
         assert not torch.equal(logits(model), start)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_a_repaired_run_resumes_to_the_same_bits(base, tmp_path, kind):
-    trainer = make(kind, base, tmp_path)
+@pytest.mark.parametrize(
+    "kind, reselect",
+    [("sft", None), ("dpo", None), ("sft", {"every": 1, "until": 1.0}), ("dpo", {"every": 1, "until": 1.0})],
+)
+def test_a_repaired_run_resumes_to_the_same_bits(base, tmp_path, kind, reselect):
+    trainer = make(kind, base, tmp_path, reselect=reselect)
     trainer.train()
     whole = figures(trainer)
-    resumed = make(kind, base, tmp_path)
+    resumed = make(kind, base, tmp_path, reselect=reselect)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(figures(resumed), whole)
     for one, other in zip(*(adapted_layers(peft_model_of(each)).values() for each in (trainer, resumed))):
-        assert torch.equal(one.originals("default"), other.originals("default"))
+        for name in one.spft_values:
+            assert all(torch.equal(*pair) for pair in zip(one.mask(name), other.mask(name)))
+            assert torch.equal(one.originals(name), other.originals(name))
+            assert reselect is None or name == "default" or not torch.equal(one.mask(name)[0], one.mask("default")[0])
     # two bytes a value beside the columns' two
     memory = memory_of_run(peft_model_of(trainer), trainer.args, "single", Ranks(), 32)
     nnz, rows = (
