@@ -107,7 +107,7 @@ def test_opcheck(kept):
     weight, mask, values, x, bias = random_case(13, 17, 20)
     plan = make_plan(mask, 17, 40, multiple=1, columns=shared_columns(mask, 17, kept))
     owner = DenseOwner(weight)
-    arguments = (x, kept_columns(x, plan), bias, values, *mask, *plan, register_owner(owner))
+    arguments = (x, kept_columns(x, plan), bias, values, *mask, None, *plan, register_owner(owner))
     torch.library.opcheck(torch.ops.spft.linear, arguments)
     torch.library.opcheck(torch.ops.spft.select_columns, (x.detach(), torch.tensor([3, 0], dtype=torch.int32)))
 
@@ -194,7 +194,7 @@ def test_a_compiled_graph_that_outlives_its_layer_is_a_clear_error():
     owner = DenseOwner(weight)
     plan = make_plan(mask, 17, multiple=1)
     kept = kept_columns(x, plan)
-    y = torch.ops.spft.linear(x, kept, None, values, *mask, *plan, register_owner(owner))
+    y = torch.ops.spft.linear(x, kept, None, values, *mask, None, *plan, register_owner(owner))
     del owner
     with pytest.raises(SpftError, match="no longer exists: keep the model while its graphs run"):
         y.sum().backward()

@@ -64,6 +64,7 @@ def test_stand_ins_are_found_by_name(tmp_path, monkeypatch):
     # two of them: an OPT and a T5
     few = [(kind, dict(list(configs.items())[:1])) for kind, configs in stand_ins.MODELS[:2]]
     monkeypatch.setattr(stand_ins, "MODELS", few)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     write_models(tmp_path)
     name = next(iter(few[0][1]))
     model = AutoModelForCausalLM.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
