@@ -182,6 +182,16 @@ def test_a_quantized_model_that_is_offloaded(tmp_path):
         logits(with_adapter(late))
 
 
+def test_original_weights_that_are_offloaded_are_in_the_state_dict(tmp_path):
+    model = with_adapter(tiny_llama())
+    for layer in adapted_layers(model).values():
+        layer.set_originals("default", torch.randn(layer.mask("default").nnz))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "spft_originals" in name}
+    offload(model, "cpu with buffers", tmp_path)
+    state = model.state_dict()
+    assert len(before) == 14 and all(torch.equal(state[name], tensor) for name, tensor in before.items())
+
+
 def test_tensors_without_memory_are_refused_by_name():
     model = with_adapter(tiny_llama())
     logits(model)
