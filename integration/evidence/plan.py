@@ -11,7 +11,7 @@ from axolotl_spft.tables import aligned
 from integration.evidence.experiment import Records, expected_runs, key_of, read_experiment
 
 # from what makes two runs alike in cost to what they have in common at least
-_ALIKE = (("base", "task", "bits", "method"), ("base", "bits"), ("method",), ())
+_ALIKE = (("base", "task", "bits", "method"), ("base", "task", "bits"), ("base", "task"), ("base",), ("task",), ())
 
 
 def plan(files: Sequence[Path], records: Records) -> str:
