@@ -31,8 +31,6 @@ from axolotl_spft.salience.install import adapted_layers, check_same_slots
 from axolotl_spft.salience.metrics.metric import Metric, load_metric
 from axolotl_spft.salience.metrics.statistics import GRADIENT, WEIGHT
 from axolotl_spft.salience.scores import check_base, scorer
-from axolotl_spft.tuner.embedding import SpftEmbedding
-from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.load import record_mask
 from axolotl_spft.tuner.state import shapes_of, slots_of
 from axolotl_spft.tuner.targets import check_is_peft_model
@@ -58,7 +56,6 @@ class DynamicMask:
 
     Attributes:
         layers: those whose mask changes, by name.
-        static: names of the others that hold values: experts that are one parameter.
 
     Args:
         model: a `PeftModel` whose adapter has a mask.
@@ -85,13 +82,11 @@ class DynamicMask:
         self.options = _options_of(config, {"fraction": fraction, "drop": drop})
         self.metric = metric_on_the_way(config.salience)
         self.config = config
-        layers = {
+        self.layers = {
             name: layer
             for name, layer in adapted_layers(model).items()
             if self.adapter_name in layer.spft_values and layer.mask(self.adapter_name).nnz
         }
-        self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, (SpftLinear, SpftEmbedding))}
-        self.static = [name for name in layers if name not in self.layers]
         if not self.layers:
             raise SpftError(f"adapter `{self.adapter_name}` has no mask that could change: call select_mask() first")
         check_base(self.metric, self.layers)
@@ -206,8 +201,8 @@ class DynamicMask:
             return None
         importance = values.to(torch.float32).abs()
         if self.options.drop == VALUE_GRADIENT:
-            held, start = positions(mask, layer.in_features), ranks.rows(layer.out_features).start * layer.in_features
-            own = held[(held >= start) & (held < start + gradient.numel())] - start
+            held = positions(mask, layer.in_features)
+            own = ranks.own_positions(held, (layer.out_features, layer.in_features))
             importance *= ranks.concatenate(gradient.view(-1)[own.to(gradient.device)]).abs().to(importance.device)
         score_of = scorer(
             self.metric, {name: layer}, {GRADIENT: {name: gradient}}, ranks, self.config.seed or 0,

@@ -52,8 +52,7 @@ def exchange(
         dropped = importance.sort(stable=True).indices[:counts]
     if not dropped.numel():
         return None
-    rows = ranks.rows(out_features)
-    own = held[(held >= rows.start * in_features) & (held < rows.stop * in_features)] - rows.start * in_features
+    own = ranks.own_positions(held, (out_features, in_features))
     scores.view(-1)[own.to(scores.device)] = -torch.inf
     if per_row:
         grown = _best_of_rows(scores, counts.to(scores.device), ranks)

@@ -13,7 +13,7 @@ from axolotl_spft.dynamic.exchange import Exchange
 from axolotl_spft.engine.ranks import Ranks, on_every_rank
 from axolotl_spft.errors import SpftFileError, first_of
 from axolotl_spft.ops.mask.csr import Mask, positions
-from axolotl_spft.salience.repair import concatenated, open_unquantized, own_positions, problems_with
+from axolotl_spft.salience.repair import concatenated, open_unquantized, problems_with
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 _KEY = "`reselect` of an adapter that repairs a quantized base"
@@ -61,10 +61,11 @@ class GrownOriginals:
         return self.layers[name].originals(self.adapter_name)
 
     def _read(self, name: str, mask: Mask, dtype: torch.dtype, ranks: Ranks) -> Tensor:
-        in_features, rows = self.layers[name].in_features, ranks.rows(self.layers[name].out_features)
+        layer = self.layers[name]
+        rows, shape = ranks.rows(layer.out_features), (layer.out_features, layer.in_features)
         weight = on_every_rank(lambda: self._checkpoint.read_rows(name, rows.start, rows.stop), ranks)
-        mine = own_positions(positions(mask, in_features), rows, in_features).to(weight.device)
-        return concatenated(weight.reshape(-1)[mine - rows.start * in_features].to(dtype), ranks)
+        own = ranks.own_positions(positions(mask, layer.in_features), shape).to(weight.device)
+        return concatenated(weight.reshape(-1)[own].to(dtype), ranks)
 
     def _compare(self, name: str, read: Tensor, held: Tensor) -> None:
         # the same on every rank, which hold and read the same

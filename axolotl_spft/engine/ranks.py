@@ -33,6 +33,15 @@ class Ranks(NamedTuple):
         rank = self.rank if rank is None else rank
         return slice(out_features * rank // self.world, out_features * (rank + 1) // self.world)
 
+    def own_positions(self, at: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Those of ``at``, row * in_features + column, that lie in this rank's rows, counted from the first of these.
+
+        Args:
+            shape: (out_features, in_features) of the matrix.
+        """
+        rows, in_features = self.rows(shape[0]), shape[1]
+        return at[(at >= rows.start * in_features) & (at < rows.stop * in_features)] - rows.start * in_features
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Make ``tensor`` the sum over all ranks, in place."""
         if self.world > 1:

@@ -104,19 +104,13 @@ def _set_aside(scores: Tensor, taken: Tensor, shape: Shape, ranks: Ranks) -> Ite
     They are put back, since a score may be the pass's own sum.
     """
     scores = scores.contiguous()
-    flat, at = scores.view(-1), _of_this_rank(taken, shape, ranks).to(scores.device)
+    flat, at = scores.view(-1), ranks.own_positions(taken, shape).to(scores.device)
     before = flat[at]
     flat[at] = -torch.inf
     try:
         yield scores
     finally:
         flat[at] = before
-
-
-def _of_this_rank(at: Tensor, shape: Shape, ranks: Ranks) -> Tensor:
-    """The positions in this rank's rows, counted from the first of these."""
-    rows = ranks.rows(shape[0])
-    return at[(at >= rows.start * shape[1]) & (at < rows.stop * shape[1])] - rows.start * shape[1]
 
 
 def _global_beside_repair(
@@ -138,7 +132,7 @@ def _global_beside_repair(
 
     def score(index: int) -> Tensor:
         scores = score_of(index).clone(memory_format=torch.contiguous_format)
-        scores.view(-1)[_of_this_rank(repaired[index], shapes[index], ranks).to(scores.device)] = -torch.inf
+        scores.view(-1)[ranks.own_positions(repaired[index], shapes[index]).to(scores.device)] = -torch.inf
         return scores
 
     counts = bounded_counts(

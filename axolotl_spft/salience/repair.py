@@ -94,17 +94,15 @@ class Repair:
         if name not in self.layers:
             return
         weight, quantized = self._rows(name)
-        rows, in_features = self._ranks.rows(self.layers[name].out_features), self.layers[name].in_features
-        scale = self._scale(name, weight.device)
-        mine = own_positions(at, rows, in_features).to(weight.device)
-        local = mine - rows.start * in_features
-        originals = weight.reshape(-1)[local]
-        replaced = (originals.to(torch.float32) - quantized.reshape(-1)[local]) * scale[mine % in_features]
+        scale, in_features = self._scale(name, weight.device), self.layers[name].in_features
+        own = self._ranks.own_positions(at, (self.layers[name].out_features, in_features)).to(weight.device)
+        originals = weight.reshape(-1)[own]
+        replaced = (originals.to(torch.float32) - quantized.reshape(-1)[own]) * scale[own % in_features]
         sums = torch.zeros(3, dtype=torch.float64)
-        for part, own in zip(weight.split(_ROWS), quantized.split(_ROWS)):
+        for part, of_base in zip(weight.split(_ROWS), quantized.split(_ROWS)):
             part = part.to(torch.float32, copy=True)
             sums[2] += float((part * scale).square_().sum(dtype=torch.float64))
-            sums[0] += float(part.sub_(own).mul_(scale).square_().sum(dtype=torch.float64))
+            sums[0] += float(part.sub_(of_base).mul_(scale).square_().sum(dtype=torch.float64))
         sums[1] = float(replaced.square_().sum(dtype=torch.float64))
         before, gone, whole = self._ranks.sum_(sums).tolist()
         self.errors[name] = MatrixError(before, max(before - gone, 0.0), whole)
@@ -136,11 +134,6 @@ class Repair:
             weight = on_every_rank(lambda: self._checkpoint.read_rows(name, rows.start, rows.stop), self._ranks)
             self._last = name, weight.to(quantized.device, _dtype_of(quantized, weight))
         return self._last[1], quantized[rows]
-
-
-def own_positions(at: Tensor, rows: slice, in_features: int) -> Tensor:
-    """Those of ``at``, row * in_features + column, that lie in these rows."""
-    return at[(at >= rows.start * in_features) & (at < rows.stop * in_features)]
 
 
 def concatenated(originals: Tensor, ranks: Ranks) -> Tensor:

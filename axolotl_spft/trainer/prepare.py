@@ -90,7 +90,7 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
 
 
 def _refuse_tied(model: nn.Module) -> None:
-    tied = [name for name, layer in adapted_layers(model).items() if getattr(layer, "readers", ())]
+    tied = [name for name, layer in adapted_layers(model).items() if layer.readers]
     if tied:
         raise SpftError(
             f"{tied[0]} is tied to another module, and under ZeRO-3 the values of their one delta are not gathered for "

@@ -83,7 +83,6 @@ def add_reselections(trainer: Any, model: torch.nn.Module, checkpoint: str | Non
     say(
         f"Dynamic mask: after every {reselect.every} steps, up to {reselect.until:.0%} of the run, "
         f"{reselect.fraction:.0%} of each of {len(dynamic.layers)} matrices' values are exchanged"
-        + (f"; {len(dynamic.static)} of experts that are one parameter keep their masks" if dynamic.static else "")
     )
     trainer.add_callback(Reselection(trainer, dynamic))
     save = trainer._save_rng_state
