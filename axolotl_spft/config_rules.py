@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from axolotl_spft.metrics import METRICS, is_salience, nearest_metric
+from axolotl_spft.errors import did_you_mean
+from axolotl_spft.metrics import METRICS, is_salience
 from axolotl_spft.reselect_rules import EXAMPLE, problems_beside, problems_of_block
 
 SCOPES = ("layer", "global", "row")
@@ -96,7 +96,7 @@ _OPTIONAL = ("density", "num_values", "match_lora_rank", "density_pattern", "min
 def _remedy(name: str, value: Any) -> str:
     """What to write for a number in another form: as text, which YAML takes 5e-3 for, or a whole one with a point."""
     if name == "salience":
-        return nearest_metric(value)
+        return did_you_mean(value, METRICS)
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -113,9 +113,7 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, value in options.items():
         if name not in _RULES:
-            near = difflib.get_close_matches(str(name), _RULES, n=1)
-            hint = f"did you mean `{near[0]}`? " if near else ""
-            problems.append(f"unknown key `{name}`: {hint}the keys are {', '.join(_RULES)}")
+            problems.append(f"unknown key `{name}`{did_you_mean(name, _RULES)}: the keys are {', '.join(_RULES)}")
             continue
         if value is None and name in _OPTIONAL:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 
 _SHOWN = 5
@@ -25,6 +26,12 @@ class SpftFileError(SpftError):
 
 class SpftMemoryError(SpftError):
     """The salience pass ran out of memory, on every rank of the run at once, so that it can be tried with less."""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """`` (did you mean ...?)`` for a name that is nearly one of the known ones, else nothing."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f" (did you mean `{near[0]}`?)" if near else ""
 
 
 def first_of(items: Sequence[str], separator: str) -> str:

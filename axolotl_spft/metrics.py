@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 METRICS = {
@@ -29,9 +28,3 @@ _OF_THE_USER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 def is_salience(value: object) -> bool:
     """Whether ``value`` is a metric's name or has the form ``package.module:function``."""
     return isinstance(value, str) and (value in METRICS or bool(_OF_THE_USER.fullmatch(value)))
-
-
-def nearest_metric(value: object) -> str:
-    """`` (did you mean ...?)`` for a name that is nearly one, else nothing."""
-    near = difflib.get_close_matches(str(value), METRICS, n=1)
-    return f" (did you mean `{near[0]}`?)" if near else ""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from axolotl_spft.errors import did_you_mean
 from axolotl_spft.metrics import METRICS, ON_THE_WAY
 
 VALUE, VALUE_GRADIENT = "value", "value_gradient"
@@ -57,9 +57,8 @@ def problems_of_block(block: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, value in block.items():
         if name not in _RULES:
-            near = difflib.get_close_matches(str(name), _RULES, n=1)
-            hint = f"did you mean `{near[0]}`? " if near else ""
-            problems.append(f"`reselect` has the unknown key `{name}`: {hint}its keys are {', '.join(_RULES)}")
+            hint = did_you_mean(name, _RULES)
+            problems.append(f"`reselect` has the unknown key `{name}`{hint}: its keys are {', '.join(_RULES)}")
         elif not _RULES[name][0](value):
             problems.append(f"`reselect.{name}: {value}` {_RULES[name][1]}")
     if "every" not in block:

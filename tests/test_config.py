@@ -101,7 +101,7 @@ def test_a_number_in_another_form_is_written_out_where_that_would_do(options, re
 
 def test_unknown_keys_get_a_suggestion_and_the_list():
     (problem,) = check_options({"densty": 0.1})
-    assert "unknown key `densty`: did you mean `density`?" in problem
+    assert "unknown key `densty` (did you mean `density`?): the keys" in problem
     assert all(name in problem for name in option_names())
     (problem,) = check_options({"zzz": 1})
     assert "did you mean" not in problem

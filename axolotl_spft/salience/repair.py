@@ -80,9 +80,9 @@ class Repair:
     def scores(self, name: str) -> Tensor:
         """|E_ij| rms(x_j) up to a factor: this rank's rows (rows, in_features), float32."""
         weight, quantized = self._rows(name)
-        # a copy where the weight is in float32 already
-        scores = weight.to(torch.float32, copy=True)
-        scores -= quantized
+        # what a quantized layer is dequantized to is its caller's, to change too: no third matrix in float32
+        scores = quantized.to(torch.float32)
+        scores -= weight
         return scores.abs_().mul_(self._scale(name, scores.device))
 
     def keep(self, name: str, at: Tensor) -> None:

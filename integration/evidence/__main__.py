@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from integration.evidence.experiment import key_of, queue, read_experiment, runs_of
-from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of
+from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of, rounded
 
-# glibc gives large blocks back at every step otherwise, and faulting them in anew takes a good part of it
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+# glibc gives large blocks back at every step otherwise, and faulting them in anew takes a good part of it; the largest,
+# of which a few would hold most of the heap once it is in pieces, stay apart
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(160 << 20), "MALLOC_TRIM_THRESHOLD_": str(2 << 30), "MALLOC_ARENA_MAX": "1"}
 
 
 def run_files(files: list[Path], data: Path, bases: Path, threads: int, results: Path) -> None:
@@ -41,7 +42,7 @@ def run_files(files: list[Path], data: Path, bases: Path, threads: int, results:
                 continue
             print(f"[{number}/{total}] {file.stem}: {key_of(run)}", flush=True)
             result = train(run, data, bases)
-            append(results / f"{file.stem}.jsonl", run, result)
+            append(results / f"{file.stem}.jsonl", {**run, "result": rounded(result)})
             print(f"    {result}", flush=True)
 
 

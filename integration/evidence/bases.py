@@ -61,6 +61,9 @@ def load_base(folder: str, bits: int, dtype: torch.dtype, device: str) -> PreTra
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    if device == "cpu":
+        # torch's own kernel for short sequences takes many times as long there
+        options["attn_implementation"] = "eager"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, **options)
     for module in model.modules():
         # on some CPUs bitsandbytes repacks weights in the first evaluation, and nothing can dequantize them afterwards

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from integration.evidence.evaluation import evaluating
 from integration.evidence.tasks import Example, Task
 
 IGNORED = -100
@@ -41,16 +42,14 @@ def judge(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, length: int, half: bool = False
 ) -> dict[str, float]:
     """``task_loss`` and ``<text>_loss`` (mean over tokens), and ``accuracy`` where the task has choices."""
-    was_training = model.training
-    model.eval()
-    answers = [encode(tokenizer, example.prompt, example.answer, length) for example in task.test]
-    results = {"task_loss": _mean_of_tokens(model, tokenizer, answers, half)}
-    for name, texts in task.untouched.items():
-        rows = [encode(tokenizer, "", text, length) for text in texts]
-        results[f"{name}_loss"] = _mean_of_tokens(model, tokenizer, rows, half)
-    if task.test[0].choices:
-        results["accuracy"] = _accuracy(model, tokenizer, task.test, length, half)
-    model.train(was_training)
+    with evaluating(model):
+        answers = [encode(tokenizer, example.prompt, example.answer, length) for example in task.test]
+        results = {"task_loss": mean_of_tokens(model, tokenizer, answers, half)}
+        for name, texts in task.untouched.items():
+            rows = [encode(tokenizer, "", text, length) for text in texts]
+            results[f"{name}_loss"] = mean_of_tokens(model, tokenizer, rows, half)
+        if task.test[0].choices:
+            results["accuracy"] = _accuracy(model, tokenizer, task.test, length, half)
     return results
 
 
@@ -70,14 +69,17 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor], half: bool) -> t
     first = max(1, int((labels != IGNORED).any(0).float().argmax()))
     with torch.autocast(labels.device.type, torch.bfloat16, enabled=half):
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] - first + 1).logits[:, :-1]
+        # by index, which copies: the head would multiply each row by a copy of its own weight after a slice
+        kept = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
+        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
     labels = labels[:, first:]
     flat = logits.float().flatten(0, 1), labels.flatten()
     losses = F.cross_entropy(*flat, ignore_index=IGNORED, reduction="none").view_as(labels)
     return losses, labels != IGNORED
 
 
-def _mean_of_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple], half: bool) -> float:
+def mean_of_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple], half: bool) -> float:
+    """The mean loss of the counted tokens of all rows, as `encode` makes them."""
     return torch.cat(_losses_of_rows(model, tokenizer, rows, half)).double().mean().item()
 
 

@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 
 from axolotl_spft import DynamicMask, SparseAdamW, SpftConfig, select_mask
 from axolotl_spft.tuner.state import spft_layers
+from integration.evidence.evaluation import evaluating
+from integration.evidence.low_rank import weighted_low_rank
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -103,12 +105,12 @@ def _start_at_quantization_error(model: nn.Module, setting: Setting) -> None:
     for name, layer in layers.items():
         base_layer = layer.get_base_layer()
         quantized = resolve_quantization_backend(base_layer).get_base_weight(base_layer).float()
-        error, scale = weights[f"{name}.weight"].to(quantized) - quantized, scales[name].clamp_min(1e-8)
-        left, sizes, right = torch.linalg.svd(error * scale, full_matrices=False)
-        rank, factor = layer.r["default"], layer.scaling["default"]
-        roots = (sizes[:rank] / factor).sqrt()
-        layer.lora_B["default"].weight.copy_(left[:, :rank] * roots)
-        layer.lora_A["default"].weight.copy_(roots[:, None] * right[:rank] / scale)
+        error = weights[f"{name}.weight"].to(quantized) - quantized
+        up, down = weighted_low_rank(error, scales[name], layer.r["default"])
+        # the layer multiplies by its scaling, of which each factor takes its root off
+        root = layer.scaling["default"] ** 0.5
+        layer.lora_B["default"].weight.copy_(up / root)
+        layer.lora_A["default"].weight.copy_(down / root)
 
 
 def _input_rms(
@@ -124,13 +126,11 @@ def _input_rms(
         return add
 
     hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    was_training = model.training
-    model.eval()
-    for batch in batches:
-        kept = batch["attention_mask"].bool()
-        tokens += int(kept.sum())
-        model(**batch)
-    model.train(was_training)
+    with evaluating(model):
+        for batch in batches:
+            kept = batch["attention_mask"].bool()
+            tokens += int(kept.sum())
+            model(**batch)
     for each in hooks:
         each.remove()
     return {name: (total / tokens).sqrt() for name, total in squares.items()}

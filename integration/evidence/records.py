@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,31 @@ from integration.evidence.experiment import key_of
 EXPERIMENTS, RESULTS = Path(__file__).with_name("experiments"), Path(__file__).with_name("results")
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The recorded lines of a file, if there is one; a line that a crash cut off is passed over."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
 def records_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """What all files of a folder hold, as key of the run -> record: experiments share the runs they have in common.
-
-    A line that a crash cut off is passed over.
-    """
-    records = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            records[key_of(record)] = record
-    return records
+    """What all files of a folder hold, as key of the run -> record: experiments share the runs they have in common."""
+    return {key_of(record): record for path in sorted(folder.glob("*.jsonl")) for record in lines_of(path)}
 
 
-def append(path: Path, run: dict[str, Any], result: dict[str, float]) -> None:
-    """Add one run and what came of it, with the machine, versions and date."""
+def rounded(result: Mapping[str, Any]) -> dict[str, Any]:
+    """To six digits."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in result.items()}
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line, with the machine, versions and date."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in result.items()}
-    line = json.dumps({**run, "result": rounded, "made": machine()}, sort_keys=True) + "\n"
+    line = json.dumps({**record, "made": machine()}, sort_keys=True) + "\n"
     with path.open("a+b") as file:
         file.seek(0, os.SEEK_END)
         if file.tell():

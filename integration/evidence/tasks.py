@@ -48,11 +48,11 @@ def load_task(
         train, test = _docstrings(judged)
         return Task(*([each for each in part if fits(each)] for part in (train, test)), {"python": held_out_python})
     if name == "gsm8k":
-        train, test = (_maths(data / f"gsm8k_{part}.jsonl") for part in ("train", "test"))
-        english = [_question(row) for row in _rows(data / "ARC-Easy_test.json")]
+        train, test = (maths(data / f"gsm8k_{part}.jsonl") for part in ("train", "test"))
+        english = [question(row) for row in _rows(data / "ARC-Easy_test.json")]
     else:
         train, test = (_choice(data / f"{CHOICE_TASKS[name]}_{part}.json") for part in ("train", "test"))
-        english = [example.prompt for example in _maths(data / "gsm8k_test.jsonl")]
+        english = [example.prompt for example in maths(data / "gsm8k_test.jsonl")]
     return Task(
         [each for each in train if fits(each)],
         [each for each in _shuffled(test) if fits(each)][:judged],
@@ -67,15 +67,16 @@ def _rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
-def _maths(path: Path) -> list[Example]:
+def maths(path: Path) -> list[Example]:
+    """GSM8K's questions and answers, without the marks of a calculator."""
     return [
         Example(f"Question: {row['question']}\nAnswer:", " " + re.sub(r"<<[^>]*>>", "", row["answer"]))
         for row in _rows(path)
     ]
 
 
-def _question(row: dict) -> str:
-    """The bare question of a multiple-choice row."""
+def question(row: dict) -> str:
+    """The bare question of a multiple-choice row of ARC, OpenBookQA or BoolQ."""
     text = re.sub(r"^Please [^:]*?(?:question:|question: )\s*", "", row["instruction"])
     text = re.sub(r"^Please answer the following question with true or false, question:\s*", "", text)
     return text.split("\n\nAnswer")[0].strip()
@@ -93,7 +94,7 @@ def _choice(path: Path) -> list[Example]:
             choices = {f"answer{number}": f" {text.strip()}" for number, text in zip(parts[::2], parts[1::2])}
         if row["answer"] in choices:
             examples.append(
-                Example(f"Question: {_question(row)}\nAnswer:", choices[row["answer"]], tuple(choices.values()))
+                Example(f"Question: {question(row)}\nAnswer:", choices[row["answer"]], tuple(choices.values()))
             )
     return examples
 

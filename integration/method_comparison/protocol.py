@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
+from integration.evidence.evaluation import evaluating
 from integration.method_comparison.answers import accuracy
 from integration.method_comparison.data import Data, Pair
 
@@ -120,22 +121,20 @@ def judge(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], settings: Mapping[str, Any]
 ) -> float:
     """The share of right answers, generated greedily."""
-    was_training = model.training
-    model.eval()
-    device, answers, size = next(model.parameters()).device, [], settings["batch_size_eval"]
-    for start in tqdm(range(0, len(pairs), size), desc="Answers", unit="batch", leave=False):
-        prompts = [settings["query_template"].format(query=pair.query) for pair in pairs[start : start + size]]
-        rows = {"input_ids": [ids[: settings["max_seq_length"]] for ids in tokenizer(prompts)["input_ids"]]}
-        batch = tokenizer.pad(rows, return_tensors="pt", padding_side="left").to(device)
-        options = dict(settings["generation_kwargs"])
-        # the smaller of both limits
-        most = options.pop("max_new_tokens", None), options.pop("max_length", None)
-        length = batch["input_ids"].shape[1]
-        limits = [most[0] + length] * (most[0] is not None) + [most[1]] * (most[1] is not None)
-        config = GenerationConfig(**options, max_length=min(limits), pad_token_id=tokenizer.pad_token_id)
-        generated = model.generate(**batch, generation_config=config)
-        answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
-    model.train(was_training)
+    with evaluating(model):
+        device, answers, size = next(model.parameters()).device, [], settings["batch_size_eval"]
+        for start in tqdm(range(0, len(pairs), size), desc="Answers", unit="batch", leave=False):
+            prompts = [settings["query_template"].format(query=pair.query) for pair in pairs[start : start + size]]
+            rows = {"input_ids": [ids[: settings["max_seq_length"]] for ids in tokenizer(prompts)["input_ids"]]}
+            batch = tokenizer.pad(rows, return_tensors="pt", padding_side="left").to(device)
+            options = dict(settings["generation_kwargs"])
+            # the smaller of both limits
+            most = options.pop("max_new_tokens", None), options.pop("max_length", None)
+            length = batch["input_ids"].shape[1]
+            limits = [most[0] + length] * (most[0] is not None) + [most[1]] * (most[1] is not None)
+            config = GenerationConfig(**options, max_length=min(limits), pad_token_id=tokenizer.pad_token_id)
+            generated = model.generate(**batch, generation_config=config)
+            answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
     return accuracy(answers, [pair.response for pair in pairs])
 
 
@@ -144,14 +143,12 @@ def text_loss(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: Mapping[str, Any]
 ) -> float:
     """The mean loss of all tokens of the texts, each cut at 768."""
-    was_training = model.training
-    model.eval()
-    device, losses = next(model.parameters()).device, []
-    for start in range(0, len(texts), settings["batch_size"]):
-        part = tokenizer(list(texts[start : start + settings["batch_size"]]), truncation=True, max_length=768)
-        batch = tokenizer.pad({"input_ids": part["input_ids"]}, return_tensors="pt").to(device)
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        logits = model(**batch).logits[:, :-1].float().flatten(0, 1)
-        losses.append(F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none")[labels[:, 1:].flatten() >= 0])
-    model.train(was_training)
+    with evaluating(model):
+        device, losses = next(model.parameters()).device, []
+        for start in range(0, len(texts), settings["batch_size"]):
+            part = tokenizer(list(texts[start : start + settings["batch_size"]]), truncation=True, max_length=768)
+            batch = tokenizer.pad({"input_ids": part["input_ids"]}, return_tensors="pt").to(device)
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:].flatten()
+            logits = model(**batch).logits[:, :-1].float().flatten(0, 1)
+            losses.append(F.cross_entropy(logits, labels, reduction="none")[labels >= 0])
     return torch.cat(losses).double().mean().item()

@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from integration.evidence.records import append, lines_of, rounded
 from integration.repair.measure import ROWS, measure
-from integration.repair.page import PAGE, RESULTS, append, page, records
+from integration.repair.page import PAGE, RESULTS, page
 
 
 def main() -> None:
@@ -29,15 +30,15 @@ def main() -> None:
     commands.add_parser("page", help="draw the table from the recorded lines")
     arguments = parser.parse_args()
     if arguments.command == "page":
-        PAGE.write_text(page(records(RESULTS)), encoding="utf-8")
+        PAGE.write_text(page(lines_of(RESULTS)), encoding="utf-8")
         return
     setting = {"base": arguments.base, "judged": arguments.judged, "samples": arguments.samples}
     for name in ROWS:
         run_of = {**setting, "row": name}
-        if any(run_of.items() <= record.items() for record in records(arguments.results)):
+        if any(run_of.items() <= record.items() for record in lines_of(arguments.results)):
             continue
         found = measure(**run_of, data=arguments.data, bases=arguments.bases)
-        append(arguments.results, run_of | found)
+        append(arguments.results, rounded(run_of | found))
         print(run_of | found, flush=True)
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -22,10 +20,12 @@ from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.salience.metrics.statistics import INPUT_SQUARES
 from axolotl_spft.salience.sample_pass import collect_statistics
 from integration.evidence.bases import base_folder, load_base, load_tokenizer
-from integration.evidence.judge import IGNORED, batch_of, encode
+from integration.evidence.judge import batch_of, encode, mean_of_tokens
+from integration.evidence.low_rank import weighted_low_rank
+from integration.evidence.methods import PROJECTIONS
+from integration.evidence.tasks import maths, question
 
 LENGTH, BATCH = 160, 8
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # what is done to the weights: the bits of the base, and options of SpftConfig or a rank
 ROWS: Mapping[str, dict[str, Any]] = {
     "bf16": {"bits": 16},
@@ -46,8 +46,11 @@ def measure(base: str, row: str, judged: int, samples: int, data: Path, bases: P
     folder, options = base_folder(base, bases), dict(ROWS[row])
     tokenizer = load_tokenizer(folder)
     model, rank = load_base(folder, options.pop("bits"), torch.bfloat16, device), options.pop("rank", None)
-    train, test = (_maths(data / f"gsm8k_{part}.jsonl") for part in ("train", "test"))
-    sample = random.Random(1).sample([encode(tokenizer, *each, LENGTH) for each in train], samples)
+    train, test = (
+        [encode(tokenizer, each.prompt, each.answer, LENGTH) for each in maths(data / f"gsm8k_{part}.jsonl")]
+        for part in ("train", "test")
+    )
+    sample = random.Random(1).sample(train, samples)
     batches = [batch_of(sample[i : i + BATCH], tokenizer.pad_token_id, device) for i in range(0, samples, BATCH)]
     spent = entries = 0
     if options or rank:
@@ -63,10 +66,12 @@ def measure(base: str, row: str, judged: int, samples: int, data: Path, bases: P
             model = _with_low_rank(load_base(folder, 16, torch.bfloat16, device), model, squares[INPUT_SQUARES], rank)
         else:
             spent = select_mask(model, batches).selected
-    english = [("", _question(each)) for each in json.loads((data / "ARC-Easy_test.json").read_text())]
+    questions = json.loads((data / "ARC-Easy_test.json").read_text(encoding="utf-8"))
+    english = [encode(tokenizer, "", question(each), LENGTH) for each in questions]
+    model.eval()
     losses = {
-        name: _mean_loss(model, tokenizer, random.Random(0).sample(texts, judged), device)
-        for name, texts in (("task_loss", test), ("english_loss", english))
+        name: mean_of_tokens(model, tokenizer, random.Random(0).sample(rows, judged), half=False)
+        for name, rows in (("task_loss", test), ("english_loss", english))
     }
     return {"values": spent, "share": spent / entries if entries else 0.0, **losses}
 
@@ -77,35 +82,6 @@ def _with_low_rank(plain: nn.Module, model: nn.Module, squares: Mapping[str, Ten
     for name, layer in tqdm(adapted_layers(model).items(), desc="Low rank", unit="matrix"):
         base_layer, linear = layer.get_base_layer(), plain.get_submodule(name)
         quantized = resolve_quantization_backend(base_layer).get_base_weight(base_layer).float()
-        scale = squares[name].sqrt().clamp_min(1e-8)
-        left, sizes, right = torch.linalg.svd((linear.weight.float() - quantized) * scale, full_matrices=False)
-        linear.weight.copy_(quantized + (left[:, :rank] * sizes[:rank]) @ (right[:rank] / scale))
+        up, down = weighted_low_rank(linear.weight.float() - quantized, squares[name].sqrt(), rank)
+        linear.weight.copy_(quantized + up @ down)
     return plain
-
-
-@torch.inference_mode()
-def _mean_loss(model: nn.Module, tokenizer: Any, texts: list[tuple[str, str]], device: str) -> float:
-    model.eval()
-    losses = []
-    for batch in _batches(tokenizer, texts, device):
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
-        each = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        losses.append(each[labels != IGNORED].double().cpu())
-    return torch.cat(losses).mean().item()
-
-
-def _batches(tokenizer: Any, texts: list[tuple[str, str]], device: str) -> Iterator[dict[str, Tensor]]:
-    # of like lengths together, so that little is padding
-    rows = sorted((encode(tokenizer, *text, LENGTH) for text in texts), key=lambda row: len(row[0]))
-    for start in tqdm(range(0, len(rows), BATCH), desc="Judging", unit="batch"):
-        yield batch_of(rows[start : start + BATCH], tokenizer.pad_token_id, device)
-
-
-def _maths(path: Path) -> list[tuple[str, str]]:
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [(f"Question: {row['question']}\nAnswer:", " " + re.sub(r"<<[^>]*>>", "", row["answer"])) for row in rows]
-
-
-def _question(row: Mapping[str, str]) -> str:
-    return re.sub(r"^Please [^:]*?question:\s*", "", row["instruction"]).split("\n\nAnswer")[0].strip()

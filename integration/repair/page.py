@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from axolotl_spft.bench.machine import machine
 from integration.repair.measure import ROWS
 
 PAGE, RESULTS = Path(__file__).with_name("README.md"), Path(__file__).with_name("results.jsonl")
@@ -36,24 +34,6 @@ in_features x in_features for each group of layers with one input (some 40 GiB f
 other) and a linear system for each row, fits the sample rather than the weight, and its entries are no longer those of
 the unquantized model, onto which the adapter could then not be merged exactly.
 """
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """The recorded lines; one that a crash cut off is passed over."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line, with the machine, versions and date."""
-    rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in record.items()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**rounded, "made": machine()}, sort_keys=True) + "\n")
 
 
 def gap_closed(record: Mapping[str, Any], others: Sequence[Mapping[str, Any]], loss: str = "task_loss") -> float | None:

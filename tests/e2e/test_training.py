@@ -283,10 +283,10 @@ def test_all_problems_of_a_config_come_at_once_before_the_model_loads(workspace)
     done = run_axolotl("train", config, check=False)
     assert done.returncode != 0
     for part in (
-        "unknown key `densty`: did you mean `density`?",
+        "unknown key `densty` (did you mean `density`?)",
         "`density: 2` must be a number in (0, 1]",
         "keep exactly one",
-        "unknown key `reselct`: did you mean `reselect`?",
+        "unknown key `reselct` (did you mean `reselect`?)",
         "`lora_r: 8` has no meaning",
     ):
         assert part in done.stdout

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from integration.evidence import tasks
 from integration.evidence.__main__ import run_files
 from integration.evidence.experiment import key_of, queue, read_experiment, runs_of
 from integration.evidence.judge import IGNORED, batch_of, encode, judge
 from integration.evidence.plan import plan
-from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of
+from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of, rounded
 from integration.evidence.report import write_report
 from integration.evidence.table import Row, best_rows, rises_at_gain, rows_of
 from integration.evidence.tasks import Example, Task, load_task
+from tests.byte_llama import save_byte_llama
 
 PAGE = Path(RESULTS).parent
 
@@ -26,21 +26,7 @@ PAGE = Path(RESULTS).parent
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A saved Llama of 2 layers with a tokenizer of bytes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("base")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_byte_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -143,10 +129,10 @@ def test_a_grid_grows_until_its_best_rate_lies_inside(start, best, tried):
 
 def test_a_line_that_was_cut_off_is_done_again(tmp_path):
     path, run = tmp_path / "r.jsonl", {"method": "none", "seed": 0}
-    append(path, run, {"task_loss": 1.23456789})
+    append(path, {**run, "result": rounded({"task_loss": 1.23456789})})
     path.write_bytes(path.read_bytes()[:-20])
     assert records_of(tmp_path) == {}
-    append(path, run, {"task_loss": 1.23456789})
+    append(path, {**run, "result": rounded({"task_loss": 1.23456789})})
     (record,) = records_of(tmp_path).values()
     assert record["result"] == {"task_loss": 1.23457} and record["made"]["versions"]["torch"]
 

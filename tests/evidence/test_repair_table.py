@@ -6,17 +6,18 @@ import json
 
 import pytest
 
+from integration.evidence.records import append, lines_of
 from integration.repair.measure import ROWS, measure
-from integration.repair.page import PAGE, RESULTS, append, gap_closed, page, records
-from tests.evidence.test_evidence import base  # noqa: F401
+from integration.repair.page import PAGE, RESULTS, gap_closed, page
+from tests.byte_llama import save_byte_llama
 
 
 def test_the_page_is_that_of_the_lines():
-    assert PAGE.read_text(encoding="utf-8") == page(records(RESULTS)), "run `python -m integration.repair page`"
+    assert PAGE.read_text(encoding="utf-8") == page(lines_of(RESULTS)), "run `python -m integration.repair page`"
 
 
 def test_a_tenth_of_a_percent_closes_a_third_of_the_gap_and_more_than_a_low_rank_of_ten_times_the_size():
-    lines = [line for line in records(RESULTS) if line["base"] == "smollm2-135m-instruct"]
+    lines = [line for line in lines_of(RESULTS) if line["base"] == "smollm2-135m-instruct"]
     by_row = {line["row"]: line for line in lines}
     assert by_row.keys() == ROWS.keys()
     repaired, low_rank = (by_row[name] for name in ("NF4, repair of 0.1%", "NF4, low rank 4"))
@@ -24,18 +25,19 @@ def test_a_tenth_of_a_percent_closes_a_third_of_the_gap_and_more_than_a_low_rank
     assert gap_closed(repaired, lines) >= 0.35 and gap_closed(repaired, lines) > gap_closed(low_rank, lines)
 
 
-def test_rows_are_measured_recorded_and_drawn(base, tmp_path):  # noqa: F811
+def test_rows_are_measured_recorded_and_drawn(tmp_path):
     rows = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}. #### {n + 1}"} for n in range(8)]
     for part in ("train", "test"):
         (tmp_path / f"gsm8k_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     questions = [{"instruction": f"Please answer, question: Is {n} even?\n\nAnswer1: yes"} for n in range(8)]
     (tmp_path / "ARC-Easy_test.json").write_text(json.dumps(questions))
+    base = save_byte_llama(tmp_path / "base")
     setting = {"base": str(base), "judged": 4, "samples": 4}
     for name in ("bf16", "NF4", "NF4, repair of 1%", "NF4, low rank 1"):
         append(
             tmp_path / "lines", {"row": name, **setting, **measure(row=name, data=tmp_path, bases=tmp_path, **setting)}
         )
-    lines = records(tmp_path / "lines")
+    lines = lines_of(tmp_path / "lines")
     plain, quantized, repaired, low_rank = lines
     assert plain["values"] == quantized["values"] == 0 < repaired["values"] < low_rank["values"]
     assert repaired["share"] == pytest.approx(0.01, rel=0.05)

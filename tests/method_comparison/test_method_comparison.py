@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from integration.method_comparison.__main__ import run
 from integration.method_comparison.answers import accuracy, final_answer
 from integration.method_comparison.data import Pair, load_data
 from integration.method_comparison.protocol import batches
 from integration.method_comparison.settings import DEFAULTS, read_settings
+from tests.byte_llama import save_byte_llama
 
 EXPERIMENTS = Path(__file__).parents[2] / "integration" / "method_comparison" / "experiments" / "spft"
 
@@ -21,21 +21,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "integration" / "method_comparison" / 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A saved Llama of 2 layers with a tokenizer of bytes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("base")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_byte_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

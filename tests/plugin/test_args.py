@@ -36,12 +36,15 @@ def test_good_configurations_pass(options):
         ({"adapter": "lora", "spft": {}}, ["the block `spft` needs `adapter: spft`", "sparse_adamw` needs"]),
         ({"spft": 3}, ["`spft: 3` must be a block of keys"]),
         ({"spft": {"density": 3}}, ["`density: 3` must be a number in (0, 1]"]),
-        ({"spft": {"re_select": {}}}, ["unknown key `re_select`: did you mean `reselect`", ", ".join(option_names())]),
+        (
+            {"spft": {"re_select": {}}},
+            ["unknown key `re_select` (did you mean `reselect`?)", ", ".join(option_names())],
+        ),
         ({"spft": {"reselect": 200}}, ["`reselect: 200` must be a block of keys such as {every: 200"]),
         (
             {"spft": {"reselect": {"fractoin": 0.2, "until": 2, "collect": 0, "drop": "all"}}},
             [
-                "`reselect` has the unknown key `fractoin`: did you mean `fraction`",
+                "`reselect` has the unknown key `fractoin` (did you mean `fraction`?)",
                 "`reselect` needs `every`",
                 "`reselect.until: 2` must be a number in [0, 1]",
                 "`reselect.collect: 0` must be a whole number",

@@ -293,12 +293,14 @@ def test_it_loads_without_the_unquantized_weights_and_says_what_it_is(base, tmp_
             PeftModel.from_pretrained(load_quantized(base, "nf4"), tmp_path / "adapter")
 
 
-def test_beside_the_pass_there_is_at_most_one_matrix_in_float32(base, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_beside_the_pass_there_is_at_most_one_matrix_in_float32(base, wide_base, dtype, monkeypatch):
     # fewer than a small matrix has
     monkeypatch.setattr(repair_module, "_ROWS", 4)
+    folder = base if dtype == torch.bfloat16 else wide_base
     peaks, sizes = [], []
     for repair in (0.0, 0.4):
-        model = load_quantized(base, "nf4", torch.bfloat16)
+        model = load_quantized(folder, "nf4", dtype)
         model = get_peft_model(model, SpftConfig(density=0.1, samples=4, repair=repair, target_modules=PROJECTIONS))
         shapes = set(shapes_of(adapted_layers(model)).values())
         sizes = [4 * rows * columns for rows, columns in shapes]
