@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from axolotl_spft.checkpoint.adapter_config import config_of
 from axolotl_spft.checkpoint.largest import taken, threshold_of
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.mask.csr import mask_from_positions, positions
+from axolotl_spft.tuner.tied import listed
 
 METHODS = ("linear", "ties")
 
@@ -83,7 +84,7 @@ def combine(
     if list(deltas) == list(adapters[0].deltas):
         config["base_shapes"] = first.get("base_shapes")
     # of another mask than the first one's the config tells where it is from
-    record = adapters[0].record if len(adapters) == 1 and density is None else {}
+    record = adapters[0].record if len(adapters) == 1 and density is None else _ties(deltas, adapters)
     return SavedAdapter(config, deltas, adapters[0].others, record, known, adapters[0].biases), {
         "values": sum(delta.mask.nnz for delta in deltas.values()),
         "modules": table,
@@ -122,6 +123,23 @@ def _originals(module: str, deltas: Sequence[SavedDelta], at: Tensor, in_feature
         if not torch.equal(own, delta.originals.to(originals.dtype)):
             raise SpftFileError(f"{module}: the adapters repair different base models: combine adapters of one base")
     return originals
+
+
+def _ties(modules: Iterable[str], adapters: Sequence[SavedAdapter]) -> dict[str, Any]:
+    """What the adapters record of tied modules, as a part of the sum's record."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        given = [
+            each.record["tied"].get(module, []) for each in adapters if module in each.deltas and "tied" in each.record
+        ]
+        if any(set(each) != set(given[0]) for each in given):
+            raise SpftFileError(
+                f"{module} is one weight with {listed(max(given, key=len))} for one of the adapters and not for "
+                "another: combine adapters of one base"
+            )
+        if given and given[0]:
+            found[module] = given[0]
+    return {"tied": found} if all("tied" in each.record for each in adapters) or found else {}
 
 
 def _shape(module: str, adapters: Sequence[SavedAdapter]) -> tuple[int, int]:

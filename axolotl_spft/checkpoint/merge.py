@@ -159,7 +159,8 @@ def _finish(
         names = copy_companions(shards.folder, adapter_folder, staging)
         shapes = {name: tuple(tensor.shape) for name, tensor in (adapter.whole | merged.additional).items()}
         tied = set(merged.additional) & set(checkpoint.keys.tied)
-        config = merged_config(shards.folder, model, shapes, bool(tied), set(merged.additional) - tied)
+        untied = bool(tied) or merged.unties
+        config = merged_config(shards.folder, model, shapes, untied, set(merged.additional) - tied)
         write_json(staging / CONFIG, config)
         if shards.has_index:
             write_json(staging / INDEX_FILE, _index(shards, merged))

@@ -18,6 +18,7 @@ from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta
 from axolotl_spft.checkpoint.base import BaseCheckpoint
 from axolotl_spft.checkpoint.keys import Group
 from axolotl_spft.checkpoint.quantized import Quantizer
+from axolotl_spft.checkpoint.tied_weights import place_deltas
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.ops.weight.scatter import rounded_sum
@@ -67,6 +68,7 @@ class MergedWeights:
 
     Attributes:
         additional: key -> tensor, which the base checkpoint does not have: heads, and weights that were tied.
+        unties: whether deltas part weights that the base ties.
         exactness: of each parameter with a delta that was made so far.
 
     Raises:
@@ -89,21 +91,10 @@ class MergedWeights:
         given = {name: tensor for name, tensor in adapter.others.items() if ".base_layer." in name}
         self._given = {name.replace(".base_layer.", "."): tensor for name, tensor in given.items()}
         others = {name: tensor for name, tensor in adapter.whole.items() if name not in given}
-        self._deltas: dict[str, SavedDelta] = {}
-        self._module_of: dict[str, str] = {}
-        untied: dict[str, str] = {}
-        for module, delta in adapter.deltas.items():
-            own = next((name for name in (f"{module}.weight", module) if name in keys.tied), None)
-            # the delta of an embedding is of all that is tied to it, and one of a head leaves the embedding as it is
-            if own is None or module in base.embeddings:
-                self._deltas[base.parameter(module)] = delta
-                self._module_of[base.parameter(module)] = module
-            else:
-                untied[own] = module
-        for name, other in keys.doubled:
-            # a model ties the two where they are equal: left as it is, the other one would part from it
-            if name in self._deltas and other not in self._deltas and self._are_equal(name, other):
-                self._deltas[other], self._module_of[other] = self._deltas[name], self._module_of[name]
+        places = place_deltas(base, adapter)
+        self._module_of = dict(places.stored)
+        self._deltas = {name: adapter.deltas[module] for name, module in places.stored.items()}
+        self.unties = places.unties
         self._whole = {name: tensor for name, tensor in others.items() if name in keys.group_of}
         quantized = quantizer.modules if quantizer is not None and onto_quantized else ()
         for module in quantized:
@@ -111,14 +102,14 @@ class MergedWeights:
                 self._module_of.setdefault(base.parameter(module), module)
         self._round = {base.parameter(module) for module in quantized if base.has(module)}
         self.additional = {
-            name: self._merged(keys.tied[name], name, module, adapter.deltas[module]) for name, module in untied.items()
+            name: self._merged(
+                keys.tied[name], name, module or name.removesuffix(".weight"), adapter.deltas.get(module or "")
+            )
+            for name, module in places.apart.items()
         }
         for name, tensor in others.items():
             if name not in keys.group_of and not self._is_tied_copy(name, tensor, others):
                 self.additional[name] = tensor.to(_dtype_of(base))
-
-    def _are_equal(self, name: str, other: str) -> bool:
-        return torch.equal(self._base.read_parameter(name), self._base.read_parameter(other))
 
     def _is_tied_copy(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> bool:
         other = others.get(self._base.keys.tied.get(name, ""))

@@ -6,12 +6,13 @@ parallelism: by rows (column-parallel, as engines call it for y = x W^T), or by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftError
+from axolotl_spft.tuner.tied import TIED, listed
 
 # name of a fused module: of its parts, in the order of its rows
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -66,6 +67,42 @@ def find_place(
     held = sizes[index], weight.shape[1]
     whole = shapes[name] if exact else (shapes[name][0], weight.shape[1])
     return Place(weight, sum(sizes[:index]), *_shard(name, whole, held, rank, ranks))
+
+
+def check_ties(
+    modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]]
+) -> None:
+    """Check that each weight is that of the modules which it was one with in training, and of no other.
+
+    Args:
+        modules: of a model, by name.
+        weights: by the name of the adapter's module, the parameter that holds its W.
+        tied: the modules that computed with the delta of another one in training, by the name of that one.
+
+    Raises:
+        SpftError: the model ties other modules.
+    """
+    holders: dict[int, list[nn.Module]] = {}
+    name_of = {module: name for name, module in modules.items()}
+    for module in modules.values():
+        held = module._parameters.get("weight")
+        if held is not None and held.numel():
+            holders.setdefault(held.data_ptr(), []).append(module)
+    for name, weight in weights.items():
+        here = holders.get(weight.data_ptr(), [])
+        trained = [_module(modules, each) for each in tied.get(name, ())]
+        for other, module in zip(tied.get(name, ()), trained):
+            if module is not None and module not in here:
+                raise SpftError(
+                    f"{listed([name, other])} were one weight where the adapter was trained, with one delta, and are "
+                    f"different weights here: {TIED}"
+                )
+        strange = [] if len(here) < 2 else [each for each in here if each not in (_module(modules, name), *trained)]
+        if strange:
+            raise SpftError(
+                f"{name} was a weight of its own where the adapter was trained, and is one with {name_of[strange[0]]} "
+                "here: serve the base model that it was trained on, or the merged model (`axolotl spft merge`)"
+            )
 
 
 def _module(modules: Mapping[str, nn.Module], name: str) -> nn.Module | None:

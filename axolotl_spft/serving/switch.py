@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from axolotl_spft.checkpoint.adapter import SavedAdapter, read_adapter
 from axolotl_spft.errors import SpftError, first_of
 from axolotl_spft.ops.mask.csr import row_indices
-from axolotl_spft.serving.places import find_place
+from axolotl_spft.serving.places import check_ties, find_place
 from axolotl_spft.tuner.expert_targets import is_of_experts
 
 _APPLIED = "_spft_applied"
@@ -115,7 +115,7 @@ def apply_adapter(
 
 def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> tuple[list[_Write], list[str]]:
     """Every change, none made yet; and what the model has no place for."""
-    writes, absent = [], []
+    writes, absent, weights = [], [], {}
     shapes = {name: delta.shape for name, delta in adapter.deltas.items()}
     modules = dict(model.named_modules())
     for name, delta in adapter.deltas.items():
@@ -123,6 +123,7 @@ def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> 
         if place is None:
             absent.append(name)
             continue
+        weights[name] = place.weight
         device = place.weight.device
         rows, columns = row_indices(delta.mask.row_offsets, delta.mask.nnz), delta.mask.columns
         rows, columns = rows.to(device, torch.int64), columns.to(device, torch.int64)
@@ -131,6 +132,8 @@ def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> 
         rows = rows[here] - place.rows.start + place.first_row
         columns = columns[here] - place.columns.start
         writes.append(_Write(place.weight, rows, columns, delta.values.to(device)[here]))
+    if "tied" in adapter.record:
+        check_ties(modules, weights, adapter.record["tied"])
     parameters = dict(model.named_parameters())
     for name, tensor in adapter.whole.items():
         parameter = parameters.get(name)

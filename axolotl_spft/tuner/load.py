@@ -16,8 +16,8 @@ from axolotl_spft.optim.mask_changes import note_replacement
 from axolotl_spft.tuner.biases import take_biases
 from axolotl_spft.tuner.record import NAME, make_record, record_from_tensor, record_to_tensor
 from axolotl_spft.tuner.sparse_layer import SparseLayer
-from axolotl_spft.tuner.state import base_shapes_of, check_state, shapes_of, spft_layers
-from axolotl_spft.tuner.tied import TiedLayer
+from axolotl_spft.tuner.state import TENSORS, base_shapes_of, check_state, shapes_of, spft_layers
+from axolotl_spft.tuner.tied import check_ties, tied_names
 
 
 def record_mask(tuner: nn.Module, adapter_name: str, source: Mapping | None) -> None:
@@ -32,7 +32,8 @@ def record_mask(tuner: nn.Module, adapter_name: str, source: Mapping | None) -> 
     config.base_shapes = base_shapes_of(layers)
     config.mask_source = None if source is None else dict(source)
     config.awaited = None
-    record = record_to_tensor(make_record(config, shapes_of(layers), source))
+    tied = {name: others for name, others in tied_names(tuner.model).items() if name in layers}
+    record = record_to_tensor(make_record(config, shapes_of(layers), source, tied))
     device = next((layer.spft_columns[adapter_name].device for layer in layers.values()), None)
     tuner.spft_record[adapter_name] = record.to(device)
 
@@ -70,9 +71,15 @@ def _take_adapter(
         record = _given_record(state_dict, record_key)
         renamed = bool(getattr(tuner.model, "_checkpoint_conversion_mapping", None))
         shapes = (record or {}).get("shapes") or None
-        tied = [name for name, module in tuner.model.named_modules() if isinstance(module, TiedLayer)]
         repaired = ((record or {}).get("mask_source") or {}).get("repaired")
-        recorded = (expected["nnz"], expected["base_shapes"], shapes, renamed, tied, repaired)
+        recorded = (expected["nnz"], expected["base_shapes"], shapes, renamed, repaired)
+        ending = f".{TENSORS[0]}.{adapter_name}"
+        deltas = [
+            key.removeprefix(base).removesuffix(ending)
+            for key in state_dict
+            if key.startswith(base) and key.endswith(ending)
+        ]
+        check_ties(tuner.model, deltas, (record or {}).get("tied"), adapter_name)
         check_state(state_dict, layers, base, adapter_name, *recorded)
         take_biases(tuner, state_dict, prefix, adapter_name)
     except SpftFileError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,21 +24,28 @@ NAME = "spft_record"
 FILE_KEY = f"base_model.{NAME}"
 
 
-def make_record(config: SpftConfig, shapes: Mapping[str, tuple[int, int]], source: Mapping | None) -> dict[str, Any]:
+def make_record(
+    config: SpftConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    source: Mapping | None,
+    tied: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
     """What is to be known of a mask.
 
     Args:
         config: the adapter's, whose options made the mask.
         shapes: (out_features, in_features) of each targeted module, in module order.
         source: salience, scope, samples read and seed; None where nothing is known of it.
+        tied: the modules that compute with the delta of another one, by the name of that one.
 
     Returns:
-        ``mask_source``, ``options`` (those of `mask_option_names`) and ``shapes``.
+        ``mask_source``, ``options`` (those of `mask_option_names`), ``shapes`` and ``tied``.
     """
     return {
         "mask_source": None if source is None else dict(source),
         "options": {name: getattr(config, name) for name in mask_option_names()},
         "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "tied": {name: list(others) for name, others in tied.items()},
     }
 
 
@@ -58,6 +65,8 @@ def record_from_tensor(tensor: Tensor) -> dict[str, Any]:
         options, shapes, source = record.get("options", {}), record.get("shapes", {}), record.get("mask_source")
         known = {name: value for name, value in options.items() if name in mask_option_names()}
         whole = all(len(shape) == 2 and all(isinstance(size, int) for size in shape) for shape in shapes.values())
+        for names in record.get("tied", {}).values():
+            whole &= isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not whole or not isinstance(source, (dict, type(None))) or check_options(known):
             raise ValueError
     except (ValueError, TypeError, AttributeError) as error:

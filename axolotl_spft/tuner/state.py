@@ -61,7 +61,6 @@ def check_state(
     base_shapes: str | None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     renamed: bool = False,
-    tied: Iterable[str] = (),
     repaired: int | None = None,
 ) -> None:
     """Check all sparse tensors of one adapter in ``state_dict`` against the layers that shall take them.
@@ -73,7 +72,6 @@ def check_state(
         base_shapes: the fingerprint that the adapter's config records, if it does.
         shapes: (out_features, in_features) of each module that the file records, if it does: by the names of then.
         renamed: whether modules may have had other names then, which no fingerprint can be compared with.
-        tied: names of the modules that compute with the delta of another one.
         repaired: how many of the values begin at the unquantized weight, as the file records it, if it does.
 
     Raises:
@@ -81,13 +79,6 @@ def check_state(
     """
     endings = {f".{tensor}.{adapter_name}" for tensor in (*TENSORS, ORIGINALS)}
     given = {key for key in state_dict if key.startswith(prefix) and any(key.endswith(ending) for ending in endings)}
-    for name in tied:
-        if f"{prefix}{name}.{TENSORS[0]}.{adapter_name}" in given:
-            raise SpftFileError(
-                f"adapter `{adapter_name}`: its file has a delta of {name} alone, which this model ties to another "
-                "module: load the model with `tie_word_embeddings: false`, or merge the adapter with `axolotl spft "
-                "merge`, which unties it"
-            )
     problems, total, originals_found, known = [], 0, 0, set()
     for name, layer in layers.items():
         keys = [f"{prefix}{name}.{tensor}.{adapter_name}" for tensor in TENSORS]

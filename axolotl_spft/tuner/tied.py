@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from axolotl_spft.errors import SpftError
+from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.tuner.layer import multiply
 from axolotl_spft.tuner.mixed_batch import add_branches_, look_up_by_row_
 from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded
 from axolotl_spft.tuner.shared_input import SharedInput
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import spft_layers
+from axolotl_spft.tuner.targets import renamed_targets
+
+# remedies where an adapter and a base differ in what they tie
+TIED = "load the base model that it was trained on, with `tie_word_embeddings: true`"
+_APART = (
+    "load the model with `tie_word_embeddings: false`, or merge the adapter with `axolotl spft merge`, which unties it"
+)
 
 
 class TiedLayer(nn.Module, BaseTunerLayer):
@@ -113,6 +120,64 @@ def tied_modules(model: nn.Module) -> dict[nn.Module, dict[str, nn.Module]]:
         if len(group) > 1 and any(isinstance(each, nn.Embedding) for each in group.values())
         for module in group.values()
     }
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """By the name of each sparse layer whose S other modules compute with: the names of those."""
+    name_of = {layer: name for name, layer in spft_layers(model).items()}
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TiedLayer):
+            found.setdefault(name_of[module.owner], []).append(name)
+    return found
+
+
+def check_ties(
+    model: nn.Module, deltas: Iterable[str], recorded: Mapping[str, Sequence[str]] | None, adapter_name: str
+) -> None:
+    """Check that each delta of an adapter's file is of the modules that would compute with it here.
+
+    Args:
+        model: with the adapter's sparse layers.
+        deltas: names of the modules that the file has a delta of.
+        recorded: `tied_names` of the model that was trained, by the names of then; None in older files.
+
+    Raises:
+        SpftFileError: modules are tied here which were trained apart, or the other way round.
+    """
+    now = tied_names(model)
+    readers = {name for others in now.values() for name in others}
+    known = {name for name, _ in model.named_modules()}
+    then = [
+        {renamed_targets([name], model).pop() for name in (owner, *others)}
+        for owner, others in (recorded or {}).items()
+    ]
+    for name in deltas:
+        if name in readers:
+            raise SpftFileError(
+                f"adapter `{adapter_name}`: its file has a delta of {name} alone, which this model ties to another "
+                f"module: {_APART}"
+            )
+        if recorded is None or name not in known:
+            continue
+        trained = next((group for group in then if name in group), {name}) & known
+        here = {name, *now.get(name, ())}
+        if trained - here:
+            raise SpftFileError(
+                f"adapter `{adapter_name}`: {listed(trained)} were one weight where it was trained, with one delta, "
+                f"and are different weights in this model: {TIED}"
+            )
+        if here - trained:
+            raise SpftFileError(
+                f"adapter `{adapter_name}`: it was trained where {name} was a weight of its own, and this model ties "
+                f"it to {listed(here - trained)}: {_APART}"
+            )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as a sentence has them: in order, the last two with "and"."""
+    *first, last = sorted(names)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def refuse_to_part(name: str, excluded: Sequence[str]) -> None:

@@ -13,12 +13,15 @@ SHAPES = {"a.q_proj": (4, 10), "b.ü": (3, 7)}
 
 
 def test_a_record_comes_back_as_it_was():
-    record = make_record(SpftConfig(num_values=7, scope="row"), SHAPES, {"salience": "gradient", "samples": 9})
+    record = make_record(
+        SpftConfig(num_values=7, scope="row"), SHAPES, {"salience": "gradient", "samples": 9}, {"a": ["b.c"]}
+    )
     tensor = record_to_tensor(record)
     assert (tensor.dtype, tensor.ndim) == (torch.uint8, 1)
     again = record_of({FILE_KEY: tensor, "base_model.model.a.q_proj.spft_columns": torch.zeros(0)})
     assert again["shapes"] == {"a.q_proj": [4, 10], "b.ü": [3, 7]}
     assert again["mask_source"] == {"salience": "gradient", "samples": 9}
+    assert again["tied"] == {"a": ["b.c"]}
     assert (again["options"]["num_values"], again["options"]["density"], again["options"]["scope"]) == (7, None, "row")
     assert not {"target_modules", "mask_path", "nnz"} & set(again["options"])
 
@@ -36,6 +39,7 @@ def test_a_file_without_one_has_an_empty_one():
         b'{"options": {}, "shapes": {"a": [1, "2"]}, "mask_source": null}',
         b'{"options": {"density": 7}, "shapes": {}, "mask_source": null}',
         b'{"options": {}, "shapes": {}, "mask_source": "x"}',
+        b'{"options": {}, "shapes": {}, "mask_source": null, "tied": {"a": "b"}}',
     ],
 )
 def test_a_damaged_record_is_one_clear_error(bad):
@@ -44,6 +48,6 @@ def test_a_damaged_record_is_one_clear_error(bad):
 
 
 def test_options_of_a_later_version_are_passed_over():
-    record = make_record(SpftConfig(), SHAPES, None)
+    record = make_record(SpftConfig(), SHAPES, None, {})
     record["options"]["of_tomorrow"] = 3
     assert record_of({FILE_KEY: record_to_tensor(record)})["mask_source"] is None
