@@ -80,10 +80,4 @@ def problems_beside(options: Mapping[str, Any]) -> list[str]:
             "`reselect` exchanges single entries, which would tear the blocks of `pattern: block`: write "
             "`pattern: element`, or leave `reselect` out"
         )
-    if options.get("target_parameters"):
-        problems.append(
-            "`reselect` grows where the inputs and output gradients of linear layers say, which experts that are one "
-            f"parameter keep inside their module: leave `target_parameters: {options['target_parameters']}` or "
-            "`reselect` out"
-        )
     return problems

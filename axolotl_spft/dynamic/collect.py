@@ -8,26 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from axolotl_spft.dynamic.expert_passes import ExpertPasses
+from axolotl_spft.dynamic.kept_input import KeptInput
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.errors import SpftError
 from axolotl_spft.salience.adders import gradient_part_of
 from axolotl_spft.salience.collect import device_of, devices_of
+from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.sparse_layer import SparseLayer
-
-
-class _Input:
-    """The input x of some layers, one after the other, that is to be kept once."""
-
-    def __init__(self, x: Tensor):
-        self.given, self.version, self.kept = x.detach(), x._version, None
-
-    def is_of(self, x: Tensor) -> bool:
-        given = self.given
-        return (
-            given is not None
-            and (given.data_ptr(), given.shape, given.stride()) == (x.data_ptr(), x.shape, x.stride())
-            and self.version == x._version
-        )
 
 
 class Collector:
@@ -38,17 +25,29 @@ class Collector:
     numbers a token and layer, with layers that read one x counted once: on a GPU as long as half of its free memory
     holds them, then on the host.
 
+    Of experts that are one parameter the inputs and the output gradient of their module are kept, see `ExpertPasses`.
+
     Args:
+        model: that the layers are in.
         layers: by name.
         adapter_name: passes in which another adapter is active, or none, are left out.
     """
 
-    def __init__(self, layers: Mapping[str, SparseLayer], adapter_name: str):
+    def __init__(self, model: nn.Module, layers: Mapping[str, SparseLayer], adapter_name: str):
         self.layers, self.adapter_name = layers, adapter_name
-        self._pairs: dict[str, list[tuple[nn.Module, _Input, Tensor]]] = {name: [] for name in layers}
+        self._pairs: dict[str, list[tuple[nn.Module, KeptInput, Tensor]]] = {}
+        self._experts: dict[str, ExpertPasses] = {}
+        for name, layer in layers.items():
+            if isinstance(layer, ExpertMatrix):
+                module = name.rpartition(".")[0]
+                self._experts[module] = ExpertPasses(
+                    module, model.get_submodule(module), adapter_name, self._is_trained, self._placed
+                )
+            else:
+                self._pairs[name] = []
         self._handles: list = []
         self._room: dict[torch.device, int] = {}
-        self._last: _Input | None = None
+        self._last: KeptInput | None = None
 
     def start(self) -> None:
         """Begin, or go on; does nothing while it collects."""
@@ -59,8 +58,11 @@ class Collector:
             self._room = {device: torch.cuda.mem_get_info(device)[0] // 2 for device in on_gpus}
         self._handles = [
             module.register_forward_hook(partial(self._after_forward, name))
-            for name, layer in self.layers.items()
-            for module in (layer, *layer.readers)
+            for name in self._pairs
+            for module in (self.layers[name], *self.layers[name].readers)
+        ]
+        self._handles += [
+            each.experts.register_forward_hook(each.after_forward, with_kwargs=True) for each in self._experts.values()
         ]
 
     def stop(self) -> None:
@@ -71,18 +73,37 @@ class Collector:
 
     def forget(self) -> None:
         """Let go of what was collected."""
-        self._pairs = {name: [] for name in self.layers}
+        self._pairs = {name: [] for name in self._pairs}
+        for each in self._experts.values():
+            each.forget()
 
     def passes(self) -> list[int]:
         """How many backward passes through each layer were collected."""
-        return [len(pairs) for pairs in self._pairs.values()]
+        return [
+            len(self._pairs[name]) if name in self._pairs else self._experts_of(name).count(layer)
+            for name, layer in self.layers.items()
+        ]
+
+    def groups(self) -> list[list[str]]:
+        """The layers, those together whose gradients must all be made before the S of one is changed."""
+        groups: dict[str, list[str]] = {}
+        for name in self.layers:
+            groups.setdefault(name if name in self._pairs else name.rpartition(".")[0], []).append(name)
+        return list(groups.values())
 
     def take_gradient(self, name: str, ranks: Ranks) -> Tensor:
         """This rank's rows of dW, summed over all ranks, which must all ask: (rows, in_features) float32.
 
-        At a time there is the part of one rank. What it was made of is let go.
+        At a time there is the part of one rank, of experts their whole gradient. What it was made of is let go, but of
+        experts.
         """
         layer, mine = self.layers[name], None
+        if name not in self._pairs:
+            whole = self._experts_of(name).gradient(layer)
+            for rank in range(ranks.world):
+                part = ranks.sum_to_(whole[ranks.rows(layer.out_features, rank)], rank)
+                mine = part if rank == ranks.rank else mine
+            return mine
         device = device_of(layer)
         pairs = [(gradient_part_of(module), x.kept.to(device), dy.to(device)) for module, x, dy in self._pairs[name]]
         self._pairs[name] = []
@@ -96,28 +117,25 @@ class Collector:
                 mine = total
         return mine
 
+    def _experts_of(self, name: str) -> ExpertPasses:
+        return self._experts[name.rpartition(".")[0]]
+
+    def _is_trained(self, layer: SparseLayer) -> bool:
+        if layer.disable_adapters or layer.merged or self.adapter_name not in layer._filled_active_adapters():
+            return False
+        return layer.spft_values._parameters[self.adapter_name].requires_grad
+
     def _after_forward(self, name: str, module: nn.Module, args: tuple, y: Tensor) -> None:
-        layer = self.layers[name]
-        if not torch.is_grad_enabled() or not y.requires_grad or layer.disable_adapters or layer.merged:
-            return
-        if self.adapter_name not in layer._filled_active_adapters():
-            return
-        if not layer.spft_values._parameters[self.adapter_name].requires_grad:
+        if not torch.is_grad_enabled() or not y.requires_grad or not self._is_trained(self.layers[name]):
             return
         x = args[0]
         if self._last is None or not self._last.is_of(x):
-            self._last = _Input(x)
+            self._last = KeptInput(x)
         held = self._last
         y.register_hook(lambda grad_y: self._keep(name, module, held, grad_y))
 
-    def _keep(self, name: str, module: nn.Module, held: _Input, grad_y: Tensor) -> None:
-        if held.kept is None:
-            if held.given._version != held.version:
-                raise SpftError(
-                    f"the model changes the input of {name} in place after that layer has read it, so that the "
-                    "gradient of its weight cannot be had: name the layer in `exclude_modules`, or leave `reselect` out"
-                )
-            held.kept, held.given = self._placed(held.given), None
+    def _keep(self, name: str, module: nn.Module, held: KeptInput, grad_y: Tensor) -> None:
+        held.keep(name, self._placed)
         self._pairs[name].append((module, held, self._placed(grad_y.detach())))
 
     def _placed(self, tensor: Tensor) -> Tensor:

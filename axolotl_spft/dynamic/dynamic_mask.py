@@ -93,7 +93,7 @@ class DynamicMask:
         self._originals = open_grown_originals(
             model.base_model.model, config, self.adapter_name, self.layers, Ranks.current()
         )
-        self.collector = Collector(self.layers, self.adapter_name)
+        self.collector = Collector(model.base_model.model, self.layers, self.adapter_name)
         self.history = History(self._masks(), shapes_of(self.layers))
 
     @contextmanager
@@ -139,25 +139,19 @@ class DynamicMask:
                 "no gradients were collected: run the forward and the backward pass before a re-selection within "
                 "`with dynamic_mask.collecting():`"
             )
-        exchanged = 0
-        only_first = ranks.rank != 0
-        bar = tqdm(self.layers.items(), desc="Re-selection", unit="matrix", leave=False, disable=only_first, delay=2)
-        for (name, layer), passes in zip(bar, reached):
-            if not passes:
-                continue
-            values = layer.spft_values[self.adapter_name]
-            whole = ranks.concatenate(own_part(values, ranks.rank)) if is_partitioned(values) else values.detach()
-            found = self._exchange(name, whole.to(layer.mask(self.adapter_name).columns.device), ranks)
-            if found is None:
-                continue
-            originals = None if self._originals is None else self._originals.after(name, found, ranks)
-            if zero:
-                rearrange_zero_(optimizer, values, found.sources, ranks)
-            else:
-                rearrange_(optimizer, values, found.sources)
-            layer.set_mask(self.adapter_name, found.mask, rearranged(whole, found.sources.to(whole.device)), originals)
-            self.history.move(name, found.sources, step)
-            exchanged += int((found.sources < 0).sum())
+        exchanged, passes = 0, dict(zip(self.layers, reached))
+        with tqdm(
+            total=len(self.layers), desc="Re-selection", unit="matrix", leave=False, disable=ranks.rank != 0, delay=2
+        ) as bar:
+            for group in self.collector.groups():
+                whole = {name: self._whole_values(name, ranks) for name in group if passes[name]}
+                found = {name: self._exchange(name, values, ranks) for name, values in whole.items()}
+                for name, each in found.items():
+                    if each is not None:
+                        self._install(name, each, whole[name], optimizer, zero, ranks)
+                        self.history.move(name, each.sources, step)
+                        exchanged += int((each.sources < 0).sum())
+                bar.update(len(group))
         self.collector.forget()
         slots = self.slots()
         check_same_slots(slots, ranks)
@@ -197,6 +191,7 @@ class DynamicMask:
     def _exchange(self, name: str, values: Tensor, ranks: Ranks) -> Exchange | None:
         layer = self.layers[name]
         mask, gradient = layer.mask(self.adapter_name), self.collector.take_gradient(name, ranks)
+        values = values.to(mask.columns.device)
         if ranks.sum_numbers(int(torch.isfinite(gradient).all()))[0] < ranks.world:
             return None
         importance = values.to(torch.float32).abs()
@@ -213,6 +208,20 @@ class DynamicMask:
             # a function of the user's own may give back what it was given, the weight itself
             scores = scores.clone()
         return exchange(mask, layer.in_features, importance, scores, self.options.fraction, per_row, ranks)
+
+    def _whole_values(self, name: str, ranks: Ranks) -> Tensor:
+        values = self.layers[name].spft_values[self.adapter_name]
+        return ranks.concatenate(own_part(values, ranks.rank)) if is_partitioned(values) else values.detach()
+
+    def _install(self, name: str, found: Exchange, whole: Tensor, optimizer: Any, zero: bool, ranks: Ranks) -> None:
+        layer = self.layers[name]
+        values = layer.spft_values[self.adapter_name]
+        originals = None if self._originals is None else self._originals.after(name, found, ranks)
+        if zero:
+            rearrange_zero_(optimizer, values, found.sources, ranks)
+        else:
+            rearrange_(optimizer, values, found.sources)
+        layer.set_mask(self.adapter_name, found.mask, rearranged(whole, found.sources.to(whole.device)), originals)
 
     def _masks(self) -> dict:
         return {name: layer.mask(self.adapter_name) for name, layer in self.layers.items()}

@@ -80,12 +80,20 @@ class MaskedDense:
         originals: dict[str, torch.Tensor] | None = None,
     ):
         self.model, self.masks, self.fraction, self.per_row, self.drop = model, dict(masks), fraction, per_row, drop
-        self.layers = {name: model.get_submodule(name) for name in masks}
+        parameters, modules = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_modules())
+        # experts go by the names of their parameters, which have three dimensions
+        self.weights = {name: parameters.get(name, parameters.get(f"{name}.weight")) for name in masks}
+        self.transposed = {
+            name
+            for name in masks
+            if isinstance(modules.get(name), Conv1D)
+            or (name in parameters and getattr(modules[name.rpartition(".")[0]], "is_transposed", False))
+        }
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        for layer in self.layers.values():
-            layer.weight.requires_grad_(True)
-        self.start = {name: self._seen(layer.weight.detach().clone(), name) for name, layer in self.layers.items()}
+        for weight in self.weights.values():
+            weight.requires_grad_(True)
+        self.start = {name: self._seen(weight.detach().clone(), name) for name, weight in self.weights.items()}
         self.deltas = {name: torch.zeros_like(start, requires_grad=True) for name, start in self.start.items()}
         self.quantized, self.originals = dict(self.start), originals or {}
         for name in masks:
@@ -94,7 +102,7 @@ class MaskedDense:
         self.optimizer = torch.optim.AdamW(self.deltas.values(), lr=RATE, weight_decay=DECAY)
 
     def _seen(self, weight: torch.Tensor, name: str) -> torch.Tensor:
-        return weight.t() if isinstance(self.layers[name], Conv1D) else weight
+        return (weight.mT if name in self.transposed else weight).flatten(0, -2)
 
     def train(self, steps: int, every: int, collect: int, accumulate: int = 2) -> list[float]:
         losses = []
@@ -105,9 +113,9 @@ class MaskedDense:
                 loss = self.model(**batch).loss / accumulate
                 loss.backward()
                 losses.append(loss.item())
-                for name, layer in self.layers.items():
-                    gradient = self._seen(layer.weight.grad, name)
-                    layer.weight.grad = None
+                for name, weight in self.weights.items():
+                    gradient = self._seen(weight.grad, name)
+                    weight.grad = None
                     summed[name] += gradient
                     collected[name] += gradient * (part >= accumulate - collect)
             for name, delta in self.deltas.items():
@@ -147,5 +155,6 @@ class MaskedDense:
 
     @torch.no_grad()
     def _write(self) -> None:
-        for name, layer in self.layers.items():
-            layer.weight.copy_(self._seen(self.start[name] + self.deltas[name], name))
+        for name, weight in self.weights.items():
+            stored = weight.mT if name in self.transposed else weight
+            stored.copy_((self.start[name] + self.deltas[name]).view(stored.shape))

@@ -48,8 +48,7 @@ def runs(folder):
     """Trains every case: name -> error, or None where it went well."""
     mask = {"density": 0.05, "samples": 16, "mask_path": str(folder / "mask.safetensors")}
     saved = {"lora_model_dir": str(folder / "single_plain")}
-    experts = {"base_model": str(make_experts(folder)), "spft": {"density": 0.05, "samples": 16, **EXPERTS}}
-
+    of_experts = {"base_model": str(make_experts(folder))}
     tied = {"base_model": str(make_tied(folder)), "spft": {"density": 0.05, "samples": 16, **TIED}}
 
     def cases(engine: str, ranks: int = RANKS) -> list:
@@ -60,7 +59,8 @@ def runs(folder):
             return [
                 case("plain", spft=mask), case("four_bit", **BASES["4bit"]), case("few", spft=FEW),
                 case("head", spft=WITH_HEAD), case("bf16", bf16=True),
-                case("continued", **saved), case("repaired", **repaired(4)), case("experts", **experts),
+                case("continued", **saved), case("repaired", **repaired(4)),
+                case("experts", **of_experts, spft=dynamic(4) | EXPERTS),
                 case("tied", **tied), case("dynamic", spft=dynamic(4)),
             ]  # fmt: skip
         if engine == "ddp":
@@ -68,12 +68,13 @@ def runs(folder):
                 case("plain", spft={**mask, "mask_path": str(folder / "ddp_mask.safetensors")}, **GRADIENTS),
                 case("from_file", spft={**mask, "mask_path": str(folder / "ddp_mask.safetensors")}, **GRADIENTS),
                 case("few", spft=FEW), case("head", spft=WITH_HEAD), case("eight_bit_base", load_in_8bit=True),
-                case("repaired", **repaired(2)), case("experts", **experts), case("dynamic", spft=dynamic(2)),
+                case("repaired", **repaired(2)), case("dynamic", spft=dynamic(2)),
+                case("experts", **of_experts, spft=dynamic(2) | EXPERTS),
             ]  # fmt: skip
         return [
             case("few", "zero1", spft=FEW),
             case("head", "zero2", spft=WITH_HEAD),
-            case("experts", "zero2", **experts),
+            case("experts", "zero2", **of_experts, spft=dynamic(2) | EXPERTS),
             case("bf16", "zero2", bf16=True),
             case("eight_bit", "zero1", optimizer="sparse_adamw_8bit"),
             case("four_bit", "zero2", **BASES["4bit"]),

@@ -57,10 +57,6 @@ def test_good_configurations_pass(options):
             [f"`salience: {OWN}:by_inputs` needs input_squares, weight: use one made of the gradient"],
         ),
         (
-            {"spft": {"reselect": {"every": 9}, "target_parameters": ["experts.down_proj"]}},
-            ["`target_parameters: ['experts.down_proj']` or `reselect` out"],
-        ),
-        (
             {"quantize_moe_experts": True, "lora_target_parameters": ["experts.down_proj"], "load_in_4bit": True},
             ["Axolotl quantizes experts for its LoRA adapters only", "set `spft.target_parameters`"],
         ),
