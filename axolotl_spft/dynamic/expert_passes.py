@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from axolotl_spft.dynamic.kept_input import KeptInput
+from axolotl_spft.errors import SpftError
 from axolotl_spft.salience.adders import adder_of_experts
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.experts import SpftExperts
@@ -63,7 +64,14 @@ class ExpertPasses:
     def after_forward(self, _: SpftExperts, args: tuple, kwargs: dict[str, Any], y: Tensor) -> None:
         """A forward hook."""
         trained = [matrix for matrix in self.experts.matrices if self._is_trained(matrix)]
-        if not torch.is_grad_enabled() or not trained or not y.requires_grad:
+        if not torch.is_grad_enabled() or not trained:
+            return
+        if not isinstance(y, Tensor):
+            raise SpftError(
+                f"{self._name} gives more than one tensor, and `reselect` knows experts of one: leave `reselect` or "
+                "`target_parameters` out"
+            )
+        if not y.requires_grad:
             return
         held = tree_map_only(Tensor, KeptInput, (args, kwargs))
         device = y.device.type

@@ -10,6 +10,7 @@ from axolotl_spft.engine.memory import memory_per_rank
 from axolotl_spft.planning.activations import activations
 from axolotl_spft.planning.settings import Settings
 from axolotl_spft.planning.shapes import ModelShape
+from axolotl_spft.reselect_rules import Reselect
 from axolotl_spft.salience.groups import why_at_once
 from axolotl_spft.salience.metrics.metric import accumulators_of, load_metric
 
@@ -32,6 +33,8 @@ class Estimate(NamedTuple):
         salience: the accumulators, and one matrix' gradient, on the GPU.
         salience_host: accumulators for which the GPU has no room.
         salience_peak: the most in the pass before training.
+        collected: what a re-selection keeps of its micro-batches until the optimizer has stepped, on the GPU.
+        collected_host: of that, what the GPU has no room for.
         file: of the saved adapter.
     """
 
@@ -47,6 +50,8 @@ class Estimate(NamedTuple):
     salience: int
     salience_host: int
     salience_peak: int
+    collected: int
+    collected_host: int
     file: int
 
     @property
@@ -97,10 +102,16 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
     peak = held + gathered + passed.peak(parts.gradients, keeps)
     without_gradients = passed.peak(0, keeps_gradients=False)
     dense = activations(shape, run, None).peak(0, keeps_gradients=False)
+    largest = 4 * max(rows * columns for rows, columns in shape.targets)
+    collected = collected_bytes(shape, run)
+    # of what a pass before has left free
+    kept_on_gpu = min(collected, max(0, gpu_bytes - peak - RESERVE_BYTES) // 2)
+    if collected:
+        # beside it a pass, or the gradient of a matrix and its score
+        peak = max(peak, held + 2 * largest) + kept_on_gpu
     on_gpu, on_host = 0, 0
     if accumulators:
         whole = 4 * accumulators * entries
-        largest = 4 * max(rows * columns for rows, columns in shape.targets)
         memory_gib = run.options.get("salience_memory_gib")
         room = max(0, gpu_bytes - base - RESERVE_BYTES) // 2 if memory_gib is None else int(memory_gib * GIB)
         scope, pattern = run.options.get("scope", "layer"), run.options.get("pattern", "element")
@@ -126,8 +137,18 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
         salience_peak=base + (widest_entries(shape) * run.dtype_bytes if gathered else 0) + on_gpu + dense
         if accumulators
         else 0,
+        collected=kept_on_gpu,
+        collected_host=collected - kept_on_gpu,
         file=file_bytes(shape, nnz, run.value_bytes) + nnz * repaired_bytes,
     )
+
+
+def collected_bytes(shape: ModelShape, run: Settings) -> int:
+    """X and dY of the micro-batches from which a re-selection makes its dense gradients; 0 without `reselect`."""
+    reselect = run.options.get("reselect")
+    if reselect is None:
+        return 0
+    return Reselect(**reselect).collect * run.rows * run.sequence_len * shape.collected * run.dtype_bytes
 
 
 def gathered_entries(shape: ModelShape, run: Settings) -> int:

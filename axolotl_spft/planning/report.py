@@ -57,6 +57,9 @@ def as_text(plan: Plan) -> str:
     lines = [f"  {text:34} {_size(getattr(found, name)):>12}" for name, text in _PARTS.items()]
     if found.salience_host:
         lines.append(f"  {'accumulators on the host, per rank':34} {_size(found.salience_host):>12}")
+    for name, where in (("collected", "GPU"), ("collected_host", "host")):
+        if getattr(found, name):
+            lines.append(f"  {f'kept for a re-selection on the {where}':34} {_size(getattr(found, name)):>12}")
     lines += ["", f"It needs {_size(found.needed)} with {_size(RESERVE_BYTES)} of reserve: {_fits(found, gpu_bytes)}."]
     if changes:
         lines += ["Change, one on top of the other:"]

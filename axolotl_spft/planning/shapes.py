@@ -65,6 +65,7 @@ class ModelShape(NamedTuple):
         expert_entries: of the largest targeted parameter of experts, which backward makes a dense gradient of; 0 where
             none is targeted.
         expert_inputs: numbers that the targeted experts' products keep of each token in one block for backward.
+        collected: numbers that a re-selection keeps of each token: what targets read, once, and their output gradients.
     """
 
     names: list[str]
@@ -87,6 +88,7 @@ class ModelShape(NamedTuple):
     experts: bool
     expert_entries: int = 0
     expert_inputs: int = 0
+    collected: int = 0
 
 
 def find_config(base_model: str, shape: str | None) -> tuple[PretrainedConfig, str]:
@@ -215,7 +217,28 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
         experts=bool(experts),
         expert_entries=max((layer.out_features * layer.in_features for layer in of_experts), default=0),
         expert_inputs=sum(layer.in_features for layer in of_experts) * (experts or 1) // text.num_hidden_layers,
+        collected=_collected(adapted, group_by_input(widths), text.hidden_size),
     )
+
+
+def _collected(model: nn.Module, groups: list[list[str]], hidden: int) -> int:
+    """What `axolotl_spft.dynamic.collect.Collector` keeps of each token.
+
+    Args:
+        groups: names of the linear targets, those together that read one tensor.
+        hidden: the width of what experts read and give.
+    """
+    from axolotl_spft.salience.install import adapted_layers
+    from axolotl_spft.tuner.embedding import SpftEmbedding
+    from axolotl_spft.tuner.experts import SpftExperts
+
+    layers = adapted_layers(model)
+    count = sum(layers[names[0]].in_features + sum(layers[name].out_features for name in names) for names in groups)
+    for layer in layers.values():
+        if isinstance(layer, SpftEmbedding):
+            # of its tokens nothing counts beside the gradient of their rows; a tied head reads what it multiplies
+            count += layer.in_features + len(layer.readers) * (layer.in_features + layer.out_features)
+    return count + 2 * hidden * sum(isinstance(module, SpftExperts) for module in model.modules())
 
 
 def _reads_no_norm(name: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
-from axolotl_spft import SpftConfig, select_mask
+from axolotl_spft import DynamicMask, SpftConfig, select_mask
 from axolotl_spft.bench.kept import kept_for_backward
 from axolotl_spft.planning.activations import activations
 from axolotl_spft.planning.advice import alternatives, changes_that_help
@@ -18,6 +18,7 @@ from axolotl_spft.planning.estimate import GIB, base_bytes, estimate
 from axolotl_spft.planning.settings import Settings
 from axolotl_spft.planning.shapes import ModelShape, find_config, read_shape
 from axolotl_spft.salience.install import adapted_layers
+from tests.experts import PARAMETERS, tiny_mixtral
 
 RESULTS = Path(__file__).parents[2] / "integration" / "bench" / "results"
 BASE = Settings(
@@ -160,3 +161,35 @@ def test_where_the_accumulators_go():
     assert three.salience - one.salience == 2 * whole
     ready = estimate(shape, run._replace(options={"salience": "magnitude"}), 80 * GIB)
     assert (ready.salience, ready.salience_host, ready.salience_peak) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_re_selection_collects(tied):
+    config = LlamaConfig(**SIZES, use_cache=False, tie_word_embeddings=tied)
+    options = {"density": 0.05, "target_modules": ["embed_tokens", "lm_head", "q_proj", "k_proj", "down_proj"]}
+    shape = read_shape(config, options)
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), SpftConfig(**options, salience="magnitude"))
+    select_mask(model, None)
+    model.peft_config["default"].salience = "gradient"
+    dynamic, tokens = DynamicMask(model), torch.arange(40).reshape(2, 20)
+    for _ in range(2):
+        with dynamic.collecting():
+            model(input_ids=tokens, labels=tokens).loss.backward()
+    pairs = [pair for pairs in dynamic.collector._pairs.values() for pair in pairs]
+    kept = {id(x): x.kept for _, x, _ in pairs if x.kept.is_floating_point()}
+    numbers = sum(map(torch.numel, kept.values())) + sum(dy.numel() for _, _, dy in pairs)
+    assert numbers == 2 * 40 * shape.collected
+    run = BASE._replace(rows=2, sequence_len=20, options={**options, "reselect": {"every": 9, "collect": 2}})
+    found, static = (estimate(shape, each, GIB * 8) for each in (run, run._replace(options=options)))
+    assert (found.collected, found.collected_host) == (2 * numbers, 0)
+    assert found.peak >= static.peak + 2 * numbers
+    tight = estimate(shape, run, static.peak + GIB + 1000)
+    assert tight.collected == 500 and tight.collected + tight.collected_host == 2 * numbers
+    assert (static.collected, static.collected_host) == (0, 0)
+
+
+def test_what_a_re_selection_of_experts_collects():
+    config = tiny_mixtral().config
+    shape = read_shape(config, {"target_modules": ["q_proj"], "target_parameters": PARAMETERS})
+    # q_proj of as many, and the module of the experts, in each of two layers
+    assert shape.collected == 2 * (28 + 28 + 28 + 28)
