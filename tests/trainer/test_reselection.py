@@ -18,15 +18,20 @@ from axolotl_spft.inspection.text import describe
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.trainer.salience_pass import peft_model_of
 from axolotl_spft.tuner.state import slots_of
+from tests.experts import PARAMETERS, tiny_mixtral
 from tests.models import tiny_llama
 from tests.trainer.test_callback import plain
+from tests.tuner.test_embedding import tied_qwen2
 
 RESELECT = {"every": 2, "fraction": 0.3, "until": 0.9, "collect": 2}
 RUN = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
 
 
-def trainer_of(folder: Path, reselect: dict | None = RESELECT, optimizer: str | None = "sparse_adamw", **changes):
-    model = get_peft_model(tiny_llama(), SpftConfig(density=0.05, samples=4, reselect=reselect))
+def trainer_of(
+    folder: Path, reselect: dict | None = RESELECT, optimizer: str | None = "sparse_adamw", base=tiny_llama,
+    targets: dict | None = None, **changes,
+):  # fmt: skip
+    model = get_peft_model(base(), SpftConfig(density=0.05, samples=4, reselect=reselect, **(targets or {})))
     trainer = plain(folder, model, [SpftCallback(optimizer)])
     for name, value in (RUN | changes).items():
         setattr(trainer.args, name, value)
@@ -98,6 +103,29 @@ def test_resumed_before_at_after_and_amid_a_reselection_equals_uninterrupted(tmp
     assert not (tmp_path / "dies" / "checkpoint-4").exists()
     trainer_of(tmp_path / "dies", optimizer=optimizer).train(resume_from_checkpoint=True)
     assert_same(end_of(tmp_path / "dies"), expected)
+
+
+@pytest.mark.parametrize("reselect", [None, RESELECT], ids=["static", "dynamic"])
+@pytest.mark.parametrize("kind", ["tied", "experts"])
+def test_tied_targets_and_experts_resume_to_the_same_bits(tmp_path, kind, reselect):
+    base, targets = {
+        "tied": (tied_qwen2, {"target_modules": ["lm_head", "q_proj"], "bias": "all"}),
+        "experts": (tiny_mixtral, {"target_modules": ["q_proj"], "target_parameters": PARAMETERS}),
+    }[kind]
+    options = {"base": base, "targets": targets, "max_steps": 4}
+    trainer_of(tmp_path, reselect, **options).train()
+    expected, first = (load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (4, 1))
+    moved = [key for key in expected if not torch.equal(expected[key], first[key])]
+    assert {"spft_values"} <= {key.rpartition(".")[2] for key in moved}
+    assert any(key.endswith("spft_columns") for key in moved) == (reselect is not None)
+    optimizer = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    trainer_of(tmp_path, reselect, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    again = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    assert again.keys() == expected.keys() and all(torch.equal(again[key], expected[key]) for key in again)
+    state = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    assert state.keys() == optimizer["state"].keys()
+    for number, entry in state.items():
+        assert all(torch.equal(entry[key], optimizer["state"][number][key]) for key in entry)
 
 
 def test_a_fraction_of_nothing_is_the_static_run_and_inspect_tells_what_was_recorded(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import bitsandbytes as bnb
 import pytest
@@ -16,6 +17,7 @@ from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner import SpftLinear
 from tests.interpreter import DEVICE
 from tests.models import ARCHITECTURES, logits, same_weights, tiny_llama, token_batch, weights_of, with_adapter
+from tests.tuner.test_gradients import assert_gradients_equal, backward
 
 KINDS = ["4bit", "4bit-double", "8bit"]
 
@@ -177,3 +179,27 @@ def test_nothing_dequantized_is_kept_for_backward():
     shapes = {tuple(t.shape) for t in kept if t.is_floating_point() and t.numel() in sizes}
     weights = {(layer.out_features, layer.in_features) for layer in adapted_layers(model).values()}
     assert not shapes & weights
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_embedding_and_a_head_of_a_quantized_base(tmp_path, tied):
+    """They stay in floating point, beside products that are made of dequantized weights."""
+    make, targets = partial(tiny_llama, tie_word_embeddings=tied), ["embed_tokens", "lm_head", "q_proj"]
+    plain = dequantized(quantize(make(), "4bit"))
+    model = with_adapter(quantize(make(), "4bit"), target_modules=targets, density=0.2)
+    layers = adapted_layers(model)
+    assert ("lm_head" in layers) != tied and layers["model.embed_tokens"].quantization_backend is None
+    with torch.no_grad():
+        for name, layer in layers.items():
+            plain.get_submodule(name).weight += layer.get_delta_weight("default")
+    for parameter in plain.parameters():
+        parameter.requires_grad_(True)
+    for _ in range(2):
+        expected = backward(plain)
+        assert abs(backward(model) - expected) <= 1e-4 * expected
+        assert_gradients_equal(model, plain, 1e-4)
+        model.zero_grad()
+        plain.zero_grad()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantize(make(), "4bit"), tmp_path)
+    assert torch.equal(logits(loaded.train()), logits(model))
