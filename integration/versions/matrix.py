@@ -65,8 +65,10 @@ def make_environment(python: Path, upgraded: list[str]) -> None:
     """Make the environment of ``python``, unless it is there with all that is tested."""
     if python.exists() and not set(TESTED) - set(releases(python)):
         return
+    # with the source on its path pip would take the project for installed
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for command in commands(python, upgraded):
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env=own)
 
 
 def releases(python: Path) -> dict[str, str]:
