@@ -1,10 +1,11 @@
 """What DeepSpeed keeps in parts on the ranks for a parameter: its float32 master and its optimizer's state.
 
-It keeps them under names that are not public: what is read here is that of DeepSpeed 0.18.
+It keeps them under names that are not public: those that are read here are the same in DeepSpeed 0.18 and 0.19.
 """
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +38,16 @@ def rearrange_zero_(optimizer: Any, parameter: nn.Parameter, sources: Tensor, ra
     Each tensor is put together from all ranks' parts, one after the other, and every rank takes its part of the result.
 
     Raises:
-        SpftError: see there; or the parts do not make up the parameter.
+        SpftError: see there; or the parts do not make up the parameter; or this DeepSpeed keeps them elsewhere.
     """
     inner = optimizer.optimizer
-    piece = _piece_of(optimizer, parameter, ranks.rank)
+    try:
+        piece = _piece_of(optimizer, parameter, ranks.rank)
+    except (AttributeError, KeyError, StopIteration) as error:
+        raise SpftError(
+            f"DeepSpeed {version('deepspeed')} does not keep the values' optimizer state where DeepSpeed 0.18 and 0.19 "
+            "do, so the mask cannot change: install one of these, train under DDP, or leave `reselect` out"
+        ) from error
     master, bits = piece.master.detach().view(-1), piece.group.get("state_bits", 32)
     state = inner.state.get(piece.master, {})
     for name in names_of_state(state, master.numel(), bits, type(inner).__name__):

@@ -67,9 +67,9 @@ class SparseMixedModel(mixed.MixedModel, SpftModel):
         else:
             super()._check_new_adapter_config(config)
 
-    def _inject_parameters(self, *args: Any, **kwargs: Any) -> None:
+    def _inject_parameters(self, *args: Any, **kwargs: Any) -> Any:
         # of other methods alone
-        BaseTuner._inject_parameters(self, *args, **kwargs)
+        return BaseTuner._inject_parameters(self, *args, **kwargs)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         if isinstance(peft_config, SpftConfig):

@@ -138,14 +138,15 @@ class SpftModel(BaseTuner):
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
-    ) -> None:
+    ) -> list[str]:
         if not isinstance(peft_config, SpftConfig):
             # another method's, in a mixed model
-            super()._inject_parameters(peft_config, model, adapter_name, low_cpu_mem_usage)
-            return
+            return super()._inject_parameters(peft_config, model, adapter_name, low_cpu_mem_usage)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             found = inject_parameters(model, peft_config, adapter_name, adapter_name in self.active_adapters)
+        # PEFT reads the list of the model; since 0.21 it takes what is returned, and adds to the list what is not in it
         self.targeted_parameter_names.extend(found)
+        return found
 
     def _check_target_module_exists(self, peft_config: SpftConfig, key: str) -> Any:
         # PEFT asks for a layer's index only where a name is the ending of a module's; those of all-linear are whole

@@ -3,8 +3,8 @@
     python -m integration.versions.matrix [--folder FOLDER] [--only NAME] [--dry-run] [tests/tuner tests/optim ...]
 
 ``pinned`` holds what Axolotl 0.19 asks for, which is the oldest that the ranges of pyproject.toml admit beside it;
-``newest`` has, against its wish, the newest releases of what Axolotl pins and still runs with. Each folder of tests is
-a run of its own, recorded when it ends in results.json, of which README.md holds the table.
+``newest`` has, against its wish, the newest releases of what Axolotl pins and still runs with. Each folder or file of
+tests that is named is a run of its own, recorded when it ends in results.json, of which README.md holds the table.
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ def make_environment(python: Path, upgraded: list[str]) -> None:
     """Make the environment of ``python``, unless it is there with all that is tested."""
     if python.exists() and not set(TESTED) - set(releases(python)):
         return
+    # with the source on its path pip would take the project for installed
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for command in commands(python, upgraded):
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env=own)
 
 
 def releases(python: Path) -> dict[str, str]:
@@ -83,19 +85,29 @@ def pip_check(python: Path) -> list[str]:
     return check.stdout.strip().splitlines() if check.returncode else []
 
 
-def run_tests(python: Path, folder: str, root: Path = ROOT) -> dict[str, Any]:
-    """How many tests of a folder passed and which did not; ``ended`` is pytest's exit status."""
-    own = {**os.environ, "PYTHONPATH": str(root)}
+def run_tests(python: Path, tests: str, root: Path = ROOT) -> dict[str, dict[str, Any]]:
+    """file -> how many of its tests passed and which did not; ``ended`` is pytest's exit status.
+
+    A run that was killed before it could report is recorded under the name of ``tests``.
+    """
+    # the commands that tests start are looked up on the path
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    own = {**os.environ, "PYTHONPATH": str(root), "PATH": path}
     with tempfile.TemporaryDirectory() as place:
         report = Path(place, "report.xml")
-        command = [str(python), "-m", "pytest", "-q", f"--junitxml={report}", folder]
-        status = subprocess.run(command, cwd=root, env=own).returncode
-        # a run that was killed writes none
+        # this family of reports names the file of each test
+        options = ["-q", "--tb=short", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+        status = subprocess.run([str(python), "-m", "pytest", *options, tests], cwd=root, env=own).returncode
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
-    outcomes: dict[str, set[str]] = {}
+    outcomes: dict[str, dict[str, set[str]]] = {}
     for case in cases:
-        tags = outcomes.setdefault(f"{case.get('classname')}::{case.get('name')}", set())
+        tags = outcomes.setdefault(case.get("file", tests), {}).setdefault(case.get("name", ""), set())
         tags |= {child.tag for child in case}
+    return {file: counts(names, status) for file, names in outcomes.items()} or {tests: counts({}, status)}
+
+
+def counts(outcomes: Mapping[str, set[str]], status: int) -> dict[str, Any]:
+    """The record of one file, from the marks that the report gives to each of its tests."""
     failed = sorted(name for name, tags in outcomes.items() if tags & {"failure", "error"})
     skipped = sum("skipped" in tags and name not in failed for name, tags in outcomes.items())
     date = datetime.now(timezone.utc).date().isoformat()
@@ -105,23 +117,40 @@ def run_tests(python: Path, folder: str, root: Path = ROOT) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def add_run(record: dict[str, Any], name: str, environment: Mapping[str, Any], folder: str, run: dict) -> None:
-    """Put a run of ``folder`` into the record; runs with other releases than these are dropped from it."""
+def folder_of(tests: str) -> str:
+    """The row of the table in which a file or folder of tests counts: ``tests/tuner``, or a file beside the folders."""
+    return "/".join(Path(tests).parts[:2])
+
+
+def add_run(record: dict[str, Any], name: str, environment: Mapping[str, Any], tests: str, run: Mapping) -> None:
+    """Put a run of ``tests`` into the record; runs with other releases than these are dropped from it."""
     before = record.get(name, {})
     runs = before["runs"] if before.get("releases") == environment["releases"] else {}
-    record[name] = {**environment, "runs": {**runs, folder: run}}
+    # a file that is no longer there goes with its folder's run
+    kept = {file: counted for file, counted in runs.items() if not Path(file).is_relative_to(tests)}
+    files = before.get("files", {}) | {folder_of(tests): number_of_files(folder_of(tests))}
+    record[name] = {**environment, "files": files, "runs": dict(sorted({**kept, **run}.items()))}
 
 
-def summary(run: Mapping[str, Any] | None) -> str:
-    """The cell of a run: empty where there was none."""
-    if run is None:
-        return ""
-    counts = [f"{run['passed']} passed"]
-    counts += [f"{run['skipped']} skipped"] if run["skipped"] else []
-    counts += [f"**{len(run['failed'])} failed**"] if run["failed"] else []
+def number_of_files(folder: str) -> int:
+    """How many files of tests a folder has; 1 for a file."""
+    return len([*(ROOT / folder).glob("**/test_*.py")]) if (ROOT / folder).is_dir() else 1
+
+
+def summary(runs: list[Mapping[str, Any]], files: int) -> str:
+    """The cell of a folder: its runs added up, and how many of its files they are where some did not run."""
+    if not runs:
+        return "not run"
+    passed, skipped = (sum(run[kind] for run in runs) for kind in ("passed", "skipped"))
+    failed = sum(len(run["failed"]) for run in runs)
     # 0 and 1 are the ends of a run that came to its last test
-    counts += [f"**broken off (status {run['ended']})**"] if run["ended"] not in (0, 1) else []
-    return ", ".join(counts)
+    broken = sorted({str(run["ended"]) for run in runs} - {"0", "1"})
+    parts = [f"{passed} passed"]
+    parts += [f"{skipped} skipped"] if skipped else []
+    parts += [f"**{failed} failed**"] if failed else []
+    parts += [f"**broken off (status {', '.join(broken)})**"] if broken else []
+    parts += [f"{len(runs)} of {files} files"] if len(runs) < files else []
+    return ", ".join(parts)
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -129,8 +158,12 @@ def table(record: Mapping[str, Any]) -> str:
     names = [name for name in UPGRADED if name in record]
     rows = [["", *names], ["---"] * (len(names) + 1)]
     rows += [[package, *(record[name]["releases"][package] for name in names)] for package in TESTED]
-    for folder in sorted({folder for name in names for folder in record[name]["runs"]}):
-        rows.append([f"`{folder}`", *(summary(record[name]["runs"].get(folder)) for name in names)])
+    for folder in sorted({folder_of(file) for name in names for file in record[name]["runs"]}):
+        cells = []
+        for name in names:
+            runs = [run for file, run in record[name]["runs"].items() if folder_of(file) == folder]
+            cells.append(summary(runs, record[name]["files"].get(folder, 0)))
+        rows.append([f"`{folder}`", *cells])
     rows.append(["all other tests", *("not run" for _ in names)])
     rows.append(["`pip check`", *("; ".join(record[name]["pip_check"]) or "no complaint" for name in names)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -143,19 +176,19 @@ def write_page(record: Mapping[str, Any]) -> None:
         path.write_text(before + BEGIN + table(record) + END + rest.split(END)[1], encoding="utf-8")
 
 
-def measure(name: str, python: Path, folders: list[str]) -> bool:
-    """Make an environment, run the folders in it and record each; whether all went well."""
+def measure(name: str, python: Path, tests: list[str]) -> bool:
+    """Make an environment, run the named tests in it one by one and record each; whether all passed."""
     make_environment(python, UPGRADED[name])
     environment = {"releases": releases(python), "pip_check": pip_check(python)}
     well = True
-    for folder in tqdm(folders, desc=name, unit="folder"):
-        run = run_tests(python, folder)
+    for each in tqdm(tests, desc=name, unit="folder"):
+        run = run_tests(python, each)
         record = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-        add_run(record, name, environment, folder, run)
+        add_run(record, name, environment, each, run)
         with atomic_path(RESULTS) as path:
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         write_page(record)
-        well &= run["ended"] == 0
+        well &= all(counted["ended"] == 0 for counted in run.values())
     return well
 
 

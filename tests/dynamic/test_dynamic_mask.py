@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -321,6 +322,11 @@ def test_mistakes_are_told_in_a_sentence():
     with pytest.raises(SpftConfigError, match="tear the blocks of `pattern: block`"):
         DynamicMask(adapted(tiny_llama(), pattern="block", block_size=[4, 5]))
     dynamic.reselect(optimizer, 1)
+    with dynamic.collecting():
+        model(**token_batch()).loss.backward()
+    later = SimpleNamespace(optimizer=optimizer, single_partition_of_fp32_groups=[])
+    with pytest.raises(SpftError, match=r"DeepSpeed [\d.]+ does not keep the values' optimizer state where"):
+        dynamic.reselect(later, 1)
     optimizer.load_state_dict(optimizer.state_dict())
     layer = next(iter(dynamic.layers.values()))
     layer.set_mask("default", layer.mask("default"))

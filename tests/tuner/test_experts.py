@@ -256,7 +256,7 @@ def test_all_linear_says_which_experts_it_leaves_untrained():
         get_peft_model(tiny_mixtral(), SpftConfig())
     assert len([each for each in caught if "experts untrained" in str(each.message)]) == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         get_peft_model(tiny_mixtral(), SpftConfig(target_parameters=PARAMETERS))
         get_peft_model(tiny_llama(), SpftConfig())
 

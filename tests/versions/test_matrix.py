@@ -26,33 +26,47 @@ def test_the_page_is_written_between_its_marks_and_shows_what_did_not_run(tmp_pa
     shutil.copy(matrix.PAGE, page)
     monkeypatch.setattr(matrix, "PAGE", page)
     record = {}
-    matrix.add_run(record, "newest", environment_of(1), "tests/tuner", {**PASSED, "ended": 1, "failed": ["a::b"]})
+    versions = "tests/versions/test_matrix.py"
+    failed = {**PASSED, "ended": 1, "failed": ["a"]}
+    matrix.add_run(record, "newest", environment_of(1), "tests/versions", {versions: failed})
     matrix.write_page(record)
     assert "| peft | 0.21.2 |\n" in page.read_text()
-    assert "| `tests/tuner` | 7 passed, 1 skipped, **1 failed** |\n" in page.read_text()
-    matrix.add_run(record, "pinned", environment_of(0), "tests/tuner", PASSED)
-    matrix.add_run(record, "newest", environment_of(1), "tests/optim", {**PASSED, "ended": -9, "skipped": 0})
+    assert "| `tests/versions` | 7 passed, 1 skipped, **1 failed** |\n" in page.read_text()
+    matrix.add_run(record, "pinned", environment_of(0), versions, {versions: PASSED})
+    killed = {"tests/optim": {**PASSED, "ended": -9, "passed": 0, "skipped": 0}}
+    matrix.add_run(record, "newest", environment_of(1), "tests/optim", killed)
+    two = {f"tests/tuner/test_{name}.py": PASSED for name in ("layer", "model")}
+    matrix.add_run(record, "newest", environment_of(1), "tests/tuner", two)
     matrix.write_page(record)
     text = page.read_text()
     assert "| peft | 0.20.0 | 0.21.2 |\n" in text
-    assert "| `tests/tuner` | 7 passed, 1 skipped | 7 passed, 1 skipped, **1 failed** |\n" in text
-    assert "| `tests/optim` |  | 7 passed, **broken off (status -9)** |\n" in text
+    assert "| `tests/versions` | 7 passed, 1 skipped | 7 passed, 1 skipped, **1 failed** |\n" in text
+    assert "| `tests/optim` | not run | 0 passed, **broken off (status -9)**, 1 of " in text
+    files = matrix.number_of_files("tests/tuner")
+    assert f"| `tests/tuner` | not run | 14 passed, 2 skipped, 2 of {files} files |" in text
     table = text.partition(matrix.BEGIN)[2].partition(matrix.END)[0]
     assert "| all other tests | not run | not run |\n" in table and "tests/engine" not in table
     assert text.partition(matrix.BEGIN)[0] == matrix.PAGE.read_text().partition(matrix.BEGIN)[0]
 
 
-def test_runs_with_other_releases_leave_the_record():
+def test_later_runs_replace_earlier_ones_and_other_releases_leave_the_record():
     record = {}
-    matrix.add_run(record, "newest", environment_of(1), "tests/tuner", PASSED)
-    matrix.add_run(record, "newest", environment_of(1), "tests/optim", PASSED)
-    assert set(record["newest"]["runs"]) == {"tests/tuner", "tests/optim"}
-    matrix.add_run(record, "newest", environment_of(0), "tests/ops", PASSED)
-    assert set(record["newest"]["runs"]) == {"tests/ops"}
+    old = dict.fromkeys(("tests/tuner/test_layer.py", "tests/tuner/test_gone.py"), PASSED)
+    matrix.add_run(record, "newest", environment_of(1), "tests/tuner", old)
+    matrix.add_run(record, "newest", environment_of(1), "tests/test_card.py", {"tests/test_card.py": PASSED})
+    better = {"tests/tuner/test_layer.py": {**PASSED, "passed": 8}}
+    matrix.add_run(record, "newest", environment_of(1), "tests/tuner/test_layer.py", better)
+    passed = {file: run["passed"] for file, run in record["newest"]["runs"].items()}
+    assert passed == {"tests/test_card.py": 7, "tests/tuner/test_gone.py": 7, "tests/tuner/test_layer.py": 8}
+    matrix.add_run(record, "newest", environment_of(1), "tests/tuner", better)
+    assert set(record["newest"]["runs"]) == {"tests/test_card.py", "tests/tuner/test_layer.py"}
+    matrix.add_run(record, "newest", environment_of(0), "tests/optim", {"tests/optim": PASSED})
+    assert set(record["newest"]["runs"]) == {"tests/optim"}
 
 
-def test_a_run_counts_what_passed_and_names_what_did_not(tmp_path):
-    (tmp_path / "test_some.py").write_text(
+def test_a_run_counts_by_file_what_passed_and_names_what_did_not(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text(
         "import pytest\n"
         "@pytest.fixture\n"
         "def broken(): raise OSError\n"
@@ -62,10 +76,18 @@ def test_a_run_counts_what_passed_and_names_what_did_not(tmp_path):
         "def test_error(broken): pass\n"
         "def test_skipped(): pytest.skip()\n"
     )
-    run = matrix.run_tests(Path(sys.executable), "test_some.py", tmp_path)
+    (tmp_path / "tests" / "test_more.py").write_text(
+        "import os, sys\n"
+        "def test_the_environments_commands_come_first(): "
+        "assert os.environ['PATH'].split(os.pathsep)[0] == os.path.dirname(sys.executable)\n"
+    )
+    runs = matrix.run_tests(Path(sys.executable), "tests", tmp_path)
+    assert set(runs) == {"tests/test_some.py", "tests/test_more.py"}
+    run = runs["tests/test_some.py"]
     assert (run["ended"], run["passed"], run["skipped"]) == (1, 2, 1)
-    assert run["failed"] == ["test_some::test_bad", "test_some::test_error"]
-    nothing = matrix.run_tests(Path(sys.executable), "test_missing.py", tmp_path)
+    assert run["failed"] == ["test_bad", "test_error"]
+    assert (runs["tests/test_more.py"]["passed"], runs["tests/test_more.py"]["failed"]) == (1, [])
+    nothing = matrix.run_tests(Path(sys.executable), "test_missing.py", tmp_path)["test_missing.py"]
     assert nothing["ended"] not in (0, 1)
     assert (nothing["passed"], nothing["failed"]) == (0, [])
 
