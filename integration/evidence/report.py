@@ -34,11 +34,11 @@ Made by `python -m integration.evidence report` from the lines in `results/`; ea
 stopped and started again, and several may work side by side. `make evidence` repeats a small experiment in minutes.
 
 Losses are means over the tokens of answers that were not trained on, after training; `±` is half of the range over the
-seeds. Untouched text is of a kind that the task does not train: a method that lowers the task's loss and raises this
-one forgets. The best rate of a method is bold; "edge" says that it is the first or last of those tried, so that a
-better one may lie beyond. A run's learning rate rises over its first tenth and then falls to 0; gradients are clipped
-to a norm of 1; LoRA's alpha is 2 r; rates are chosen by the same held-out examples for all methods alike. The time of
-a step is the process', on one core.
+seeds, and differences are between runs of the same seeds. Untouched text is of a kind that the task does not train: a
+method that lowers the task's loss and raises this one forgets. The best rate of a method is bold; "edge" says that it
+is the first or last of those tried, so that a better one may lie beyond. A run's learning rate rises over its first
+tenth and then falls to 0; gradients are clipped to a norm of 1; LoRA's alpha is 2 r; rates are chosen by the same
+held-out examples for all methods alike. The time of a step is the process', on one core.
 """
 
 
@@ -49,7 +49,8 @@ def write_report(experiments: Path, results: Path, output: Path) -> None:
     for path in [*queue(experiments), *sorted(set(experiments.glob("*.json")) - set(queue(experiments)))]:
         experiment = read_experiment(path)
         rows = rows_of(experiment, records)
-        if any(row.method != "none" for row in rows):
+        # runs that it shares with others are no answer to its question
+        if (results / f"{path.stem}.jsonl").is_file() and any(row.seeds for row in rows):
             measured.append((path.stem, experiment, rows))
     for question, heading in _QUESTIONS.items():
         parts.append(f"## {question}. {heading}\n")
@@ -90,7 +91,7 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row]) -> str:
         rate = f"{row.learning_rate:g}" if row.learning_rate else ""
         if row is chosen:
             rate = f"**{rate}**" + ("" if inner else " (edge)")
-        seeds = len(row.figures[f"{when}_task_loss"])
+        seeds = row.seeds or 1
         cells = [row.label, f"{row.trained:,}", rate, f"{seeds} of {row.wanted}" if seeds < row.wanted else str(seeds)]
         cells += [row.text(f"{when}_{name}_loss") for name in ("task", *untouched)]
         if judged:
@@ -109,24 +110,31 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row]) -> str:
 
 
 def _ranking(best: dict[str, tuple[Row, bool]]) -> str:
-    """One sentence: who has the lowest loss, and how far the others are behind."""
-    ordered = sorted(best.values(), key=lambda each: each[0].mean("after_task_loss"))
-    first, *others = [row for row, _ in ordered]
+    """One or two sentences: who of those with the most seeds has the lowest loss, and how far the others are off."""
+    rows = [row for row, _ in best.values()]
+    most = max(row.seeds for row in rows)
+    first = min((row for row in rows if row.seeds == most), key=lambda row: row.mean("after_task_loss"))
 
     def doubts(row: Row) -> str:
-        found = len(row.figures["after_task_loss"])
         edge = "" if best[row.label][1] else ", at the edge of its grid"
-        return f"{found} seed{'s' * (found > 1)}{edge}"
+        return f"{row.seeds} seed{'s' * (row.seeds > 1)}{edge}"
 
-    behind = [
-        f"{row.label} by {row.mean('after_task_loss') - first.mean('after_task_loss'):.3f} ({doubts(row)})"
-        for row in others
-    ]
+    # by the seeds that both have: the same examples in the same order
+    off = {
+        row.label: row.mean("after_task_loss") - first.mean("after_task_loss", row.seeds)
+        for row in rows
+        if row is not first
+    }
+    ordered = sorted(off, key=off.get)
+    behind = [f"{label} by {off[label]:.3f} ({doubts(best[label][0])})" for label in ordered if off[label] >= 0]
+    before = [f"{label} by {-off[label]:.3f} ({doubts(best[label][0])})" for label in ordered if off[label] < 0]
+    among = " of the methods with most seeds" if before else ""
     sentence = (
-        f"Each at its best rate, {first.label} has the lowest task loss, {first.text('after_task_loss')} "
-        f"at {first.learning_rate:g} ({doubts(first)})"
+        f"Each at its best rate, {first.label} has the lowest task loss{among}, "
+        f"{first.text('after_task_loss')} at {first.learning_rate:g} ({doubts(first)})"
     )
-    return sentence + ("; behind it are " + ", ".join(behind) if behind else "") + "."
+    sentence += ("; behind it are " + ", ".join(behind) if behind else "") + "."
+    return sentence + (f" Before it are {', '.join(before)}." if before else "")
 
 
 def _forgetting(experiment: dict[str, Any], rows: list[Row]) -> str:

@@ -12,17 +12,18 @@ PAGE, RESULTS = Path(__file__).with_name("README.md"), Path(__file__).with_name(
 _HEAD = """# A repaired base before any training
 
 Made by `python -m integration.repair page` from `results.jsonl`; measured by
-`python -m integration.repair run smollm2-135m-instruct --data FOLDER`, where FOLDER holds GSM8K (openai/gsm8k) as JSON
-lines and ARC as JSON lists. Losses are means a token, of answers that the statistics have not seen, and of English
-questions of another kind. The gap is that of NF4 (double quantization, blocks of 64) to bf16; entries are chosen by
-|W - Q(W)| times the root mean square of the input column, the low rank is the best one of the error weighted alike.
+`python -m integration.repair run smollm2-135m-instruct --data FOLDER`, and the same with `gemma-3-270m`, where FOLDER
+holds GSM8K (openai/gsm8k) as JSON lines and ARC as JSON lists. Losses are means a token, of answers that the statistics
+have not seen, and of English questions of another kind. The gap is that of NF4 (double quantization, blocks of 64) to
+bf16; entries are chosen by |W - Q(W)| times the root mean square of the input column, the low rank is the best one of
+the error weighted alike.
 """
 _FOOT = """
 A quantization error is nearly of full rank, so a few exact entries mend more of it than a low-rank product of many more
 numbers, for the kind of text that the statistics are of. The English questions, of another kind and few, gained nothing
-from repair and lost with more entries, as with the low rank of 1.15%; the one of 0.29% gained. What of such a start is
-left after a fine-tuning is another question, and one for [the experiments](../evidence/README.md). The default of
-`repair` is 0 until they answer it.
+from repair on SmolLM2 and lost with more entries, as with the low rank of 1.15%; on Gemma they gained with each more
+entry, and more than by the low rank of as many numbers. What of such a start is left after a fine-tuning is another
+question, and one for [the experiments](../evidence/README.md#d-quantized-bases).
 
 ## Least squares instead of the exact entries
 
