@@ -61,6 +61,16 @@ def assert_rows_are_those_of(expected: dict[str, torch.Tensor], got: torch.Tenso
         assert (one - other).abs().max() <= tolerance * other.abs().max(), (row, name)
 
 
+@torch.no_grad()
+def test_what_rows_differ_by_is_rounding():
+    model = with_two(ARCHITECTURES["llama"]()).double()
+    expected = one_by_one(model, lambda model: model(**rows()).logits)
+    got = model(**rows(), adapter_names=NAMES).logits
+    assert got.dtype == torch.float64
+    for row, name in enumerate(NAMES):
+        assert (got[row] - expected[name][row]).abs().max() <= 1e-12 * expected[name][row].abs().max()
+
+
 @pytest.mark.parametrize("base", [*ARCHITECTURES, "llama-4bit", "llama-bfloat16"])
 @torch.no_grad()
 def test_each_row_is_that_of_its_adapter(base):
