@@ -186,6 +186,13 @@ def full(setting: Setting) -> Ready:
     return Ready(model, _adamw(_trainable(model), setting.learning_rate), _count(model))
 
 
+def rms_of_projections(model: nn.Module) -> float:
+    """The root mean square of all weights that the methods train, of a base that is not quantized."""
+    weights = [module.weight for name, module in model.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
+    squares = sum(weight.detach().double().square().sum() for weight in weights)
+    return (squares / sum(weight.numel() for weight in weights)).sqrt().item()
+
+
 def none(setting: Setting) -> Ready:
     return Ready(setting.base, None, 0)
 

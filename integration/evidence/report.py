@@ -58,7 +58,8 @@ def write_report(experiments: Path, results: Path, output: Path) -> None:
             # a price means something beside another's alone
             sections = [_forgetting(experiment, rows) for _, experiment, rows in measured if len(best_rows(rows)) > 1]
         else:
-            sections = [_section(*each) for each in measured if each[1]["question"] == question]
+            sections = [_section(*each, _weight_rms(each[1]["base"], records)) for each in measured
+                        if each[1]["question"] == question]  # fmt: skip
         parts += sections or ["Not measured yet.\n"]
     for name, experiment, rows in measured:
         draw(output / f"{name}.png", experiment["title"], rows, next(iter(_untouched(rows)), None))
@@ -78,10 +79,23 @@ def _machines(records: Records) -> str:
     return ", ".join(f"{count} runs on {machine}" for machine, count in sorted(made.items())) or "nothing"
 
 
-def _section(name: str, experiment: dict[str, Any], rows: list[Row]) -> str:
+def _weight_rms(base: str, records: Records) -> float | None:
+    found = [each["result"].get("weight_rms") for each in records.values() if each["base"] == base]
+    return next(filter(None, found), None)
+
+
+def _section(name: str, experiment: dict[str, Any], rows: list[Row], weight_rms: float | None) -> str:
     untouched = _untouched(rows)
     judged = any("before_accuracy" in row.figures for row in rows)
-    head = ["method", "trained", "rate", "seeds", "task loss", *[f"{text} loss" for text in untouched]]
+    head = [
+        "method",
+        "trained",
+        "rate",
+        *["/ rms(W)"] * bool(weight_rms),
+        "seeds",
+        "task loss",
+        *[f"{text} loss" for text in untouched],
+    ]
     head += ["accuracy"] * judged + ["step"]
     best = best_rows(rows)
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -92,7 +106,10 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row]) -> str:
         if row is chosen:
             rate = f"**{rate}**" + ("" if inner else " (edge)")
         seeds = row.seeds or 1
-        cells = [row.label, f"{row.trained:,}", rate, f"{seeds} of {row.wanted}" if seeds < row.wanted else str(seeds)]
+        cells = [row.label, f"{row.trained:,}", rate]
+        if weight_rms:
+            cells.append(f"{row.learning_rate / weight_rms:.2g}" if row.learning_rate else "")
+        cells.append(f"{seeds} of {row.wanted}" if seeds < row.wanted else str(seeds))
         cells += [row.text(f"{when}_{name}_loss") for name in ("task", *untouched)]
         if judged:
             cells.append(row.text(f"{when}_accuracy"))
@@ -104,6 +121,10 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row]) -> str:
         f"{experiment.get('steps', DEFAULTS['steps'])} steps of {experiment.get('batch', DEFAULTS['batch'])}; "
         f"`experiments/{name}.json`"
     )
+    if weight_rms:
+        setting += (
+            f". The root mean square of the targeted weights, in units of which a rate stands too, is {weight_rms:.3f}"
+        )
     table = "\n".join(lines)
     picture = f"![{experiment['title']}]({name}.png)"
     return f"### {experiment['title']}\n\n{setting}.\n\n{_ranking(best)}\n\n{table}\n\n{picture}\n"

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from integration.evidence.bases import base_folder, load_base, load_tokenizer
 from integration.evidence.judge import batch_of, encode, judge, mean_loss
-from integration.evidence.methods import METHODS, Ready, Setting
+from integration.evidence.methods import METHODS, Ready, Setting, rms_of_projections
 from integration.evidence.tasks import Example, Task, load_task
 
 
@@ -66,6 +66,8 @@ def train(run: dict[str, Any], data: Path, bases: Path) -> dict[str, float]:
     )
     ready = METHODS[run["method"]](setting)
     result = {"trained": ready.trained, "setup_seconds": time.perf_counter() - started}
+    if run["method"] == "none" and run["bits"] == 16:
+        result["weight_rms"] = rms_of_projections(ready.model)
     of_base = tuple(run[name] for name in ("base", "task", "bits", "dtype", "judged", "texts", "length"))
     if ready.moved or of_base not in _JUDGED_BASES:
         before = judged(ready.model)
