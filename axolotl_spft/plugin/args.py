@@ -163,7 +163,7 @@ def _problems_of_experts(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> 
     if stage_of(cfg) == 3:
         return [
             f"`spft.target_parameters: {options['target_parameters']}` does not go with ZeRO-3, under which one of "
-            "three trials chose another mask of experts than one process: use ZeRO-1, ZeRO-2 or DDP"
+            "five trials chose another mask of experts than one process: use ZeRO-1, ZeRO-2 or DDP"
         ]
     asked = [key for key in ("use_scattermoe", "use_sonicmoe") if cfg.get(key)]
     if cfg.get("experts_implementation") not in (None, *IMPLEMENTATIONS):
