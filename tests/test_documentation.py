@@ -216,7 +216,20 @@ def test_the_page_of_the_benchmark_holds_every_record():
 
 def test_the_figures_beside_lora_are_those_of_the_records():
     record = ""
-    for _, ours, theirs, source in table(README, "| | spft, 0.5% |"):
+    for what, ours, theirs, source in table(README, "| | spft, 0.5% |"):
+        if "integration/evidence" in source:
+            heading = re.search(r"#([\w-]+)", source)[1]
+            parts = re.split(r"^## ", (ROOT / "integration" / "evidence" / "README.md").read_text(), flags=re.MULTILINE)
+            part = next(
+                each
+                for each in parts
+                if re.sub(r"[^\w ]", "", each.split("\n")[0]).lower().replace(" ", "-") == heading
+            )
+            before = re.search(r"\(([\d.]+)", what)[1]
+            for figure in (ours.split(",")[0], theirs.split(",")[0]):
+                assert re.search(rf"\*\*[\d.]+\*\* .*\| 3 \| {figure} ±", part), (heading, figure)
+            assert f"| {before} |" in part
+            continue
         record = re.search(r"#([\w-]+)", source)[1] if source != "same" else record
         rows = {row["method"]: row for row in json.loads((bench_page.RESULTS / f"{record}.json").read_text())["rows"]}
         for cell, row in ((ours, rows["spft-gradient"]), (theirs, rows["lora"])):
