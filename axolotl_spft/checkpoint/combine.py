@@ -133,8 +133,9 @@ def _ties(modules: Iterable[str], adapters: Sequence[SavedAdapter]) -> dict[str,
             each.record["tied"].get(module, []) for each in adapters if module in each.deltas and "tied" in each.record
         ]
         if any(set(each) != set(given[0]) for each in given):
+            most = max(given, key=len)
             raise SpftFileError(
-                f"{module} is one weight with {listed(max(given, key=len))} for one of the adapters and not for "
+                f"{module} is one weight with {listed(most)} for one of the adapters and not for "
                 "another: combine adapters of one base"
             )
         if given and given[0]:
