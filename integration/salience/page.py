@@ -31,11 +31,11 @@ from 1.04 to 1.15 of the limit, memory takes about 20 bytes a value ([records](.
 
 **Rate.** It decides more than the mask, and belongs to the metric. In [the evidence](../../integration/evidence/README.md) the best rates of `random` at 0.5% are a tenth
 of rms(W), the root mean square of the targeted weights, on two models whose rms(W) differ by a factor of 5.6 (0.03 of 0.193 on SmolLM2-135M, 0.003 of
-0.034 on Gemma-3-270M), and those of `gradient` a tenth of that or less. They rise as density falls: published recipes take 2 to 4 times full fine-tuning's at 5%,
+0.034 on Gemma-3-270M), and those of `gradient` a tenth of that. They rise as density falls: published recipes take 2 to 4 times full fine-tuning's at 5%,
 10 to 50 times at 1%, hundreds at 0.1% and below. Try half and twice. A comparison at LoRA's rate says little.
 
 **Metric and scope.** Each at its best rate, `random` has the lowest loss on the task of all metrics tried on either model. Beside LoRA of as many values it is a little ahead on
-SmolLM2, in 16 and in 4 bits, and level on Gemma; on other text it forgets less than LoRA on Gemma, and on SmolLM2 no more but of Python.
+both, in 16 and in 4 bits (by less than the seeds differ, but on most of them); on other text it forgets less than LoRA on Gemma, and on SmolLM2 no more but of Python.
 `balanced` and `scope: row` come next, `gradient` with `scope: layer` last: it sits on few rows and columns. `random`
 needs no salience pass, so no memory for it either. The examples for one GPU and the front page therefore write `salience: random` with its rate. `gradient`, the
 paper's choice, remains what a block without the key means, since its rates are ten times smaller: another default would silently train
