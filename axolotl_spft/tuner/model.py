@@ -308,6 +308,11 @@ class SpftModel(BaseTuner):
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @classmethod
+    def _get_learnable_bias_state_dict(cls, *args: Any, **kwargs: Any) -> dict:
+        # since 0.21 PEFT adds the base layers' biases to a file, where they are already
+        return {}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
         # since 0.21 PEFT leaves the keys of modules that are not targeted, and of the record, without the adapter's
         # name, and then skips them; with the name, they are seen when the adapter's file is checked

@@ -104,7 +104,9 @@ def test_all_linear_takes_every_linear_layer_but_the_head(case):
     expected = {name for name in linear if plain.get_submodule(name) is not head and not is_left(name, case.family)}
     found = adapted_layers(case.model)
     assert set(found) == expected
-    assert {name.rpartition(".")[2] for name in found} == set(case.family.targets.split())
+    # Jamba's router is a linear layer in some releases of transformers, and has a parameter of its own in others
+    routers = {"router"} - {name.rpartition(".")[2] for name in linear}
+    assert {name.rpartition(".")[2] for name in found} == set(case.family.targets.split()) - routers
     # every one of them is reached by a gradient
     empty = {name.rpartition(".")[2] for name, layer in found.items() if not layer.mask("default").nnz}
     assert empty == ({case.family.uncalled} if case.family.uncalled and case.base == "float" else set())
@@ -112,7 +114,8 @@ def test_all_linear_takes_every_linear_layer_but_the_head(case):
     tables = {f"{name}.weight" for name, module in plain.named_modules() if isinstance(module, nn.Embedding)}
     matrices = {name for name, parameter in plain.named_parameters() if parameter.ndim >= 2}
     others = matrices - tables - {f"{name}.weight" for name in expected} - {"lm_head.weight"}
-    assert [name for name in others if not is_left(name, case.family)] == []
+    left = [name for name in others if not is_left(name, case.family)]
+    assert {name.split(".")[-2] for name in left} <= routers & set(case.family.targets.split())
     quantized = {layer.quantization_backend is not None for layer in found.values()}
     assert quantized == {case.base == "4bit" and case.family.quantized}
 
