@@ -38,3 +38,9 @@ def first_of(items: Sequence[str], separator: str) -> str:
     """The first few items for a message, and how many more there are."""
     more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
     return separator.join([*items[:_SHOWN], *more])
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as a sentence has them: in order, the last two with "and"."""
+    *first, last = sorted(names)
+    return f"{', '.join(first)} and {last}" if first else last

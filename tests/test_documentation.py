@@ -27,6 +27,11 @@ def text_of(page: Path) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+def anchor_of(heading: str) -> str:
+    """What a link to it has behind the #."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
@@ -62,7 +67,7 @@ def test_links_lead_somewhere(page):
         assert target.exists(), link
         if anchor:
             headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], link
+            assert anchor in [anchor_of(heading) for heading in headings], link
 
 
 def test_every_page_is_in_the_readmes_table_of_contents():
@@ -220,11 +225,7 @@ def test_the_figures_beside_lora_are_those_of_the_records():
         if "integration/evidence" in source:
             heading = re.search(r"#([\w-]+)", source)[1]
             parts = re.split(r"^## ", (ROOT / "integration" / "evidence" / "README.md").read_text(), flags=re.MULTILINE)
-            part = next(
-                each
-                for each in parts
-                if re.sub(r"[^\w ]", "", each.split("\n")[0]).lower().replace(" ", "-") == heading
-            )
+            part = next(each for each in parts if anchor_of(each.split("\n")[0]) == heading)
             before = re.search(r"\(([\d.]+)", what)[1]
             for figure in (ours.split(",")[0], theirs.split(",")[0]):
                 assert re.search(rf"\*\*[\d.]+\*\* .*\| 3 \| {figure} ±", part), (heading, figure)

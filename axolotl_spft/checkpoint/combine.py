@@ -11,9 +11,8 @@ from torch import Tensor
 from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta
 from axolotl_spft.checkpoint.adapter_config import config_of
 from axolotl_spft.checkpoint.largest import taken, threshold_of
-from axolotl_spft.errors import SpftFileError
+from axolotl_spft.errors import SpftFileError, listed
 from axolotl_spft.ops.mask.csr import mask_from_positions, positions
-from axolotl_spft.tuner.tied import listed
 
 METHODS = ("linear", "ties")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from axolotl_spft.checkpoint.adapter import SavedAdapter
 from axolotl_spft.checkpoint.base import BaseCheckpoint
-from axolotl_spft.errors import SpftFileError
-from axolotl_spft.tuner.tied import TIED, listed
+from axolotl_spft.errors import SpftFileError, listed
+from axolotl_spft.tuner.tied import TIED
 
 
 class Places(NamedTuple):
@@ -42,13 +43,18 @@ def place_deltas(base: BaseCheckpoint, adapter: SavedAdapter) -> Places:
         module: next((name for name in (f"{module}.weight", module) if name in known), base.parameter(module))
         for module in adapter.deltas
     }
+
+    @cache
+    def are_equal(pair: frozenset[str]) -> bool:
+        """Of two tensors that the checkpoint has: a model ties them where they are. Each pair is read once."""
+        return torch.equal(*map(base.read_parameter, pair))
+
     stored: dict[str, str] = {}
     apart: dict[str, str | None] = {}
     for module, own in own_of.items():
         parameter = base.parameter(module)
         here = {parameter, *(name for name, other in keys.tied.items() if other == parameter)}
-        # a model ties two tensors that its checkpoint has where they are equal
-        here |= {other for name, other in keys.doubled if name == parameter and _are_equal(base, name, other)}
+        here |= {other for name, other in keys.doubled if name == parameter and are_equal(frozenset((name, other)))}
         if recorded is not None:
             trained = {own, *(f"{name}.weight" for name in recorded.get(module, ()))} & known
         elif module in base.embeddings:
@@ -67,11 +73,7 @@ def place_deltas(base: BaseCheckpoint, adapter: SavedAdapter) -> Places:
                 apart.setdefault(name, None)
         else:
             apart |= dict.fromkeys(trained, module)
-    parted = [
-        one for one, other in keys.doubled if stored.get(one) != stored.get(other) and _are_equal(base, one, other)
-    ]
-    return Places(stored, apart, bool(apart or parted))
-
-
-def _are_equal(base: BaseCheckpoint, name: str, other: str) -> bool:
-    return torch.equal(base.read_parameter(name), base.read_parameter(other))
+    parted = any(
+        stored.get(one) != stored.get(other) and are_equal(frozenset((one, other))) for one, other in keys.doubled
+    )
+    return Places(stored, apart, bool(apart) or parted)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from axolotl_spft.errors import SpftError
-from axolotl_spft.tuner.tied import TIED, listed
+from axolotl_spft.errors import SpftError, listed
+from axolotl_spft.tuner.tied import TIED
 
 # name of a fused module: of its parts, in the order of its rows
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

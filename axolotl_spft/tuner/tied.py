@@ -10,7 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from axolotl_spft.errors import SpftError, SpftFileError
+from axolotl_spft.errors import SpftError, SpftFileError, listed
 from axolotl_spft.tuner.layer import multiply
 from axolotl_spft.tuner.mixed_batch import add_branches_, look_up_by_row_
 from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded
@@ -172,12 +172,6 @@ def check_ties(
                 f"adapter `{adapter_name}`: it was trained where {name} was a weight of its own, and this model ties "
                 f"it to {listed(here - trained)}: {_APART}"
             )
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names as a sentence has them: in order, the last two with "and"."""
-    *first, last = sorted(names)
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def refuse_to_part(name: str, excluded: Sequence[str]) -> None:

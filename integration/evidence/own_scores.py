@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from axolotl_spft.salience.metrics.balanced import rms_of_rows_and_columns
 from axolotl_spft.salience.metrics.metric import needs
 from axolotl_spft.salience.metrics.random import score as uniform
 from axolotl_spft.salience.metrics.statistics import GRADIENT, Statistics
@@ -16,11 +17,8 @@ from axolotl_spft.salience.metrics.statistics import GRADIENT, Statistics
 @needs(GRADIENT)
 def spread(statistics: Statistics) -> Tensor:
     """|g_ij| / (rms(g_i.) rms(g_.j)): further from the gradient's rows and columns than `balanced` is."""
-    gradient = statistics.gradient
-    squares = gradient.square()
-    rows = squares.mean(1, keepdim=True).sqrt()
-    columns = (statistics.sum_over_rows(squares) / statistics.shape[0]).sqrt()
-    return gradient.abs() / (rows * columns).clamp_min(1e-30)
+    rows, columns = rms_of_rows_and_columns(statistics)
+    return statistics.gradient.abs() / (rows * columns).clamp_min(1e-30)
 
 
 @needs(GRADIENT)

@@ -17,8 +17,12 @@ def score(statistics: Statistics) -> Tensor:
     factored into rows and columns.
     """
     gradient = statistics.gradient
-    squares = gradient.square()
-    row_rms = squares.mean(1, keepdim=True).sqrt()
-    column_rms = (statistics.sum_over_rows(squares) / statistics.shape[0]).sqrt()
+    row_rms, column_rms = rms_of_rows_and_columns(statistics)
     scale = row_rms.sqrt() * column_rms.sqrt()
     return torch.where(scale > 0, gradient.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
+
+
+def rms_of_rows_and_columns(statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """The root mean squares of the gradient in each of these rows (rows, 1) and each whole column (in_features)."""
+    squares = statistics.gradient.square()
+    return squares.mean(1, keepdim=True).sqrt(), (statistics.sum_over_rows(squares) / statistics.shape[0]).sqrt()
