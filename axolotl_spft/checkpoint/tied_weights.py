@@ -9,8 +9,8 @@ import torch
 
 from axolotl_spft.checkpoint.adapter import SavedAdapter
 from axolotl_spft.checkpoint.base import BaseCheckpoint
-from axolotl_spft.errors import SpftFileError, listed
-from axolotl_spft.tuner.tied import TIED
+from axolotl_spft.errors import SpftFileError
+from axolotl_spft.tuner.tied import no_longer_tied
 
 
 class Places(NamedTuple):
@@ -62,11 +62,8 @@ def place_deltas(base: BaseCheckpoint, adapter: SavedAdapter) -> Places:
         else:
             trained = {own}
         if trained - here:
-            names = listed(name.removesuffix(".weight") for name in trained)
-            raise SpftFileError(
-                f"{names} were one weight where the adapter was trained, with one delta, and are different weights in "
-                f"{base.shards.folder}: {TIED}"
-            )
+            names = (name.removesuffix(".weight") for name in trained)
+            raise SpftFileError(no_longer_tied(names, str(base.shards.folder)))
         if parameter in trained:
             stored |= dict.fromkeys(trained & keys.group_of.keys(), module)
             for name in here - trained - keys.group_of.keys():

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from axolotl_spft.errors import SpftError, listed
-from axolotl_spft.tuner.tied import TIED
+from axolotl_spft.errors import SpftError
+from axolotl_spft.tuner.tied import no_longer_tied
 
 # name of a fused module: of its parts, in the order of its rows
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -93,10 +93,7 @@ def check_ties(
         trained = [_module(modules, each) for each in tied.get(name, ())]
         for other, module in zip(tied.get(name, ()), trained):
             if module is not None and module not in here:
-                raise SpftError(
-                    f"{listed([name, other])} were one weight where the adapter was trained, with one delta, and are "
-                    f"different weights here: {TIED}"
-                )
+                raise SpftError(no_longer_tied([name, other], "this model"))
         strange = [] if len(here) < 2 else [each for each in here if each not in (_module(modules, name), *trained)]
         if strange:
             raise SpftError(

@@ -19,11 +19,18 @@ from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import spft_layers
 from axolotl_spft.tuner.targets import renamed_targets
 
-# remedies where an adapter and a base differ in what they tie
-TIED = "load the base model that it was trained on, with `tie_word_embeddings: true`"
+# the remedy where a base ties what was apart when the adapter was trained
 _APART = (
     "load the model with `tie_word_embeddings: false`, or merge the adapter with `axolotl spft merge`, which unties it"
 )
+
+
+def no_longer_tied(names: Iterable[str], where: str) -> str:
+    """What an error says of modules that were tied when an adapter was trained, and are not in the model ``where``."""
+    return (
+        f"{listed(names)} were one weight where the adapter was trained, with one delta, and are different weights in "
+        f"{where}: load the base model that it was trained on, with `tie_word_embeddings: true`"
+    )
 
 
 class TiedLayer(nn.Module, BaseTunerLayer):
@@ -163,10 +170,7 @@ def check_ties(
         trained = next((group for group in then if name in group), {name}) & known
         here = {name, *now.get(name, ())}
         if trained - here:
-            raise SpftFileError(
-                f"adapter `{adapter_name}`: {listed(trained)} were one weight where it was trained, with one delta, "
-                f"and are different weights in this model: {TIED}"
-            )
+            raise SpftFileError(f"adapter `{adapter_name}`: {no_longer_tied(trained, 'this model')}")
         if here - trained:
             raise SpftFileError(
                 f"adapter `{adapter_name}`: it was trained where {name} was a weight of its own, and this model ties "
