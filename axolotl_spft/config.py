@@ -90,6 +90,9 @@ class SpftConfig(PeftConfig):
     reselect: dict[str, Any] | None = _option(
         None, "Dynamic mask: {every, fraction, until, collect, drop}; see axolotl_spft/dynamic/README.md."
     )
+    relative_step: bool = _option(
+        False, "The run's learning rate is in units of rms(W), the root mean square of the targeted weights."
+    )
     init_weights: bool = _option(
         True, "True: empty until select_mask. False: random positions and values at once (for generic PEFT tests)."
     )
@@ -163,7 +166,8 @@ RECORDED = ("nnz", "base_shapes", "mask_source")
 # options that say where an adapter's layers are, how it begins or how a run changes it, and nothing of how its mask is
 # chosen
 _OF_THE_PLACE = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
-                 "modules_to_save", "bias", "mask_path", "repair_from", "reselect", "init_weights")  # fmt: skip
+                 "modules_to_save", "bias", "mask_path", "repair_from", "reselect", "relative_step",
+                 "init_weights")  # fmt: skip
 
 
 def option_names() -> tuple[str, ...]:

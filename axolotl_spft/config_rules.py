@@ -86,6 +86,7 @@ _RULES = {
         "must be the path of a file, not of a folder",
     ),
     "reselect": (lambda v: isinstance(v, Mapping), f"must be a block of keys such as {EXAMPLE}"),
+    "relative_step": (lambda v: isinstance(v, bool), "must be true or false"),
     "init_weights": (lambda v: isinstance(v, bool), "must be true or false"),
 }
 _OPTIONAL = ("density", "num_values", "match_lora_rank", "density_pattern", "min_density", "max_density",

@@ -79,6 +79,11 @@ def problems_of_deepspeed(cfg: Mapping[str, Any], own_optimizer: bool) -> list[s
             f'{name}: its "optimizer" block would replace `optimizer: {cfg.get("optimizer")}`: remove the block, and '
             "set `optimizer` and `learning_rate` in the YAML file"
         )
+    if "scheduler" in settings and (cfg.get("spft") or {}).get("relative_step"):
+        problems.append(
+            f'{name}: its "scheduler" block has an absolute rate, and `relative_step: true` makes that of '
+            "`learning_rate`: remove the block, and set `lr_scheduler` in the YAML file"
+        )
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     if own_optimizer and offload != "none" and settings.get("zero_force_ds_cpu_optimizer", True):
         problems.append(

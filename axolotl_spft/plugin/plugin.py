@@ -118,8 +118,9 @@ class SpftPlugin(BasePlugin):
             saved = model.peft_config[model.active_adapter]
             for warning in options_not_read(cfg.spft or {}, saved):
                 LOG.warning("%s", warning)
-            # how its mask goes on is this run's choice, and what that reads is where this run has it
+            # how it goes on is this run's choice, and what that reads is where this run has it
             saved.reselect, saved.repair_from = config.reselect, config.repair_from or saved.repair_from
+            saved.relative_step = config.relative_step
         else:
             model = get_peft_model(model, config, **autocast)
         if cfg.merge_lora and getattr(model.base_model.model, "generation_config", None) is None:

@@ -15,6 +15,7 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
 from axolotl_spft.trainer.checkpoints import RunRecord
+from axolotl_spft.trainer.learning_rate import settle_learning_rate
 from axolotl_spft.trainer.memory import memory_of_run
 from axolotl_spft.trainer.model_card import keep_section_of_card
 from axolotl_spft.trainer.reselection import add_reselections, check_reselect
@@ -30,6 +31,7 @@ from axolotl_spft.trainer.watch import watch_training
 from axolotl_spft.tuner.experts import SpftExperts
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import slots_of
+from axolotl_spft.tuner.weight_rms import squares_of_weights
 
 # name: precision of the moments
 OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}
@@ -68,6 +70,8 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
             # beside adapters in folders of their own transformers does not load the one that is trained
             model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
     say(str(memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(optimizer or "", 32))))
+    squares = squares_of_weights(adapted_layers(model), show=ranks.rank == 0)
+    settle_learning_rate(trainer, model.peft_config[model.active_adapter], adapted_layers(model), squares, say)
     if checkpoint:
         say(f"Sparse mask: the one of the checkpoint {checkpoint}")
     elif is_saved:
@@ -83,7 +87,7 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     if optimizer in OPTIMIZERS:
         slots = slots_of(adapted_layers(model), model.active_adapter)
         trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args, OPTIMIZERS[optimizer], slots)
-    watch_training(trainer, model, ranks)
+    watch_training(trainer, model, ranks, squares)
     if reselect:
         add_reselections(trainer, model, checkpoint, say)
     keep_section_of_card(trainer)

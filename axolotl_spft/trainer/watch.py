@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.engine.zero3 import gathered, is_partitioned, own_part
+from axolotl_spft.engine.zero3 import is_partitioned, own_part
 from axolotl_spft.salience.install import adapted_layers
-from axolotl_spft.tuner.layer import SpftLinear
 
 PREFIX = "spft/"
 
 
-def watch_training(trainer: Any, model: nn.Module, ranks: Ranks) -> None:
+def watch_training(trainer: Any, model: nn.Module, ranks: Ranks, squares: Mapping[str, float]) -> None:
     """Add `Watch`'s figures to what the trainer logs of each training step.
 
     Callbacks see a log after the trainer has recorded it, and users' callbacks after those that report it: so its
     ``log`` is wrapped, on this trainer alone.
     """
-    watch, log = Watch(model, ranks), trainer.log
+    watch, log = Watch(model, ranks, squares), trainer.log
 
     @functools.wraps(log)
     def log_with_figures(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -40,10 +40,13 @@ class Watch:
     base weight itself holds W + S (not quantized, not partitioned by ZeRO-3), since w is at hand there.
     ``spft/delta_over_weight/<module>``: ||S|| / ||W|| over all matrices of that name, such as ``q_proj``.
 
-    ||W|| is computed once, from all weights; each call afterwards reads the values alone.
+    Each call reads the values alone.
+
+    Args:
+        squares: of the model's layers, from `axolotl_spft.tuner.weight_rms.squares_of_weights`.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks):
+    def __init__(self, model: nn.Module, ranks: Ranks, squares: Mapping[str, float]):
         self.adapter, self.ranks = model.active_adapter, ranks
         self.layers = {
             name: layer
@@ -51,15 +54,15 @@ class Watch:
             if self.adapter in layer.spft_values and layer.mask(self.adapter).nnz
         }
         self.kinds = list(dict.fromkeys(map(_kind, self.layers)))
-        self._weight_squares: dict[str, float] | None = None
+        self._weight_squares: dict[str, float] = {}
+        for name in filter(squares.__contains__, self.layers):
+            self._weight_squares[_kind(name)] = self._weight_squares.get(_kind(name), 0.0) + squares[name]
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
         """Name -> figure."""
         if not self.layers:
             return {}
-        if self._weight_squares is None:
-            self._weight_squares = self._squares_of_weights()
         squares: dict[str, Any] = {kind: 0.0 for kind in self.kinds}
         rounded, compared = [], 0
         partitioned = False
@@ -83,21 +86,6 @@ class Watch:
             if self._weight_squares.get(kind):
                 result[f"{PREFIX}delta_over_weight/{kind}"] = (total / self._weight_squares[kind]) ** 0.5
         return result
-
-    def _squares_of_weights(self) -> dict[str, float]:
-        squares: dict[str, float] = {}
-        for name, layer in self.layers.items():
-            if layer.forward_only:
-                continue
-            squares[_kind(name)] = squares.get(_kind(name), 0.0) + _square_of_weight(layer)
-        return squares
-
-
-def _square_of_weight(layer: SpftLinear) -> float:
-    """||W||^2 of the weight without S."""
-    weight = layer.stored_weight
-    with gathered([weight] if is_partitioned(weight) else []):
-        return float(layer.read_weight().to(torch.float32).square().sum())
 
 
 def _kind(name: str) -> str:

@@ -122,6 +122,11 @@ def test_good_configurations_pass(options):
         ({"deepspeed": {"zero_optimization": {"stage": 3}, "bf16": True}}, ['"bf16": True must be a block']),
         ({"deepspeed": {"zero_optimization": {"stage": "auto"}}}, ['"stage": auto must be 0, 1, 2 or 3']),
         ({"deepspeed": {"bf16": {"enabled": True}}, "bf16": False}, ['"bf16" is enabled, but the run computes in']),
+        ({"spft": {"relative_step": 1}}, ["`relative_step: 1` must be true or false"]),
+        (
+            {"spft": {"relative_step": True}, "deepspeed": {"scheduler": {"type": "WarmupLR"}}},
+            ['"scheduler" block has an absolute rate', "set `lr_scheduler`"],
+        ),
         ({"deepspeed": {"optimizer": {"type": "AdamW"}}}, ['"optimizer" block would replace', "remove the block"]),
         (
             {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}},

@@ -10,6 +10,7 @@ from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.trainer.watch import Watch
+from axolotl_spft.tuner.weight_rms import squares_of_weights
 from tests.models import tiny_gpt2, tiny_llama, token_batch
 from tests.trainer.test_callback import plain
 from tests.tuner.test_quantized import quantize
@@ -30,7 +31,7 @@ def test_the_figures_are_those_of_the_dense_matrices(kind):
     model = get_peft_model(model, SpftConfig(density=0.1))
     model.peft_config["default"].salience = "random"
     select_mask(model, None)
-    watch = Watch(model, Ranks())
+    watch = Watch(model, Ranks(), squares_of_weights(adapted_layers(model)))
     at_zero = watch.figures()
     assert at_zero["spft/values_norm"] == 0
     # around what bfloat16 can tell apart near these weights

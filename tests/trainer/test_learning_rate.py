@@ -1,0 +1,88 @@
+"""`relative_step`: the trainer's learning rate in units of rms(W)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from axolotl_spft import SpftCallback, SpftConfig, SpftError, select_mask, weight_rms
+from axolotl_spft.salience.install import adapted_layers
+from tests.models import tiny_gpt2, tiny_llama
+from tests.trainer.test_callback import assert_same, figures, plain
+from tests.tuner.test_quantized import quantize
+
+
+def adapted(relative_step: bool, **options):
+    return get_peft_model(tiny_llama(), SpftConfig(density=0.05, samples=4, relative_step=relative_step, **options))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "4bit"])
+def test_rms_is_that_of_the_targeted_weights_without_s(kind):
+    model = tiny_gpt2() if kind == "gpt2" else tiny_llama(torch.bfloat16)
+    if kind == "4bit":
+        model = quantize(tiny_llama(), "4bit")
+    model = get_peft_model(model, SpftConfig(density=0.5, salience="random"))
+    select_mask(model, [{"input_ids": torch.arange(8).view(1, 8)}] * 2)
+    weights = torch.cat([layer.read_weight().double().flatten() for layer in adapted_layers(model).values()])
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.spft_values["default"].fill_(3.0)
+    model(torch.arange(8).view(1, 8))  # base weights that can hold W + S do now
+    assert weight_rms(model) == pytest.approx(float(weights.square().mean().sqrt()), rel=1e-5)
+    assert weight_rms(model) == float(f"{weight_rms(model):.6g}")
+
+
+def test_a_relative_rate_trains_as_the_absolute_one(tmp_path):
+    model = adapted(True)
+    unit = weight_rms(model)
+    trainer = plain(tmp_path / "relative", model)
+    trainer.args.learning_rate = 0.25
+    trainer.train()
+    absolute = plain(tmp_path / "absolute", adapted(False))
+    absolute.args.learning_rate = 0.25 * unit
+    absolute.train()
+    assert figures(trainer)[2].any()
+    assert_same(figures(trainer), figures(absolute))
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates[0] == pytest.approx(0.25 * unit)
+
+
+def test_the_warm_up_before_the_mask_has_the_relative_rate_too(tmp_path):
+    # a rate of 0.25 instead of some 0.005 would move the weights out of all proportion
+    trainers = []
+    for relative in (True, False):
+        model = adapted(relative, score_after=2)
+        trainer = plain(tmp_path / str(relative), model)
+        trainer.args.learning_rate = 0.25 if relative else 0.25 * weight_rms(model)
+        trainer.train()
+        trainers.append(trainer)
+    relative, absolute = (adapted_layers(trainer.model) for trainer in trainers)
+    assert all(
+        torch.equal(relative[name].mask("default").columns, absolute[name].mask("default").columns) for name in relative
+    )
+
+
+def test_the_rate_is_told_in_units_of_rms(tmp_path, capsys):
+    trainer = plain(tmp_path)
+    trainer.args.learning_rate = 0.5 * weight_rms(trainer.model)
+    trainer.train()
+    assert f"= 0.5 rms(W); rms(W) = {weight_rms(trainer.model):g}" in capsys.readouterr().out
+
+
+def test_an_optimizer_with_a_rate_of_its_own_is_refused(tmp_path):
+    trainer = plain(tmp_path, adapted(True), [SpftCallback()], optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1e-3}))
+    with pytest.raises(SpftError, match=r"`relative_step` sets the trainer's .* axolotl_spft\.weight_rms\(model\)"):
+        trainer.train()
+
+
+def test_weights_that_cannot_be_read_have_no_rms():
+    model = adapted(True)
+    for layer in adapted_layers(model).values():
+        layer.quantization_backend = _NoInverse()
+    with pytest.raises(SpftError, match=r"rms\(W\) is not known"):
+        weight_rms(model)
+
+
+class _NoInverse:
+    supports_merge = False
