@@ -17,8 +17,11 @@ from integration.engines.workspace import make_experts, make_tied, make_workspac
 
 pytestmark = [pytest.mark.engine, pytest.mark.e2e]
 
-# few values over all matrices together: most get none, some fewer than there are ranks
-FEW = {"num_values": 7, "scope": "global", "samples": 16}
+# few values over all matrices together: most get none, some fewer than there are ranks; at a rate in units of rms(W)
+FEW = {
+    "spft": {"num_values": 7, "scope": "global", "samples": 16, "relative_step": True},
+    "learning_rate": 0.5,
+}
 WITH_HEAD = {"density": 0.05, "samples": 16, "modules_to_save": ["lm_head"]}
 EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 # one delta of an embedding and a head, and biases
@@ -57,7 +60,7 @@ def runs(folder):
 
         if engine == "single":
             return [
-                case("plain", spft=mask), case("four_bit", **BASES["4bit"]), case("few", spft=FEW),
+                case("plain", spft=mask), case("four_bit", **BASES["4bit"]), case("few", **FEW),
                 case("head", spft=WITH_HEAD), case("bf16", bf16=True),
                 case("continued", **saved), case("repaired", **repaired(4)),
                 case("experts", **of_experts, spft=dynamic(4) | EXPERTS),
@@ -67,12 +70,12 @@ def runs(folder):
             return [
                 case("plain", spft={**mask, "mask_path": str(folder / "ddp_mask.safetensors")}, **GRADIENTS),
                 case("from_file", spft={**mask, "mask_path": str(folder / "ddp_mask.safetensors")}, **GRADIENTS),
-                case("few", spft=FEW), case("head", spft=WITH_HEAD), case("eight_bit_base", load_in_8bit=True),
+                case("few", **FEW), case("head", spft=WITH_HEAD), case("eight_bit_base", load_in_8bit=True),
                 case("repaired", **repaired(2)), case("dynamic", spft=dynamic(2)),
                 case("experts", **of_experts, spft=dynamic(2) | EXPERTS),
             ]  # fmt: skip
         return [
-            case("few", "zero1", spft=FEW),
+            case("few", "zero1", **FEW),
             case("head", "zero2", spft=WITH_HEAD),
             case("experts", "zero2", **of_experts, spft=dynamic(2) | EXPERTS),
             case("bf16", "zero2", bf16=True),
@@ -89,7 +92,7 @@ def runs(folder):
             case("plain", "zero3", spft={**mask, "mask_path": str(folder / "zero3_mask.safetensors")}),
             case("from_file", "zero3", spft={**mask, "mask_path": str(folder / "zero3_mask.safetensors")}),
             case("alone", "zero3", spft={"density": 0.05, "samples": 16}),
-            case("few", "zero3", spft=FEW),
+            case("few", "zero3", **FEW),
             case("head", "zero3", spft=WITH_HEAD),
             case("dynamic", "zero3", spft=dynamic(2)),
             case("continued", "zero3", **saved),
@@ -132,6 +135,16 @@ def test_a_repaired_base_is_saved_with_its_original_weights(folder, runs):
         assert torch.isin(originals, base[f"{module}.weight"]).all() and originals.numel()
         assert all(torch.equal(other[key], originals) for other in others)
     assert len(first) == 14
+
+
+def test_a_rate_in_units_of_rms_is_the_same_on_all_engines(folder, runs):
+    rates = [
+        [entry["learning_rate"] for entry in logged(folder, f"{engine}_few") if "loss" in entry]
+        for engine in ("single", "ddp", "zero1", "zero3")
+    ]
+    # the weights' rms is 0.02
+    assert 0.009 < rates[0][0] < 0.011
+    assert rates == [rates[0]] * 4
 
 
 @pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
@@ -263,7 +276,7 @@ def test_another_world_or_another_mask_is_refused(folder, runs):
     with pytest.raises(
         TrainingFailed, match=r"was made by 2 ranks under ddp, but this run has 1 under single.*lora_model"
     ):
-        train(write_case(folder, "alone", "single", 1, spft=FEW), 1)
+        train(write_case(folder, "alone", "single", 1, **FEW), 1)
     # as many values elsewhere: what DeepSpeed restores would fit by its size alone
     path = folder / "mixed" / "checkpoint-4" / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -274,7 +287,7 @@ def test_another_world_or_another_mask_is_refused(folder, runs):
     save_file(tensors, path, metadata={"format": "pt"})
     assert optimizer_files(path.parent)[0].name.endswith("optim_states.pt")
     with pytest.raises(TrainingFailed, match="belongs to another mask than the adapter's"):
-        train(write_case(folder, "mixed", "zero1", spft=FEW), RANKS)
+        train(write_case(folder, "mixed", "zero1", **FEW), RANKS)
 
 
 def test_the_memory_is_announced_once(folder):
