@@ -1,6 +1,6 @@
 """Runs the tests in an environment of the oldest and one of the newest releases, and records what passed.
 
-    python -m integration.versions.matrix [--folder FOLDER] [--only NAME] [--dry-run] [tests/tuner tests/optim ...]
+    python -m integration.versions.matrix [--folder FOLDER] [--only NAME] [--dry-run] [--processes N] [tests/tuner ...]
 
 ``pinned`` holds what Axolotl 0.19 asks for, which is the oldest that the ranges of pyproject.toml admit beside it;
 ``newest`` has, against its wish, the newest releases of what Axolotl pins and still runs with. Each folder or file of
@@ -85,7 +85,7 @@ def pip_check(python: Path) -> list[str]:
     return check.stdout.strip().splitlines() if check.returncode else []
 
 
-def run_tests(python: Path, tests: str, root: Path = ROOT) -> dict[str, dict[str, Any]]:
+def run_tests(python: Path, tests: str, root: Path = ROOT, processes: int = 1) -> dict[str, dict[str, Any]]:
     """file -> how many of its tests passed and which did not; ``ended`` is pytest's exit status.
 
     A run that was killed before it could report is recorded under the name of ``tests``.
@@ -97,6 +97,9 @@ def run_tests(python: Path, tests: str, root: Path = ROOT) -> dict[str, dict[str
         report = Path(place, "report.xml")
         # this family of reports names the file of each test
         options = ["-q", "--tb=short", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+        if processes > 1:
+            # files with fixtures that many tests share stay whole, and the long ones begin first, as in the Makefile
+            options += ["-n", str(processes), "--dist", "loadfile", "--no-loadscope-reorder"]
         status = subprocess.run([str(python), "-m", "pytest", *options, tests], cwd=root, env=own).returncode
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     outcomes: dict[str, dict[str, set[str]]] = {}
@@ -128,7 +131,8 @@ def add_run(record: dict[str, Any], name: str, environment: Mapping[str, Any], t
     runs = before["runs"] if before.get("releases") == environment["releases"] else {}
     # a file that is no longer there goes with its folder's run
     kept = {file: counted for file, counted in runs.items() if not Path(file).is_relative_to(tests)}
-    files = before.get("files", {}) | {folder_of(tests): number_of_files(folder_of(tests))}
+    folders = {folder_of(file) for file in run}
+    files = before.get("files", {}) | {folder: number_of_files(folder) for folder in folders}
     record[name] = {**environment, "files": files, "runs": dict(sorted({**kept, **run}.items()))}
 
 
@@ -158,13 +162,15 @@ def table(record: Mapping[str, Any]) -> str:
     names = [name for name in UPGRADED if name in record]
     rows = [["", *names], ["---"] * (len(names) + 1)]
     rows += [[package, *(record[name]["releases"][package] for name in names)] for package in TESTED]
-    for folder in sorted({folder_of(file) for name in names for file in record[name]["runs"]}):
+    ran = sorted({folder_of(file) for name in names for file in record[name]["runs"]})
+    for folder in ran:
         cells = []
         for name in names:
             runs = [run for file, run in record[name]["runs"].items() if folder_of(file) == folder]
             cells.append(summary(runs, record[name]["files"].get(folder, 0)))
         rows.append([f"`{folder}`", *cells])
-    rows.append(["all other tests", *("not run" for _ in names)])
+    if set(test_folders()) - set(ran):
+        rows.append(["all other tests", *("not run" for _ in names)])
     rows.append(["`pip check`", *("; ".join(record[name]["pip_check"]) or "no complaint" for name in names)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -176,13 +182,13 @@ def write_page(record: Mapping[str, Any]) -> None:
         path.write_text(before + BEGIN + table(record) + END + rest.split(END)[1], encoding="utf-8")
 
 
-def measure(name: str, python: Path, tests: list[str]) -> bool:
+def measure(name: str, python: Path, tests: list[str], processes: int) -> bool:
     """Make an environment, run the named tests in it one by one and record each; whether all passed."""
     make_environment(python, UPGRADED[name])
     environment = {"releases": releases(python), "pip_check": pip_check(python)}
     well = True
     for each in tqdm(tests, desc=name, unit="folder"):
-        run = run_tests(python, each)
+        run = run_tests(python, each, processes=processes)
         record = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         add_run(record, name, environment, each, run)
         with atomic_path(RESULTS) as path:
@@ -199,6 +205,7 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=UPGRADED, help="one of the environments")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
+    parser.add_argument("--processes", type=int, default=1, help="tests run in so many processes side by side (1)")
     parser.add_argument("tests", nargs="*", help="folders or files of tests (all)")
     options = parser.parse_args()
     folders = options.tests or test_folders()
@@ -213,7 +220,7 @@ def main() -> None:
                 tests = [[str(python), "-m", "pytest", "-q", folder] for folder in folders]
                 print(*map(shlex.join, [*made, *tests]), sep="\n")
             else:
-                well &= measure(name, python, folders)
+                well &= measure(name, python, folders, options.processes)
     if not well:
         raise SystemExit("not every test passed")
 

@@ -87,6 +87,7 @@ def test_a_run_counts_by_file_what_passed_and_names_what_did_not(tmp_path):
     assert (run["ended"], run["passed"], run["skipped"]) == (1, 2, 1)
     assert run["failed"] == ["test_bad", "test_error"]
     assert (runs["tests/test_more.py"]["passed"], runs["tests/test_more.py"]["failed"]) == (1, [])
+    assert matrix.run_tests(Path(sys.executable), "tests", tmp_path, processes=2) == runs
     nothing = matrix.run_tests(Path(sys.executable), "test_missing.py", tmp_path)["test_missing.py"]
     assert nothing["ended"] not in (0, 1)
     assert (nothing["passed"], nothing["failed"]) == (0, [])
