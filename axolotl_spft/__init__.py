@@ -20,7 +20,7 @@ _HOMES = {
     "SpftModel": "axolotl_spft.tuner",
     "SpftPlugin": "axolotl_spft.plugin",
     "select_mask": "axolotl_spft.salience",
-    "weight_rms": "axolotl_spft.tuner",
+    "step_unit": "axolotl_spft.tuner",
 }
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "SpftModel",
     "SpftPlugin",
     "select_mask",
-    "weight_rms",
+    "step_unit",
 ]
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from axolotl_spft.plugin import SpftArgs, SpftPlugin
     from axolotl_spft.salience import select_mask
     from axolotl_spft.trainer import SpftCallback
-    from axolotl_spft.tuner import SpftConfig, SpftModel, weight_rms
+    from axolotl_spft.tuner import SpftConfig, SpftModel, step_unit
 
 
 def __getattr__(name: str) -> Any:

@@ -91,7 +91,7 @@ class SpftConfig(PeftConfig):
         None, "Dynamic mask: {every, fraction, until, collect, drop}; see axolotl_spft/dynamic/README.md."
     )
     relative_step: bool = _option(
-        False, "The run's learning rate is in units of rms(W), the root mean square of the targeted weights."
+        False, "The run's learning rate is in units of rms(W) (0.005 / density)^0.75, W the targeted weights."
     )
     init_weights: bool = _option(
         True, "True: empty until select_mask. False: random positions and values at once (for generic PEFT tests)."

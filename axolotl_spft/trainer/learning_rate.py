@@ -1,4 +1,4 @@
-"""The run's learning rate beside the size of the weights."""
+"""The run's learning rate in the unit in which rates compare between models and densities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 from axolotl_spft.config import SpftConfig
 from axolotl_spft.errors import SpftError
 from axolotl_spft.tuner.sparse_layer import SparseLayer
-from axolotl_spft.tuner.weight_rms import rms_of
+from axolotl_spft.tuner.step_unit import unit_of
+
+_FORMULA = "rms(W) (0.005 / density)^0.75"
 
 
 def settle_learning_rate(
@@ -18,12 +20,12 @@ def settle_learning_rate(
     squares: Mapping[str, float],
     say: Callable[[str], None],
 ) -> None:
-    """Say what the learning rate is in units of rms(W); with ``relative_step`` make it that many of them.
+    """Say what the learning rate is in units of `step_unit`; with ``relative_step`` make it that many of them.
 
     Args:
         trainer: whose ``args.learning_rate`` becomes the absolute rate, which its logs then have.
         layers: of the model.
-        squares: of the layers, from `axolotl_spft.tuner.weight_rms.squares_of_weights`.
+        squares: of the layers, from `axolotl_spft.tuner.step_unit.squares_of_weights`.
         say: takes the announcement.
 
     Raises:
@@ -32,8 +34,8 @@ def settle_learning_rate(
     args = trainer.args
     if not config.relative_step:
         if squares and args.learning_rate:
-            rms = rms_of(layers, squares)
-            say(f"Learning rate: {args.learning_rate:g} = {args.learning_rate / rms:.2g} rms(W); rms(W) = {rms:g}")
+            unit = unit_of(layers, config, squares)
+            say(f"Learning rate: {args.learning_rate:g} = {args.learning_rate / unit:.2g} x {unit:g} ({_FORMULA})")
         return
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     if deepspeed is not None and deepspeed.get_value("scheduler") is not None:
@@ -45,8 +47,8 @@ def settle_learning_rate(
         raise SpftError(
             "`relative_step` sets the trainer's learning rate, and its optimizer has one of its own: take "
             "`optimizer: sparse_adamw`, or leave `relative_step` out and give the optimizer a rate of so many "
-            "axolotl_spft.weight_rms(model)"
+            "axolotl_spft.step_unit(model)"
         )
-    rms = rms_of(layers, squares)
-    args.learning_rate, share = args.learning_rate * rms, args.learning_rate
-    say(f"Learning rate: {share:g} rms(W) = {args.learning_rate:.4g}; rms(W) = {rms:g}")
+    unit = unit_of(layers, config, squares)
+    args.learning_rate, share = args.learning_rate * unit, args.learning_rate
+    say(f"Learning rate: {share:g} x {unit:g} ({_FORMULA}) = {args.learning_rate:.4g}")

@@ -31,7 +31,7 @@ from axolotl_spft.trainer.watch import watch_training
 from axolotl_spft.tuner.experts import SpftExperts
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import slots_of
-from axolotl_spft.tuner.weight_rms import squares_of_weights
+from axolotl_spft.tuner.step_unit import squares_of_weights
 
 # name: precision of the moments
 OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}

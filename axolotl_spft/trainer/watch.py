@@ -43,7 +43,7 @@ class Watch:
     Each call reads the values alone.
 
     Args:
-        squares: of the model's layers, from `axolotl_spft.tuner.weight_rms.squares_of_weights`.
+        squares: of the model's layers, from `axolotl_spft.tuner.step_unit.squares_of_weights`.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks, squares: Mapping[str, float]):

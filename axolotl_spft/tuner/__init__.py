@@ -8,10 +8,10 @@ from axolotl_spft.peft_type import SPFT
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.mixed_model import SparseMixedModel, register_in_mixed_models
 from axolotl_spft.tuner.model import SpftModel
-from axolotl_spft.tuner.weight_rms import weight_rms
+from axolotl_spft.tuner.step_unit import step_unit
 
 if SPFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="spft", config_cls=SpftConfig, model_cls=SpftModel, prefix="spft_")
     register_in_mixed_models()
 
-__all__ = ["SparseMixedModel", "SpftConfig", "SpftLinear", "SpftModel", "weight_rms"]
+__all__ = ["SparseMixedModel", "SpftConfig", "SpftLinear", "SpftModel", "step_unit"]

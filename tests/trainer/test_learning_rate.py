@@ -1,4 +1,4 @@
-"""`relative_step`: the trainer's learning rate in units of rms(W)."""
+"""`relative_step`: the trainer's learning rate in units of rms(W) (0.005 / density)^0.75."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from axolotl_spft import SpftCallback, SpftConfig, SpftError, select_mask, weight_rms
+from axolotl_spft import SpftCallback, SpftConfig, SpftError, select_mask, step_unit
 from axolotl_spft.salience.install import adapted_layers
 from tests.models import tiny_gpt2, tiny_llama
 from tests.trainer.test_callback import assert_same, figures, plain
@@ -18,7 +18,7 @@ def adapted(relative_step: bool, **options):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "4bit"])
-def test_rms_is_that_of_the_targeted_weights_without_s(kind):
+def test_the_unit_is_rms_of_the_targeted_weights_without_s_and_falls_with_density(kind):
     model = tiny_gpt2() if kind == "gpt2" else tiny_llama(torch.bfloat16)
     if kind == "4bit":
         model = quantize(tiny_llama(), "4bit")
@@ -29,13 +29,14 @@ def test_rms_is_that_of_the_targeted_weights_without_s(kind):
         for layer in adapted_layers(model).values():
             layer.spft_values["default"].fill_(3.0)
     model(torch.arange(8).view(1, 8))  # base weights that can hold W + S do now
-    assert weight_rms(model) == pytest.approx(float(weights.square().mean().sqrt()), rel=1e-5)
-    assert weight_rms(model) == float(f"{weight_rms(model):.6g}")
+    # at a hundred times the density of the formula's
+    assert step_unit(model) == pytest.approx(float(weights.square().mean().sqrt()) * 100**-0.75, rel=1e-5)
+    assert step_unit(model) == float(f"{step_unit(model):.6g}")
 
 
 def test_a_relative_rate_trains_as_the_absolute_one(tmp_path):
     model = adapted(True)
-    unit = weight_rms(model)
+    unit = step_unit(model)
     trainer = plain(tmp_path / "relative", model)
     trainer.args.learning_rate = 0.25
     trainer.train()
@@ -54,7 +55,7 @@ def test_the_warm_up_before_the_mask_has_the_relative_rate_too(tmp_path):
     for relative in (True, False):
         model = adapted(relative, score_after=2)
         trainer = plain(tmp_path / str(relative), model)
-        trainer.args.learning_rate = 0.25 if relative else 0.25 * weight_rms(model)
+        trainer.args.learning_rate = 0.25 if relative else 0.25 * step_unit(model)
         trainer.train()
         trainers.append(trainer)
     relative, absolute = (adapted_layers(trainer.model) for trainer in trainers)
@@ -65,14 +66,14 @@ def test_the_warm_up_before_the_mask_has_the_relative_rate_too(tmp_path):
 
 def test_the_rate_is_told_in_units_of_rms(tmp_path, capsys):
     trainer = plain(tmp_path)
-    trainer.args.learning_rate = 0.5 * weight_rms(trainer.model)
+    trainer.args.learning_rate = 0.5 * step_unit(trainer.model)
     trainer.train()
-    assert f"= 0.5 rms(W); rms(W) = {weight_rms(trainer.model):g}" in capsys.readouterr().out
+    assert f"= 0.5 x {step_unit(trainer.model):g} (rms(W) (0.005 / density)^0.75)" in capsys.readouterr().out
 
 
 def test_an_optimizer_with_a_rate_of_its_own_is_refused(tmp_path):
     trainer = plain(tmp_path, adapted(True), [SpftCallback()], optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1e-3}))
-    with pytest.raises(SpftError, match=r"`relative_step` sets the trainer's .* axolotl_spft\.weight_rms\(model\)"):
+    with pytest.raises(SpftError, match=r"`relative_step` sets the trainer's .* axolotl_spft\.step_unit\(model\)"):
         trainer.train()
 
 
@@ -81,7 +82,7 @@ def test_weights_that_cannot_be_read_have_no_rms():
     for layer in adapted_layers(model).values():
         layer.quantization_backend = _NoInverse()
     with pytest.raises(SpftError, match=r"rms\(W\) is not known"):
-        weight_rms(model)
+        step_unit(model)
 
 
 class _NoInverse:

@@ -10,7 +10,7 @@ from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.trainer.watch import Watch
-from axolotl_spft.tuner.weight_rms import squares_of_weights
+from axolotl_spft.tuner.step_unit import squares_of_weights
 from tests.models import tiny_gpt2, tiny_llama, token_batch
 from tests.trainer.test_callback import plain
 from tests.tuner.test_quantized import quantize
