@@ -49,6 +49,23 @@ def step_without_grad() -> None:
     DeepSpeedZeroOptimizer.step = torch.no_grad()(DeepSpeedZeroOptimizer.step)
 
 
+def gather_one_by_one() -> None:
+    """DeepSpeed ZeRO-3: it starts a transfer for each parameter of a module and awaits the last one alone.
+
+    On a GPU they end in that order. The threads of gloo end them in any, and one that is late writes over the weights
+    that transformers loads in the meantime, of modules with several parameters of their own: experts, biases.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    original = Init._allgather_params_coalesced
+
+    def allgather(self, param_list, *args, **kwargs):
+        for param in param_list:
+            original(self, [param], *args, **kwargs)
+
+    Init._allgather_params_coalesced = allgather
+
+
 def allow_bf16() -> None:
     """transformers: bf16 without a GPU needs ``use_cpu``, which would switch DeepSpeed off."""
     from transformers import training_args
@@ -76,4 +93,5 @@ def apply_all() -> None:
     leave_device_map_out()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         step_without_grad()
+        gather_one_by_one()
         allow_bf16()
