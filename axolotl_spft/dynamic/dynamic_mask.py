@@ -18,7 +18,7 @@ from axolotl_spft.dynamic.exchange import Exchange, exchange
 from axolotl_spft.dynamic.history import FILE, Figures, History
 from axolotl_spft.dynamic.originals import open_grown_originals
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.engine.zero3 import is_partitioned, own_part
+from axolotl_spft.engine.zero3 import all_values
 from axolotl_spft.engine.zero_state import is_zero_optimizer, rearrange_zero_
 from axolotl_spft.errors import SpftConfigError, SpftError
 from axolotl_spft.metrics import METRICS
@@ -144,7 +144,11 @@ class DynamicMask:
             total=len(self.layers), desc="Re-selection", unit="matrix", leave=False, disable=ranks.rank != 0, delay=2
         ) as bar:
             for group in self.collector.groups():
-                whole = {name: self._whole_values(name, ranks) for name in group if passes[name]}
+                whole = {
+                    name: all_values(self.layers[name].spft_values[self.adapter_name], ranks)
+                    for name in group
+                    if passes[name]
+                }
                 found = {name: self._exchange(name, values, ranks) for name, values in whole.items()}
                 for name, each in found.items():
                     if each is not None:
@@ -208,10 +212,6 @@ class DynamicMask:
             # a function of the user's own may give back what it was given, the weight itself
             scores = scores.clone()
         return exchange(mask, layer.in_features, importance, scores, self.options.fraction, per_row, ranks)
-
-    def _whole_values(self, name: str, ranks: Ranks) -> Tensor:
-        values = self.layers[name].spft_values[self.adapter_name]
-        return ranks.concatenate(own_part(values, ranks.rank)) if is_partitioned(values) else values.detach()
 
     def _install(self, name: str, found: Exchange, whole: Tensor, optimizer: Any, zero: bool, ranks: Ranks) -> None:
         layer = self.layers[name]

@@ -6,8 +6,8 @@ affair. So it runs again: on the inputs of then, with the values of then, back f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from axolotl_spft.dynamic.kept_input import KeptInput
+from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.engine.zero3 import all_values, gathered
 from axolotl_spft.errors import SpftError
 from axolotl_spft.salience.adders import adder_of_experts
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
@@ -86,39 +88,32 @@ class ExpertPasses:
 
     def gradient(self, matrix: ExpertMatrix) -> Tensor:
         """dW of a matrix, of all passes: (experts x out_features, in_features) float32."""
-        device, parameter = matrix.weight_device, matrix.spft_values[self._adapter_name]
+        device = matrix.weight_device
         total = torch.zeros(matrix.out_features, matrix.in_features, dtype=torch.float32, device=device)
-        stop_watching = matrix.watch_gradient(adder_of_experts(total, None))
-        try:
+        with ExitStack() as stack:
+            # DeepSpeed gathers them where the block around the experts runs, which here runs not
+            stack.enter_context(gathered(list(self.experts.parameters())))
+            stack.callback(matrix.watch_gradient(adder_of_experts(total, None)))
             for each in self._passes:
-                if matrix not in each.values:
-                    continue
-                args, kwargs = tree_map_only(Tensor, lambda kept: kept.to(device), (each.args, each.kwargs))
-                autocast = torch.autocast(device.type, each.autocast, enabled=each.autocast is not None)
-                with torch.enable_grad(), self._holding(each.values):
-                    with autocast:
-                        y = self.experts(*args, **kwargs)
-                    # the gradients of the parameters are no concern of the run's
-                    torch.autograd.grad(y, parameter, each.grad_y.to(device), allow_unused=True)
-        finally:
-            stop_watching()
+                if matrix in each.values:
+                    self._run_again(each, matrix, device)
         return total
 
+    def _run_again(self, then: _Pass, matrix: ExpertMatrix, device: torch.device) -> None:
+        args, kwargs = tree_map_only(Tensor, lambda kept: kept.to(device), (then.args, then.kwargs))
+        autocast = torch.autocast(device.type, then.autocast, enabled=then.autocast is not None)
+        with torch.enable_grad(), ExitStack() as stack:
+            for other, values in then.values.items():
+                stack.enter_context(other.computing_with(self._adapter_name, values))
+            # of which nothing but the watcher's dense gradient is wanted
+            values = then.values[matrix].detach().requires_grad_()
+            stack.enter_context(matrix.computing_with(self._adapter_name, values))
+            with autocast:
+                y = self.experts(*args, **kwargs)
+            torch.autograd.grad(y, values, then.grad_y.to(device), allow_unused=True)
+
     def _values_of(self, matrix: ExpertMatrix) -> Tensor:
-        values = matrix.spft_values[self._adapter_name].detach()
+        values = all_values(matrix.spft_values[self._adapter_name], Ranks.current())
         # micro-batches of one step have the same
         last = self._passes[-1].values.get(matrix) if self._passes else None
         return last if last is not None and torch.equal(last, values) else values.clone()
-
-    @contextmanager
-    def _holding(self, values: dict[ExpertMatrix, Tensor]) -> Iterator[None]:
-        """Within the block the matrices have values of before."""
-        own = {matrix: matrix.spft_values[self._adapter_name].detach() for matrix in values}
-        now = {matrix: each.clone() for matrix, each in own.items()}
-        try:
-            for matrix, each in own.items():
-                each.copy_(values[matrix])
-            yield
-        finally:
-            for matrix, each in own.items():
-                each.copy_(now[matrix])

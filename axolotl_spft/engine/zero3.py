@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
+
+from axolotl_spft.engine.ranks import Ranks
 
 
 @contextmanager
@@ -63,6 +65,11 @@ def own_part(parameter: Tensor, rank: int) -> Tensor:
     return part.detach().flatten()[: max(0, min(part.numel(), parameter.ds_numel - rank * part.numel()))]
 
 
+def all_values(values: Tensor, ranks: Ranks) -> Tensor:
+    """A vector of which each rank may hold a part, whole on every rank; all ranks must ask."""
+    return ranks.concatenate(own_part(values, ranks.rank)) if is_partitioned(values) else values.detach()
+
+
 def count_of(parameter: Tensor) -> int:
     """Entries of the whole parameter, also where ZeRO-3 has left this rank a part."""
     return getattr(parameter, "ds_numel", parameter.numel())
@@ -77,14 +84,15 @@ def overwrite(parameter: nn.Parameter, entries: Tensor, rank: int) -> None:
         parameter.copy_(entries.view(parameter.shape))
 
 
-def gather_as_units(model: nn.Module, *units: type[nn.Module]) -> None:
-    """Let DeepSpeed's engine, made later, gather all weights below each of ``units`` whenever that module runs.
+def gather_beside(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let DeepSpeed's engine, made later, gather these parameters too whenever ``module`` runs, forward or backward.
 
-    It would gather a module's own parameters only, but a sparse layer reads its base layer's and its values itself.
+    It would gather the module's own alone, and not those of other modules that it reads without calling them.
     """
-    from deepspeed.utils import set_z3_leaf_modules
+    from deepspeed.runtime.zero import register_external_parameter
 
-    set_z3_leaf_modules(model, list(units))
+    for parameter in parameters:
+        register_external_parameter(module, parameter)
 
 
 @contextmanager

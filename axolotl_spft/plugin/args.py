@@ -13,7 +13,7 @@ from axolotl_spft.errors import SpftConfigError
 from axolotl_spft.plugin.deepspeed_json import problems_of_deepspeed
 from axolotl_spft.plugin.repair_rules import problems_of_repair
 from axolotl_spft.plugin.reselect_run import problems_of_reselect
-from axolotl_spft.plugin.salience_rules import problems_of_salience, stage_of
+from axolotl_spft.plugin.salience_rules import problems_of_salience
 from axolotl_spft.plugin.target_rules import problems_of_targets
 from axolotl_spft.trainer.prepare import OPTIMIZERS
 from axolotl_spft.tuner.experts import IMPLEMENTATIONS
@@ -160,11 +160,6 @@ def _problems_of_experts(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> 
     """Ways to compute experts of which it is not known whether they make the gradient of the experts' weights."""
     if not options.get("target_parameters"):
         return []
-    if stage_of(cfg) == 3:
-        return [
-            f"`spft.target_parameters: {options['target_parameters']}` does not go with ZeRO-3, under which one of "
-            "five trials chose another mask of experts than one process: use ZeRO-1, ZeRO-2 or DDP"
-        ]
     asked = [key for key in ("use_scattermoe", "use_sonicmoe") if cfg.get(key)]
     if cfg.get("experts_implementation") not in (None, *IMPLEMENTATIONS):
         asked.append("experts_implementation")

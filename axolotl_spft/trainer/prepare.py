@@ -10,8 +10,7 @@ from torch import nn
 
 from axolotl_spft.engine.kind import engine_of
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.engine.zero3 import gather_as_units
-from axolotl_spft.errors import SpftError
+from axolotl_spft.engine.zero3 import gather_beside
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
 from axolotl_spft.trainer.checkpoints import RunRecord
@@ -32,6 +31,7 @@ from axolotl_spft.tuner.experts import SpftExperts
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import slots_of
 from axolotl_spft.tuner.step_unit import squares_of_weights
+from axolotl_spft.tuner.tied import TiedLayer
 
 # name: precision of the moments
 OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}
@@ -53,8 +53,6 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         SpftFileError: the checkpoint does not fit.
     """
     model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
-    if engine == "zero3":
-        _refuse_tied(model)
     refuse_trained_reference(trainer, model.peft_config[model.active_adapter])
     is_saved = has_mask(model)
     reselect = model.peft_config[model.active_adapter].reselect is not None
@@ -82,7 +80,7 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         compare_with_repaired_start(trainer, model)
     say(f"Sparse mask: checksum {check_same_mask(model, ranks)[:16]} on all {ranks.world} ranks")
     if engine == "zero3":
-        gather_as_units(model, SparseLayer, SpftExperts)
+        gather_what_layers_read(model)
     trainer.add_callback(RunRecord(ranks.world, engine, reselect))
     if optimizer in OPTIMIZERS:
         slots = slots_of(adapted_layers(model), model.active_adapter)
@@ -93,13 +91,17 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     keep_section_of_card(trainer)
 
 
-def _refuse_tied(model: nn.Module) -> None:
-    tied = [name for name, layer in adapted_layers(model).items() if layer.readers]
-    if tied:
-        raise SpftError(
-            f"{tied[0]} is tied to another module, and under ZeRO-3 the values of their one delta are not gathered for "
-            "the second: use ZeRO-2 or DDP, or leave it out of `target_modules`"
-        )
+def gather_what_layers_read(model: nn.Module) -> None:
+    """Let ZeRO-3, whose engine is made later, gather what a sparse layer reads of other modules whenever it runs."""
+    for module in model.modules():
+        if isinstance(module, (SparseLayer, SpftExperts, TiedLayer)):
+            gather_beside(module, module.parameters())
+        if isinstance(module, TiedLayer):
+            gather_beside(module, module.owner.spft_values.parameters())
+    has_experts = any(isinstance(module, SpftExperts) for module in model.modules())
+    if has_experts and hasattr(model, "enable_input_require_grads"):
+        # DeepSpeed takes the gradients of a block of experts when that of its input is there, so there must be one
+        model.enable_input_require_grads()
 
 
 def _optimizer(args: Any, state_bits: int, slots: dict) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

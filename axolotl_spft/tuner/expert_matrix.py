@@ -43,6 +43,7 @@ class ExpertMatrix(SparseLayer):
         rows, columns = (columns, rows) if transposed else (rows, columns)
         super().__init__(experts, adapter_name, (self.n_experts * rows, columns), transposed)
         self._watchers: list[tuple[Watcher, bool]] = []
+        self._other_values: dict[str, Tensor] = {}
         self.add_empty_adapter(adapter_name)
 
     # --- the weight, which the module above holds
@@ -105,6 +106,20 @@ class ExpertMatrix(SparseLayer):
         entry = (watcher, all_at_once)
         self._watchers.append(entry)
         return lambda: self._watchers.remove(entry)
+
+    @contextmanager
+    def computing_with(self, adapter_name: str, values: Tensor) -> Iterator[None]:
+        """Within the block the experts compute with these values (nnz) of an adapter, whose own stay as they are."""
+        before = self._other_values
+        self._other_values = {**before, adapter_name: values}
+        try:
+            yield
+        finally:
+            self._other_values = before
+
+    def values(self, adapter_name: str) -> Tensor:
+        values = self._other_values.get(adapter_name)
+        return super().values(adapter_name) if values is None else values
 
     @contextmanager
     def in_use(self, one_by_one: bool) -> Iterator[Callable[[], None] | None]:

@@ -99,6 +99,8 @@ def runs(folder):
             case("plain", "zero3-offload"),
             case("bf16", "zero3", bf16=True, **GRADIENTS),
             case("repaired", "zero3", **repaired(2)),
+            case("tied", "zero3", **tied, **GRADIENTS),
+            case("experts", "zero3", **of_experts, spft=dynamic(2) | EXPERTS, **GRADIENTS),
         ]
 
     sharded = cases("zero")
@@ -115,7 +117,7 @@ def figures(folder, name: str):
     ["ddp_plain", "ddp_few", "ddp_head", "zero1_few", "zero2_head", "zero2_four_bit", "zero3_plain", "zero3_few",
      "zero3_head", "zero3_continued", "zero2-offload_plain", "zero3-offload_plain", "ddp_repaired", "zero1_repaired",
      "zero3_repaired", "ddp_experts", "zero2_experts", "zero2_tied", "ddp_dynamic", "zero2-offload_dynamic",
-     "zero3_dynamic"],
+     "zero3_dynamic", "zero3_tied", "zero3_experts"],
 )  # fmt: skip
 def test_equals_one_process(folder, runs, name):
     reference = f"single_{name.partition('_')[2]}"

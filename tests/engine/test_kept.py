@@ -6,9 +6,8 @@ import os
 
 import torch
 
-from axolotl_spft.engine.zero3 import gather_as_units
 from axolotl_spft.salience.install import adapted_layers
-from axolotl_spft.tuner.layer import SpftLinear
+from axolotl_spft.trainer.prepare import gather_what_layers_read
 from tests.engine.processes import on_ranks
 from tests.models import tiny_llama, token_batch, with_adapter
 
@@ -26,8 +25,8 @@ def wrapped(model, engine: str | None):
     import deepspeed
 
     if engine == "zero3":
-        # as a run does: DeepSpeed's hooks on such units pass inputs through one alias more
-        gather_as_units(model, SpftLinear)
+        # as a run does
+        gather_what_layers_read(model)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": int(engine[-1])},

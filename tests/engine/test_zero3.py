@@ -1,0 +1,118 @@
+"""Under ZeRO-3's engine layers find whole what they read of other modules, and each value gets its own gradient."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.trainer.prepare import gather_what_layers_read
+from integration.launch.patches import gather_one_by_one
+from tests.engine.processes import on_ranks
+from tests.experts import PARAMETERS, tiny_mixtral
+from tests.models import tiny_llama, token_batch, with_adapter
+
+# of micro-batches that two ranks share
+STEPS, PER_STEP = 2, 4
+MODELS = {
+    # the first of them read what needs no gradient
+    "linear": lambda: with_adapter(tiny_llama(), target_modules=["q_proj", "v_proj"]),
+    "embedding": lambda: with_adapter(tiny_llama(), target_modules=["embed_tokens", "lm_head"]),
+    "tied": lambda: with_adapter(tiny_llama(tie_word_embeddings=True), target_modules=["lm_head", "down_proj"]),
+    "experts": lambda: with_adapter(tiny_mixtral(), target_modules=[], target_parameters=PARAMETERS),
+}
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 2,
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False},
+}
+
+
+def micro_batches() -> list[list[dict]]:
+    return [[token_batch(seed=PER_STEP * step + n) for n in range(PER_STEP)] for step in range(STEPS)]
+
+
+def parts_of(name: str) -> tuple:
+    """A model, its values by layer, and an optimizer whose steps are as large as the gradients."""
+    model = MODELS[name]().train()
+    values = {layer: each.spft_values["default"] for layer, each in adapted_layers(model).items()}
+    return model, values, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+
+
+def trained_alone(name: str) -> dict[str, torch.Tensor]:
+    """What the steps have changed each layer's values by."""
+    model, values, optimizer = parts_of(name)
+    start = {layer: each.detach().clone() for layer, each in values.items()}
+    for batches in micro_batches():
+        for batch in batches:
+            (model(**batch).loss / PER_STEP).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {layer: each.detach() - start[layer] for layer, each in values.items()}
+
+
+def trained_by_zero3(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    model, values, optimizer = parts_of(name)
+    start = {layer: each.detach().clone() for layer, each in values.items()}
+    gather_what_layers_read(model)
+    config = {**CONFIG, "gradient_accumulation_steps": PER_STEP // world}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for batches in micro_batches():
+        for batch in batches[rank::world]:
+            engine.backward(engine(**batch).loss)
+            engine.step()
+    changed = {}
+    for layer, each in values.items():
+        with deepspeed.zero.GatheredParameters([each]):
+            changed[layer] = each.detach() - start[layer]
+    return changed
+
+
+def lost_writes() -> int:
+    """How often a module's first parameter has lost what one rank wrote into all of them, as when a model loads."""
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=CONFIG):
+        module = torch.nn.Linear(1500, 1200)
+    lost = 0
+    for turn in range(1, 31):
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                for parameter in module.parameters():
+                    parameter.fill_(turn)
+        with deepspeed.zero.GatheredParameters([module.weight]):
+            lost += int((module.weight != turn).any())
+    return lost
+
+
+def everything() -> tuple[dict[str, dict[str, torch.Tensor]], int]:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    # before deepspeed is imported: it would look for an accelerator
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    gather_one_by_one()
+    return {name: trained_by_zero3(name, rank, world) for name in MODELS}, lost_writes()
+
+
+@pytest.fixture(scope="module")
+def by_rank() -> list[tuple]:
+    return on_ranks(2, everything)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_train_as_one_process(by_rank, name):
+    expected = trained_alone(name)
+    for changed in (found[name] for found, _ in by_rank):
+        assert changed.keys() == expected.keys()
+        for layer, want in expected.items():
+            assert (changed[layer] - want).norm() <= 1e-4 * want.norm(), layer
+
+
+def test_what_is_loaded_into_modules_of_several_parameters_stays(by_rank):
+    assert [lost for _, lost in by_rank] == [0, 0]
