@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_spft.checkpoint.keys import KeyMap
-from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
+from axolotl_spft.checkpoint.shards import Entry, Shards, find_checkpoint
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.weight.stacked import as_matrix
 from axolotl_spft.tuner.expert_targets import stacked_parameters
@@ -118,11 +118,16 @@ def check_unquantized(shards: Shards) -> None:
         SpftFileError: it was saved quantized.
     """
     found = [key for key in shards.file_of if any(part in key for part in _QUANTIZED)]
-    found += [key for key in shards.file_of if key.endswith(".weight") and shards.dtype(key).itemsize < 2]
+    # by their bytes: some have dtypes that torch knows under no name
+    found += [key for key in shards.file_of if key.endswith(".weight") and _bits(shards.entry(key)) < 16]
     if found:
         raise SpftFileError(
             f"{shards.folder} was saved quantized ({found[0]}): name the folder of the model before it was quantized"
         )
+
+
+def _bits(entry: Entry) -> float:
+    return 8 * (entry.stop - entry.start) / prod(entry.shape) if prod(entry.shape) else 16
 
 
 def transposed_modules(model: nn.Module) -> set[str]:

@@ -47,4 +47,4 @@ def convert(
 
 
 def _shapes(base: str | os.PathLike, modules: Collection[str]) -> dict[str, tuple[int, int]]:
-    return shapes_in(find_checkpoint(base), modules)
+    return shapes_in(find_checkpoint(base, weights=False), modules)

@@ -96,11 +96,7 @@ class Shards:
         return names
 
     def _index(self) -> Mapping[str, str]:
-        path = self.folder / INDEX_FILE
-        weight_map = read_json_object(path, "copy or save the checkpoint again").get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise SpftFileError(f"{path}: `weight_map` must say the file of each tensor; save the checkpoint again")
-        return weight_map
+        return _read_index(self.folder)
 
     @property
     def has_index(self) -> bool:
@@ -121,21 +117,24 @@ class Shards:
         return self.entry(key).shape
 
     def dtype(self, key: str) -> torch.dtype:
-        return DTYPES[self.entry(key).dtype]
+        name = self.entry(key).dtype
+        if name not in DTYPES:
+            raise SpftFileError(f"{self.folder / self.file_of[key]}: {key} has the dtype {name}, which is not read here")
+        return DTYPES[name]
 
     def read(self, key: str) -> Tensor:
         """The tensor under ``key``, in memory of its own."""
-        entry = self.entry(key)
-        return self._bytes(key, entry.start, entry.stop).view(DTYPES[entry.dtype]).view(entry.shape)
+        entry, dtype = self.entry(key), self.dtype(key)
+        return self._bytes(key, entry.start, entry.stop).view(dtype).view(entry.shape)
 
     def read_rows(self, key: str, first: int, last: int) -> Tensor:
         """Rows ``first`` to ``last`` (exclusive) of the tensor under ``key``, and nothing else of it."""
-        entry = self.entry(key)
+        entry, dtype = self.entry(key), self.dtype(key)
         row_bytes = (entry.stop - entry.start) // max(entry.shape[0], 1)
         first, last, _ = slice(first, last).indices(entry.shape[0])
         last = max(first, last)
         rows = self._bytes(key, entry.start + first * row_bytes, entry.start + last * row_bytes)
-        return rows.view(DTYPES[entry.dtype]).view(last - first, *entry.shape[1:])
+        return rows.view(dtype).view(last - first, *entry.shape[1:])
 
     def _bytes(self, key: str, start: int, stop: int) -> Tensor:
         path = self.folder / self.file_of[key]
@@ -156,8 +155,25 @@ def size_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return prod(shape) * dtype.itemsize
 
 
-def find_checkpoint(name: str | os.PathLike, revision: str | None = None) -> Path:
+def _read_index(folder: Path) -> Mapping[str, str]:
+    """The file of each tensor, as a folder's index says it.
+
+    Raises:
+        SpftFileError: it says no such thing.
+    """
+    path = folder / INDEX_FILE
+    weight_map = read_json_object(path, "copy or save the checkpoint again").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise SpftFileError(f"{path}: `weight_map` must say the file of each tensor; save the checkpoint again")
+    return weight_map
+
+
+def find_checkpoint(name: str | os.PathLike, revision: str | None = None, weights: bool = True) -> Path:
     """The folder of a model: a local one, or that of the hub's cache, where it is downloaded if it is not there.
+
+    Args:
+        weights: whether its weights are needed too. Whoever has asked for the config or the tokenizer before has put
+            these alone into the cache.
 
     Raises:
         SpftFileError: there is none.
@@ -166,13 +182,24 @@ def find_checkpoint(name: str | os.PathLike, revision: str | None = None) -> Pat
         return Path(name).expanduser()
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-    reason = None
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", *(["*.safetensors"] if weights else [])]
+    reason, part = None, ""
     for only_local in (True, False):
         try:
-            return Path(
+            folder = Path(
                 snapshot_download(str(name), revision=revision, allow_patterns=wanted, local_files_only=only_local)
             )
         except Exception as error:
             reason = str(error).splitlines()[0]
-    raise SpftFileError(f"{name} is neither a folder nor a model that the hub gives ({reason}): correct the name")
+            continue
+        if not only_local or not weights or _has_weights(folder):
+            return folder
+        part = f"; {folder} has not all of its weights as safetensors"
+    raise SpftFileError(f"{name} is neither a folder nor a model that the hub gives ({reason}{part}): correct the name")
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether all files of a checkpoint are there."""
+    if (folder / SINGLE_FILE).is_file():
+        return True
+    return (folder / INDEX_FILE).is_file() and all((folder / file).is_file() for file in _read_index(folder).values())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from axolotl_spft.checkpoint.base import BaseCheckpoint
-from axolotl_spft.checkpoint.shards import INDEX_FILE, Shards
+from axolotl_spft.checkpoint.base import BaseCheckpoint, check_unquantized
+from axolotl_spft.checkpoint.shards import INDEX_FILE, Shards, find_checkpoint
 from axolotl_spft.checkpoint.skeleton import linear_shapes, skeleton
 from axolotl_spft.errors import SpftFileError
 from tests.checkpoint.saved import BASES, save_base
@@ -69,3 +72,47 @@ def test_damaged_and_quantized_checkpoints_are_refused(tmp_path):
     (base / INDEX_FILE).unlink()
     with pytest.raises(SpftFileError, match=r"holds neither model\.safetensors nor"):
         Shards(base)
+
+
+@pytest.mark.parametrize("dtype, size", [("F4", 8), ("F8_E8M0", 16)])
+def test_a_checkpoint_of_a_dtype_that_torch_may_not_know_is_a_quantized_one(tmp_path, dtype, size):
+    header = json.dumps({"a.weight": {"dtype": dtype, "shape": [4, 4], "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    with pytest.raises(SpftFileError, match=r"was saved quantized \(a\.weight\)"):
+        check_unquantized(Shards(tmp_path))
+    with pytest.raises(SpftFileError, match=f"a.weight has the dtype {dtype}"):
+        Shards(tmp_path).read("a.weight")
+
+
+def test_a_cache_of_the_hub_that_holds_a_part_is_filled(tmp_path, monkeypatch):
+    base = save_base(tmp_path / "base", tiny_llama)
+    snapshot = tmp_path / "hub/models--of--us/snapshots" / ("0" * 40)
+    (tmp_path / "hub/models--of--us/refs").mkdir(parents=True)
+    (tmp_path / "hub/models--of--us/refs/main").write_text("0" * 40)
+    snapshot.mkdir(parents=True)
+    # whoever reads the config of a model of the hub puts it alone into the cache
+    shutil.copy(base / "config.json", snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    from_cache, reachable = huggingface_hub.snapshot_download, False
+
+    def snapshot_download(*args, local_files_only, allow_patterns, **kwargs):
+        if not local_files_only:
+            if not reachable:
+                raise OSError("no network")
+            for pattern in allow_patterns:
+                for path in base.glob(pattern):
+                    shutil.copy(path, snapshot)
+        return from_cache(*args, local_files_only=True, allow_patterns=allow_patterns, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert find_checkpoint("of/us", weights=False) == snapshot
+    with pytest.raises(SpftFileError, match=r"of/us is neither .*no network; .*has not all of its weights"):
+        find_checkpoint("of/us")
+    reachable = True
+    for _ in range(2):
+        assert Shards(find_checkpoint("of/us")).file_of == Shards(base).file_of
+        next(snapshot.glob("*.safetensors")).unlink()
+    reachable = False
+    with pytest.raises(SpftFileError, match="has not all of its weights"):
+        find_checkpoint("of/us")
