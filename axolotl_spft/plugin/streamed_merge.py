@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import yaml
 from axolotl.utils.logging import get_logger
 
 from axolotl_spft.checkpoint.adapter import read_json_object
@@ -98,7 +99,17 @@ def merge_instead(cfg: Any) -> bool:
     except SpftFileError as error:
         LOG.warning("Merging in memory: %s", error)
         return False
-    # Axolotl has put these off for its merge in memory
+    # Axolotl has put both off for its merge in memory, and remembers one
     put_off = {"load_in_4bit": bool(cfg.get("_original_load_in_4bit"))}
+    put_off["load_in_8bit"] = not put_off["load_in_4bit"] and _file_of(cfg).get("load_in_8bit") is True
     LOG.info("%s", describe_merge(merge(**merge_arguments({**cfg, **put_off}, "the configuration"))))
     return True
+
+
+def _file_of(cfg: Any) -> Mapping[str, Any]:
+    """What the configuration's file says, as far as it can still be read."""
+    try:
+        found = yaml.safe_load(Path(cfg.axolotl_config_path).read_text(encoding="utf-8"))
+    except (TypeError, OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, Mapping) else {}
