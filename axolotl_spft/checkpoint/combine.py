@@ -114,12 +114,16 @@ def _originals(module: str, deltas: Sequence[SavedDelta], at: Tensor, in_feature
             f"{module}: some of the adapters repair a quantized base and some do not, and no file has the entries of "
             "the base that a sum of both needs: load them on the base and call add_weighted_adapter()"
         )
-    originals = torch.zeros(len(at), dtype=given[0].originals.dtype)
-    for delta in given:
-        originals[torch.searchsorted(at, positions(delta.mask, in_features))] = delta.originals.to(originals.dtype)
+    dtype = given[0].originals.dtype
+    for delta in given[1:]:
+        dtype = torch.promote_types(dtype, delta.originals.dtype)
+    originals = torch.zeros(len(at), dtype=dtype)
+    # where two have the same entry, the more exact one stays
+    for delta in sorted(given, key=lambda each: each.originals.dtype.itemsize):
+        originals[torch.searchsorted(at, positions(delta.mask, in_features))] = delta.originals.to(dtype)
     for delta in given:
         own = originals[torch.searchsorted(at, positions(delta.mask, in_features))]
-        if not torch.equal(own, delta.originals.to(originals.dtype)):
+        if not torch.equal(own.to(delta.originals.dtype), delta.originals):
             raise SpftFileError(f"{module}: the adapters repair different base models: combine adapters of one base")
     return originals
 

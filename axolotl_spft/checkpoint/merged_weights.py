@@ -172,8 +172,10 @@ class MergedWeights:
             at = positions(delta.mask, weight.shape[1])
             before, start = (each.view(-1)[at] for each in (merged, weight if rounded is None else rounded))
             if delta.originals is not None:
-                self._check_originals(module, weight.view(-1)[at], delta.originals)
-                before, start = (delta.originals.to(each.dtype) for each in (before, start))
+                quantized = None if rounded is None else start
+                left = self._left_quantized(module, weight.view(-1)[at], quantized, delta.originals)
+                start = delta.originals.to(start.dtype)
+                before = torch.where(left, before, delta.originals.to(before.dtype))
             trained = rounded_sum(start, delta.values)
             result = rounded_sum(before, delta.values).to(weight.dtype)
             exactness = _rounding(before, delta.values, result)
@@ -187,12 +189,30 @@ class MergedWeights:
         merged = merged.to(weight.dtype)
         return as_stored(merged, stored.shape, transposed)
 
-    def _check_originals(self, module: str, entries: Tensor, originals: Tensor) -> None:
-        if not torch.equal(entries.to(originals.dtype), originals):
+    def _left_quantized(self, module: str, entries: Tensor, quantized: Tensor | None, originals: Tensor) -> Tensor:
+        """Where an adapter's ``originals`` are not W but Q(W): in a sum, at the positions of one that repairs nothing.
+
+        Args:
+            entries, quantized: W and Q(W) at the positions, if that is known.
+        """
+        left = entries.to(originals.dtype) != originals
+        if not left.any():
+            return left
+        # another device may round Q(W) otherwise
+        known = quantized is not None and torch.allclose(
+            quantized[left].double(), originals[left].double(), rtol=4 * torch.finfo(originals.dtype).eps, atol=0
+        )
+        if not known:
             raise SpftFileError(
                 f"{module}: the weights before quantization that the adapter holds are not those of "
                 f"{self._base.shards.folder}: name the unquantized base model that was trained"
+                + (
+                    " (for a sum with an adapter that repairs nothing, add how it was quantized: `--quantization nf4`)"
+                    if quantized is None
+                    else ""
+                )
             )
+        return left
 
 
 def _dtype_of(base: BaseCheckpoint) -> torch.dtype:

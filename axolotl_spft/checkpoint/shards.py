@@ -119,7 +119,9 @@ class Shards:
     def dtype(self, key: str) -> torch.dtype:
         name = self.entry(key).dtype
         if name not in DTYPES:
-            raise SpftFileError(f"{self.folder / self.file_of[key]}: {key} has the dtype {name}, which is not read here")
+            raise SpftFileError(
+                f"{self.folder / self.file_of[key]}: {key} has the dtype {name}, which is not read here"
+            )
         return DTYPES[name]
 
     def read(self, key: str) -> Tensor:

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,6 +204,30 @@ def test_a_repaired_adapter_has_its_entries_from_the_unquantized_weights_on_both
         merge(adapter, tmp_path / "wrong", other, "base")
 
 
+def test_a_sum_with_an_adapter_that_repairs_nothing_is_merged_too(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    model = save_repaired(tmp_path / "adapter", base)
+    model.load_adapter(save_adapter(tmp_path / "other", base, 1, target_modules=["q_proj", "down_proj"]), "plain")
+    model.add_weighted_adapter(["default", "plain"], [1.0, 0.5], "sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    with pytest.raises(SpftFileError, match=r"are not those of .*add how it was quantized"):
+        merge(tmp_path / "sum", tmp_path / "merged", base, "base")
+    merged = {}
+    for onto in ("base", "quantized"):
+        report = merge(tmp_path / "sum", tmp_path / f"onto-{onto}", base, onto, _NF4, torch.bfloat16)
+        merged[onto] = BaseCheckpoint(tmp_path / f"onto-{onto}", tiny_llama())
+    assert report["difference_from_trained"] == 0
+    original = BaseCheckpoint(base, tiny_llama())
+    for name, layer in spft_layers(model.base_model.model).items():
+        delta, _ = layer._make_delta(("sum",))
+        with layer.effective_weight(layer.values("sum"), delta) as weight:
+            assert torch.equal(merged["quantized"].read_matrix(name), weight.to(torch.bfloat16))
+        expected = original.read_matrix(name).view(-1)
+        at = positions(delta.mask, layer.in_features)
+        expected[at] = (expected[at].float() + layer.values("sum").detach()).to(torch.bfloat16)
+        assert torch.equal(merged["base"].read_matrix(name).view(-1), expected)
+
+
 def _double(module) -> None:
     if isinstance(module, torch.nn.Linear):
         module.weight.data *= 2
@@ -219,6 +244,14 @@ def test_repaired_adapters_are_combined_with_repaired_ones_and_are_no_shira(tmp_
         assert torch.equal(delta.originals, weight[positions(delta.mask, layer.in_features)])
     write_adapter(tmp_path / "both", both)
     assert read_adapter(tmp_path / "both").repaired == both.nnz > max(each.nnz for each in adapters)
+    # of the same base in a run in float32
+    for name, delta in adapters[0].deltas.items():
+        adapters[0].deltas[name] = replace(delta, originals=delta.originals.float() * (1 + 2**-12))
+    for pair in (adapters, adapters[::-1]):
+        mixed, _ = combine(pair)
+        for name, delta in adapters[0].deltas.items():
+            of_sum, own = (positions(each.deltas[name].mask, delta.shape[1]) for each in (mixed, adapters[0]))
+            assert torch.equal(mixed.deltas[name].originals[torch.isin(of_sum, own)], delta.originals)
     fewer, _ = combine(adapters[:1], density=0.005)
     write_adapter(tmp_path / "fewer", fewer)
     assert 0 < read_adapter(tmp_path / "fewer").repaired == fewer.nnz < adapters[0].nnz
