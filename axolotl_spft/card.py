@@ -52,6 +52,9 @@ def _section(config: dict[str, Any]) -> str:
     rows += [(f"`{name}`", config[name]) for name in _BUDGETS if config.get(name) is not None]
     source = config.get("mask_source") or {}
     rows += [(text, source[name]) for name, text in _SOURCE.items() if source.get(name) not in (None, 0.0)]
+    if not source.get("repaired"):
+        # of another adapter with this mask, from whose file it came
+        rows = [(text, value) for text, value in rows if text != _SOURCE["repair"]]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     repaired = _REPAIRED if source.get("repaired") else ""
     return f"""{_START}

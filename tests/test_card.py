@@ -35,7 +35,11 @@ def test_the_card_says_what_the_adapter_is_once_however_often_it_is_saved(tmp_pa
     assert f"| trained values | {model.peft_config['default'].nnz:,} |" in text
     assert "repair" not in text
     (tmp_path / "adapter" / "README.md").write_text("---\nlicense: mit\n---\n\nMine.\n")
+    # with the mask of a repaired adapter, and then repaired itself
     model.peft_config["default"].mask_source["repair"] = 0.25
+    model.save_pretrained(tmp_path / "adapter")
+    assert "repair" not in (tmp_path / "adapter" / "README.md").read_text()
+    model.peft_config["default"].mask_source["repaired"] = 7
     model.save_pretrained(tmp_path / "adapter")
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert "Mine." in text and "license: mit" in text
