@@ -12,6 +12,8 @@ The exact statement of how counts are rounded, with n_i the entries of matrix i:
 - **Global scope.** The total itself is selected; ``min_density`` keeps each matrix at floor(min n_i) or more,
   ``max_density`` at ceil(max n_i) or fewer, so that bounds around the density can always be kept. Matrices of
   ``density_pattern`` get their counts as under layer scope and do not compete.
+- **Repair** takes floor(repair c_i) of the values of a matrix first, with c_i its count under layer scope; under global
+  scope moved into its bounds.
 - **Matrices that cannot be trained** (no gradient reaches them) get 0. What they would have got goes to the others
   that no key of ``density_pattern`` names, or to all where there are none; the total stays.
 - **Blocks.** Counts are of entries as above. A matrix takes its blocks from the highest score on while the next one
@@ -158,6 +160,17 @@ def share_bounds(
             ]
         )
     return fewest, most
+
+
+def within_bounds(counts: Sequence[int], fewest: Sequence[int], most: Sequence[int]) -> list[int]:
+    """``counts`` moved into bounds that a selection of as many keeps, with a sum of no more than theirs.
+
+    What the bounds add to some is taken off the others above their fewest, in proportion to how far they are.
+    """
+    moved = [min(max(count, low), high) for count, low, high in zip(counts, fewest, most)]
+    excess = max(0, sum(moved) - sum(counts))
+    taken = _spread(excess, [count - low for count, low in zip(moved, fewest)])
+    return [count - less for count, less in zip(moved, taken)]
 
 
 def check_room(shapes: Sequence[Shape], total: int, trainable: Sequence[bool]) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from axolotl_spft.budget import check_room, has_own_density, layer_budgets, share_bounds, total_budget
+from axolotl_spft.budget import check_room, has_own_density, layer_budgets, share_bounds, total_budget, within_bounds
 from axolotl_spft.config import SpftConfig
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftConfigError
@@ -123,11 +123,11 @@ def _global_beside_repair(
     repair: Repair,
 ) -> list[Tensor]:
     """Repair has its share of what each matrix would have under scope layer; the rest compete over all matrices."""
-    counts = layer_budgets(shapes, **config.budget(names), trainable=trainable)
+    fewest, most = _bounds(config, names, shapes, trainable)
+    counts = within_bounds(layer_budgets(shapes, **config.budget(names), trainable=trainable), fewest, most)
     repaired = [
         _repaired("layer", name, shape, count, ranks, repair) for name, shape, count in zip(names, shapes, counts)
     ]
-    fewest, most = _bounds(config, names, shapes, trainable)
     held = [len(each) for each in repaired]
 
     def score(index: int) -> Tensor:
