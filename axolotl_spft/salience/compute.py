@@ -118,13 +118,16 @@ def _scored(
             read_weight,
             repair,
         )
+    needs = _needs(metric, repair)
+    if batches is not None and needs == {INPUT_SQUARES}:
+        # which the inputs are read of first, and then what reaches the matrices
+        batches = repeatable(batches)
     with named_out_of_memory(ranks):
-        needs = _needs(metric, repair)
         found = collect_statistics(model, layers, needs, batches, loss_fn, config.samples, ranks, memory_gib)
         # of what reads inputs or weights alone the sums tell nothing
         tell = {need: sums for need, sums in found.sums.items() if need != INPUT_SQUARES}
         unreached = unreached_by(tell, ranks) if tell else never_called(model, layers)
-        if batches is not None and not tell and not found.read:
+        if batches is not None and not tell:
             by_sample = unreached_by_sample(model, layers, batches, loss_fn, config.samples, ranks)
             unreached = [name for name in layers if name in {*unreached, *by_sample}]
         idle = idle_experts(layers, tell, ranks)
