@@ -11,7 +11,7 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.ops.backends.products import matmul
 from axolotl_spft.ops.embedding import row_gradients
 from axolotl_spft.salience.examples import Tokens
-from axolotl_spft.salience.metrics.statistics import GRADIENT, INPUT_SQUARES, SQUARED_GRADIENT
+from axolotl_spft.salience.metrics.statistics import GRADIENT, SQUARED_GRADIENT
 from axolotl_spft.tuner.embedding import lookup_of, scale_of
 
 # of x and dY of a layer, each (..., features), this rows' part of what is added up
@@ -82,9 +82,7 @@ def _flat(x: Tensor) -> Tensor:
 def adder_of(
     need: str, name: str, module: nn.Module, total: Tensor, tokens: Tokens, shard: tuple[int, Ranks] | None
 ) -> Callable[[Tensor, Tensor], None]:
-    """What adds one use of a weight to its accumulator."""
-    if need == INPUT_SQUARES:
-        return _adder_of_squares(total, tokens)
+    """What adds one use of a weight to its accumulator; of ``input_squares`` see `SquaresAdder`."""
     embedding = embedding_of(module)
     if embedding is not None and shard is None:
         return _adder_of_rows(embedding, total)
@@ -131,12 +129,20 @@ def adder_of_experts(total: Tensor, ranks: Ranks | None) -> Callable[[Tensor, in
     return add
 
 
-def _adder_of_squares(total: Tensor, tokens: Tokens) -> Callable[[Tensor, Tensor], None]:
-    def add(_: Tensor, x: Tensor) -> None:
-        rows, counted = _flat(x), tokens.counted(x)
-        total.add_((rows if counted is None else rows[counted]).to(torch.float32).square().sum(0))
+class SquaresAdder:
+    """Adds x_j^2 of the tokens of one use of a weight to ``total`` (in_features).
 
-    return add
+    Args:
+        tokens: of the batch that runs.
+    """
+
+    def __init__(self, total: Tensor, tokens: Tokens):
+        self._total, self.tokens = total, tokens
+
+    def add(self, x: Tensor, counted: Tensor | None) -> None:
+        """Add those of x (..., in_features) that ``counted`` says, of `Tokens.counted`."""
+        rows = _flat(x)
+        self._total.add_((rows if counted is None else rows[counted]).to(torch.float32).square().sum(0))
 
 
 def gradient_adder(total: Tensor, out_features: int, ranks: Ranks, sharded: bool) -> Callable[[Tensor, Tensor], None]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.salience.adders import adder_of, adder_of_experts, embedding_of
+from axolotl_spft.salience.adders import SquaresAdder, adder_of, adder_of_experts, embedding_of
 from axolotl_spft.salience.examples import Tokens
 from axolotl_spft.salience.metrics.statistics import GRADIENT, INPUT_SQUARES
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
@@ -137,12 +139,16 @@ def gathered_sums(
             # what experts that are one parameter multiply is seen by their weight's gradient alone
             of_experts = isinstance(layer, ExpertMatrix)
             adders: dict[nn.Module, list] = {module: [] for module in (layer, *getattr(layer, "readers", ()))}
+            squares = None
             for need in needs:
                 if need == INPUT_SQUARES and (of_experts or embedding_of(layer) is not None):
                     continue
                 shape = (layer.in_features,) if need == INPUT_SQUARES else (rows.stop - rows.start, layer.in_features)
                 total = torch.zeros(shape, dtype=torch.float32, device=placed[device] if need in matrices else device)
                 sums[need][name] = total
+                if need == INPUT_SQUARES:
+                    squares = SquaresAdder(total, tokens)
+                    continue
                 shard = (layer.out_features, ranks) if sharded else None
                 if of_experts:
                     adder = adder_of_experts(total, ranks if sharded else None)
@@ -152,7 +158,9 @@ def gathered_sums(
                     own.append(adder_of(need, name, module, total, tokens, shard))
             hook = _gathering_hook if matrices else _input_hook
             for module, own in adders.items() if not of_experts else ():
-                hooks.callback(module.register_forward_hook(hook(own)).remove)
+                hooks.callback(module.register_forward_hook(hook(own, squares)).remove)
+        if INPUT_SQUARES in needs:
+            hooks.callback(_read_calls(model, tokens).remove)
         if matrices:
             _let_inputs_take_part(model, hooks)
         yield sums
@@ -217,31 +225,45 @@ def devices_of(layers: Mapping[str, nn.Module]) -> set[torch.device]:
     return {device_of(layer) for layer in layers.values()}
 
 
-def _input_hook(adders: Sequence[Callable[[Tensor, Tensor], None]]):
+def _input_hook(_, squares: SquaresAdder | None):
     def forward_hook(_, args: tuple, y: Tensor) -> None:
-        for add in adders:
-            add(y, args[0].to(y.dtype))
+        if squares is not None and squares.tokens.is_running:
+            squares.add(args[0].to(y.dtype), squares.tokens.counted(args[0]))
 
     return forward_hook
 
 
-def _gathering_hook(adders: Sequence[Callable[[Tensor, Tensor], None]]):
+def _gathering_hook(adders: Sequence[Callable[[Tensor, Tensor], None]], squares: SquaresAdder | None = None):
     def forward_hook(_, args: tuple, y: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
         x = args[0].detach()
+        # now: until the backward pass the model may have been called with another batch
+        counted = None if squares is None else squares.tokens.counted(x)
 
         def gather(grad_y: Tensor) -> None:
             with torch.no_grad():
                 inputs = x.to(grad_y.dtype) if x.is_floating_point() else x
                 for add in adders:
                     add(grad_y, inputs)
+                if squares is not None:
+                    squares.add(inputs, counted)
 
         probed = _probed(y)
         probed.register_hook(gather)
         return None if probed is y else probed
 
     return forward_hook
+
+
+def _read_calls(model: nn.Module, tokens: Tokens) -> RemovableHandle:
+    """Tell ``tokens`` which padding each call of the model has: the losses of TRL's trainers make their own batches."""
+
+    def read(_, args: tuple, options: Mapping[str, Any]) -> None:
+        tokens.read_call(options.get("attention_mask"))
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.register_forward_pre_hook(read, with_kwargs=True)
 
 
 def _let_inputs_take_part(model: nn.Module, hooks: ExitStack) -> None:

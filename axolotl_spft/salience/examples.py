@@ -36,13 +36,17 @@ class Tokens:
 
     Args:
         batch: that the model reads; its text is (batch, length).
+
+    Attributes:
+        is_running: whether the loss of the batch is being computed.
     """
 
     def __init__(self, batch: Batch):
         self.read(batch)
 
     def read(self, batch: Batch) -> None:
-        """Take the place of another batch."""
+        """Take the place of another batch, whose loss is computed from now on."""
+        self.is_running, self._of_call = True, None
         text = next(
             (batch[n] for n in ("input_ids", "inputs_embeds", "labels") if isinstance(batch.get(n), Tensor)), None
         )
@@ -66,6 +70,14 @@ class Tokens:
             labelled = torch.zeros(int(number[-1]) + 1, dtype=torch.bool)
             labelled[number[(labels != -100).flatten().cpu()]] = True
             self._counted = labelled[number]
+
+    def end(self) -> None:
+        """The batch's loss has been computed: other passes, such as those that make the next batch, are none of it."""
+        self.is_running = False
+
+    def read_call(self, mask: Tensor | None) -> None:
+        """Take the padding from the ``attention_mask`` of a call of the model: a loss may make its own batch."""
+        self._of_call = (mask != 0).flatten() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def examples(self, x: Tensor, name: str) -> list[slice]:
         """The rows of x, flattened to (tokens, in_features), of each example.
@@ -93,9 +105,10 @@ class Tokens:
     def counted(self, x: Tensor) -> Tensor | None:
         """Which of the rows of x, flattened, are no padding: bool; None where all count, or it cannot be known.
 
-        The batch's ``attention_mask`` says so, where it has one number for each token; else the tokens of an example
-        count that has any label.
+        The ``attention_mask`` of the call or the batch says so, where it has one number for each token; else the tokens
+        of an example count that has any label.
         """
-        if self._counted is None or x.shape[:-1].numel() != self._counted.numel():
-            return None
-        return self._counted.to(x.device)
+        for counted in (self._of_call, self._counted):
+            if counted is not None and x.shape[:-1].numel() == counted.numel():
+                return counted.to(x.device)
+        return None

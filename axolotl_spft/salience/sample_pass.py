@@ -139,7 +139,9 @@ def summed(
             elif not sharded:
                 reduce_to_shards(of_layers, ranks)
     if not read:
-        remedy = "" if of_inputs_alone else ", or use `salience: magnitude`"
+        remedy = ", or use `salience: magnitude`"
+        if of_inputs_alone:
+            remedy = ", as `repair` and metrics of the inputs need them whatever the salience"
         raise SpftError(f"the salience pass found no batches: give at least one{remedy}")
     for of_layers in sums.values():
         _check_sums(of_layers, ranks)
@@ -211,6 +213,7 @@ class _Sample:
     ):
         self.batches, self.loss_fn, self.samples, self.ranks = batches or (), loss_fn, samples, ranks
         self.tokens = Tokens({})
+        self.tokens.end()
         self._kept: list[Batch] | None = [] if twice and iter(self.batches) is self.batches else None
 
     def losses(self, title: str) -> Iterator[tuple[Callable[[nn.Module], Tensor], int]]:
@@ -222,6 +225,7 @@ class _Sample:
                     self._kept.append(batch)
                 self.tokens.read(batch)
                 yield lambda model, batch=batch: loss_of_batch(model, batch, self.loss_fn), count
+                self.tokens.end()
                 read += count
                 bar.update(min(count, self.samples - bar.n))
                 if read >= self.samples:
