@@ -21,7 +21,7 @@ from axolotl_spft.salience.examples import Batch
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, install_masks
 from axolotl_spft.salience.mask_file import check_mask_path, load_masks, save_masks
 from axolotl_spft.salience.release import give_back_memory
-from axolotl_spft.salience.repair import REPAIRED, open_repair
+from axolotl_spft.salience.repair import REPAIRED, Repair, open_repair
 from axolotl_spft.salience.report import MaskReport, report_masks
 from axolotl_spft.salience.untrained import frozen_by_the_run, note_on_frozen
 from axolotl_spft.tuner.sparse_layer import SparseLayer
@@ -29,6 +29,7 @@ from axolotl_spft.tuner.state import shapes_of
 from axolotl_spft.tuner.targets import check_is_peft_model
 
 _STILL_REPAIRED = " (its values begin at the unquantized weights all the same)"
+_STILL_AT_0 = " (its values begin at 0 all the same)"
 # recorded where they are set
 _OF_SHARES = ("density_pattern", "min_density", "max_density", "score_after", "repair")
 
@@ -54,7 +55,7 @@ def select_mask(
         model: a `PeftModel` with an SPFT adapter.
         batches: dicts for ``model(**batch)`` on the model's device; not read (and may be None) where ``mask_path``
             names a file. Where the salience needs none, they tell which matrices the loss uses, mostly the first batch
-            alone, and may be None too. The salience ``grasp`` reads them twice.
+            alone, and may be None too, except with ``repair``. The salience ``grasp`` reads them twice.
         loss_fn: the loss of (model, batch), a scalar; ``model(**batch).loss`` by default.
         adapter_name: the active adapter by default.
         learning_rate: of the run; read by the warm-up of the option ``score_after``, which trains a step on each batch,
@@ -112,7 +113,8 @@ def select_mask(
             warnings.warn(
                 f"`{name}: {getattr(config, name)}` is not read: the mask in {path} was made "
                 f"{'without' if made_with is None else f'with {made_with}'}; name another `mask_path` to "
-                "compute the mask anew" + (_STILL_REPAIRED if name == "repair" and repair is not None else ""),
+                "compute the mask anew"
+                + ("" if name != "repair" else _STILL_AT_0 if repair is None else _STILL_REPAIRED),
                 stacklevel=3,
             )
     else:
@@ -137,7 +139,7 @@ def select_mask(
         {name: (masks[name], layer.in_features) for name, layer in layers.items()},
         origin,
         source.get("samples", 0),
-        [*notes, *_notes_on_budget(config, layers, masks)],
+        [*notes, *_notes_on_budget(config, layers, masks), *_notes_on_repair(repair)],
         untrained,
         None if repair is None else repair.errors,
         bool(repair and repair.squares),
@@ -165,6 +167,15 @@ def _notes_on_budget(config: SpftConfig, layers: Mapping[str, SparseLayer], mask
     if held == asked:
         return []
     return [f"{asked - held:,} of the {asked:,} values of the budget are left, in which no whole block fits"]
+
+
+def _notes_on_repair(repair: Repair | None) -> list[str]:
+    if repair is None or not repair.counts or any(repair.counts.values()):
+        return []
+    return [
+        f"`repair: {repair.share}` of the few values of each matrix is less than one, so that none was chosen by its "
+        "quantization error (all begin at the unquantized weights all the same): ask for more values, or a larger share"
+    ]
 
 
 def _save(path: Path, masks: Mapping[str, Mask], shapes: Mapping[str, tuple[int, int]], source: Mapping) -> None:

@@ -6,7 +6,9 @@ has of it, E = W - Q(W), and x an input of the layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -51,8 +53,10 @@ class Repair:
         layers: those that are repaired, by their names in the base model.
         share: of the values of each matrix, those that go to the largest errors.
         ranks: the processes that share the rows.
+        dtype: that the model was loaded in, if it is known.
 
     Attributes:
+        counts: how many values of each matrix went to its largest errors.
         originals: of each matrix that was kept, W at the entries of its mask: (nnz).
         errors: of each of these.
         squares: the sum of squares of each input column over the sample, (in_features), by layer; without them all
@@ -65,17 +69,23 @@ class Repair:
         layers: Mapping[str, SparseLayer],
         share: float,
         ranks: Ranks = _ONE_PROCESS,
+        dtype: torch.dtype | None = None,
     ):
         self.layers, self.share, self.originals, self.errors = layers, share, {}, {}
+        self.counts: dict[str, int] = {}
         self.squares: Mapping[str, Tensor] = {}
-        self._checkpoint, self._ranks = checkpoint, ranks
+        self._checkpoint, self._ranks, self._dtype = checkpoint, ranks, dtype
         # read for the scores of a matrix, and as a rule once more as soon as its positions are known
         self._last: tuple[str, Tensor] | None = None
         self._bar = tqdm(total=len(layers), desc="Repair", unit="matrix", disable=ranks.rank != 0, delay=2)
 
     def count(self, name: str, count: int) -> int:
         """How many of ``count`` values of a matrix go to its largest errors."""
-        return int(self.share * count) if name in self.layers else 0
+        if name not in self.layers:
+            return 0
+        # of the decimal number that was written, not of the binary one below it
+        self.counts[name] = math.floor(Fraction(str(self.share)) * count)
+        return self.counts[name]
 
     def scores(self, name: str) -> Tensor:
         """|E_ij| rms(x_j) up to a factor: this rank's rows (rows, in_features), float32."""
@@ -90,6 +100,9 @@ class Repair:
 
         Args:
             at: row * in_features + column, int64, ascending; the same on every rank.
+
+        Raises:
+            SpftFileError: W is not what was quantized.
         """
         if name not in self.layers:
             return
@@ -105,6 +118,13 @@ class Repair:
             sums[0] += float(part.sub_(of_base).mul_(scale).square_().sum(dtype=torch.float64))
         sums[1] = float(replaced.square_().sum(dtype=torch.float64))
         before, gone, whole = self._ranks.sum_(sums).tolist()
+        if before > whole:
+            # quantizing leaves errors that are a part of what was quantized
+            raise SpftFileError(
+                f"{name} in {self._checkpoint.shards.folder} differs from the quantized weight by "
+                f"{(before / whole) ** 0.5 if whole else math.inf:.0%} of itself, so it belongs to another model: name "
+                "the folder of the model that was quantized in `repair_from`"
+            )
         self.errors[name] = MatrixError(before, max(before - gone, 0.0), whole)
         self.originals[name] = concatenated(originals, self._ranks)
         self._last = None
@@ -132,7 +152,7 @@ class Repair:
         if self._last is None or self._last[0] != name:
             self._last = None
             weight = on_every_rank(lambda: self._checkpoint.read_rows(name, rows.start, rows.stop), self._ranks)
-            self._last = name, weight.to(quantized.device, _dtype_of(quantized, weight))
+            self._last = name, weight.to(quantized.device, _dtype_of(quantized, self._dtype, weight))
         return self._last[1], quantized[rows]
 
 
@@ -141,9 +161,14 @@ def concatenated(originals: Tensor, ranks: Ranks) -> Tensor:
     return ranks.concatenate(originals.contiguous().view(torch.uint8)).view(originals.dtype)
 
 
-def _dtype_of(quantized: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of what was quantized of the checkpoint's ``weight``: 16 bits where one of the two has no more."""
-    return next((dtype for dtype in (quantized.dtype, weight.dtype) if dtype.itemsize == 2), torch.float32)
+def _dtype_of(quantized: Tensor, loaded: torch.dtype | None, weight: Tensor) -> torch.dtype:
+    """The dtype of what was quantized of the checkpoint's ``weight``: 16 bits where it or the model has no more.
+
+    Args:
+        loaded: that of the model: weights of 8 bits are dequantized to float32 whatever it is.
+    """
+    known = [dtype for dtype in (quantized.dtype, loaded, weight.dtype) if dtype is not None]
+    return next((dtype for dtype in known if dtype.itemsize == 2), torch.float32)
 
 
 def open_repair(
@@ -184,7 +209,9 @@ def open_repair(
             f"to the quantization error, since {checkpoint.shards.folder} has no unquantized weight for them "
             f"({first_of(list(problems.values()), '; ')}): name the folder of the base model in `repair_from`"
         )
-    return Repair(checkpoint, repaired, config.repair, ranks), notes
+    loaded = getattr(model.config, "dtype", None)
+    loaded = loaded if isinstance(loaded, torch.dtype) else None
+    return Repair(checkpoint, repaired, config.repair, ranks, loaded), notes
 
 
 def open_unquantized(key: str, model: nn.Module, config: SpftConfig, ranks: Ranks) -> BaseCheckpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -96,6 +97,8 @@ def input_squares(model) -> dict[str, torch.Tensor]:
         ("int8", torch.bfloat16, False),
         ("nf4", torch.float32, True),
         ("nf4", torch.bfloat16, True),
+        # which is dequantized to float32 all the same
+        ("int8", torch.bfloat16, True),
     ],
 )
 def test_entries_of_the_mask_are_the_unquantized_ones_and_the_others_quantized(base, wide_base, kind, dtype, wide):
@@ -105,18 +108,18 @@ def test_entries_of_the_mask_are_the_unquantized_ones_and_the_others_quantized(b
     assert 0.001 < error[0] < 0.5 and error[1] < error[0]
     checkpoint = BaseCheckpoint(base, model.base_model.model)
     quantized = load_quantized(base, kind, dtype)
+    # no more than two bytes for each value, where either the checkpoint or the model has as few
+    kept = torch.float32 if wide and dtype == torch.float32 else torch.bfloat16
     changed = 0
     for name, layer in adapted_layers(model).items():
         weight, own = effective(layer), layer.quantization_backend.get_base_weight(quantized.get_submodule(name))
         at = positions(layer.mask("default"), layer.in_features)
-        wanted = checkpoint.read_matrix(name).to(weight.dtype).view(-1)
+        wanted = checkpoint.read_matrix(name).to(kept).to(weight.dtype).view(-1)
         assert torch.equal(weight.view(-1)[at], wanted[at])
         changed += int((wanted[at] != own.view(-1)[at]).sum())
         expected = own.clone().view(-1)
         expected[at] = wanted[at]
         assert torch.equal(weight.view(-1), expected)
-        # no more than two bytes for each value, where either the checkpoint or the model has as few
-        kept = torch.float32 if wide and dtype == torch.float32 else torch.bfloat16
         assert layer.originals("default").dtype == kept
         assert not layer.values("default").any()
         # what merging adds to the quantized weight
@@ -211,12 +214,78 @@ def test_input_statistics_leave_padding_out_forward_and_backward(base):
     torch.testing.assert_close(found[first], embedded.detach().square().sum(0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("needs", [{INPUT_SQUARES}, {INPUT_SQUARES, "gradient"}], ids=len)
+def test_padding_is_that_of_the_calls_of_a_loss_that_makes_its_own_batch(base, needs):
+    model = get_peft_model(load_quantized(base, "nf4"), SpftConfig(target_modules=PROJECTIONS))
+    expected, layers = input_squares(model), adapted_layers(model)
+
+    def rollouts():
+        for batch in batches():
+            # as a trainer that generates does, of which nothing counts
+            with torch.no_grad():
+                model(input_ids=batch["input_ids"])
+            yield {"made": batch}
+
+    def loss_of(model, batch):
+        loss = model(**batch["made"]).loss
+        if torch.is_grad_enabled():
+            # as a reference is asked before the backward pass
+            with torch.no_grad():
+                model(
+                    input_ids=batch["made"]["input_ids"], attention_mask=torch.ones(2, batch["made"]["labels"].shape[1])
+                )
+        return loss
+
+    found = collect_statistics(model, layers, needs, rollouts(), loss_of, 2, Ranks()).sums[INPUT_SQUARES]
+    for name, squares in expected.items():
+        torch.testing.assert_close(found[name].double(), squares, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("salience", ["random", "gradient"])
+def test_what_no_gradient_reaches_is_not_repaired_either(base, salience):
+    config = SpftConfig(density=0.05, samples=4, repair=0.4, salience=salience, target_modules=PROJECTIONS)
+    model = get_peft_model(load_quantized(base, "nf4"), config)
+
+    def loss_of(model, batch):
+        return model(**batch, output_hidden_states=True).hidden_states[1].square().mean()
+
+    with pytest.warns(UserWarning, match="no gradient reached model.layers.1"):
+        report = select_mask(model, iter(batches()), loss_of)
+    assert {name for name, layer in adapted_layers(model).items() if layer.mask("default").nnz} == {
+        name for name in adapted_layers(model) if "layers.0" in name
+    }
+    assert report.selected == round(0.05 * report.entries)
+
+
+@pytest.mark.parametrize("bounds", [{"max_density": 0.12}, {"min_density": 0.105}, {"max_density": 0.2}], ids=str)
+@pytest.mark.parametrize("repair", [0.4, 1.0])
+def test_bounds_of_the_global_scope_hold_for_what_is_repaired(base, bounds, repair):
+    _, report = repaired(base, density=None, match_lora_rank=2, scope="global", repair=repair, **bounds)
+    for matrix in report.matrices:
+        assert int(bounds.get("min_density", 0) * matrix.entries) <= matrix.selected
+        assert matrix.selected <= math.ceil(bounds.get("max_density", 1) * matrix.entries)
+    assert report.selected == sum(2 * (matrix.out_features + matrix.in_features) for matrix in report.matrices)
+
+
+def test_a_share_of_less_than_one_value_is_told(base):
+    model, report = repaired(base, density=None, num_values=20, repair=0.2)
+    assert "`repair: 0.2` of the few values of each matrix is less than one" in str(report)
+    assert all(layer.originals("default") is not None for layer in adapted_layers(model).values())
+    _, report = repaired(base, density=None, num_values=100, repair=0.2)
+    assert "less than one" not in str(report)
+    # in binary 0.29 * 100 is less than 29
+    assert repair_module.Repair(None, {"a": None}, 0.29).count("a", 100) == 29
+
+
 def test_groups_and_a_mask_file_begin_at_the_same_weights(base, tmp_path):
     whole, _ = repaired(base)
     in_groups, _ = repaired(base, salience_memory_gib=1e-5, mask_path=str(tmp_path / "mask"))
     with pytest.warns(UserWarning, match="begin at the unquantized weights all the same"):
         from_file, report = repaired(base, mask_path=str(tmp_path / "mask"), repair=0.1)
     assert "for want of inputs" in str(report)
+    with pytest.warns(UserWarning, match=r"`repair: 0\.0` is not read.*begin at 0 all the same"):
+        plain, _ = repaired(base, mask_path=str(tmp_path / "mask"), repair=0.0)
+    assert not any(layer.originals("default") is not None for layer in adapted_layers(plain).values())
     for one, *others in zip(*(adapted_layers(model).values() for model in (whole, in_groups, from_file))):
         for other in others:
             assert torch.equal(one.mask("default").columns, other.mask("default").columns)
@@ -229,9 +298,12 @@ def test_what_cannot_be_read_is_told_in_one_sentence(base, tmp_path):
         select_mask(plain, batches())
     with pytest.raises(SpftFileError, match=r"`repair: 0\.4` reads the unquantized weights.*repair_from"):
         repaired(base, repair_from=str(tmp_path / "nowhere"))
-    # of another model: one matrix is missing, others have other shapes
+    # one matrix is missing, others have other shapes
     other = save_base(tmp_path / "other", lambda dtype: tiny_llama(dtype, intermediate_size=52), max_shard_size="5GB")
-    tensors = load_file(other / "model.safetensors")
+    tensors, own = load_file(other / "model.safetensors"), {}
+    for path in base.glob("*.safetensors"):
+        own |= load_file(path)
+    tensors = {key: own[key] if own[key].shape == tensor.shape else tensor for key, tensor in tensors.items()}
     del tensors["model.layers.1.self_attn.q_proj.weight"]
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     with pytest.warns(UserWarning, match=r"the values of 7 of the 14 quantized matrices begin at 0.*q_proj is missing"):
@@ -248,11 +320,22 @@ def test_what_cannot_be_read_is_told_in_one_sentence(base, tmp_path):
     save_file(tensors | {"a.absmax": torch.zeros(2)}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(SpftFileError, match=r"was saved quantized.*before it was quantized.*repair_from"):
         repaired(base, repair_from=str(other))
+    strange = save_base(tmp_path / "strange", lambda dtype: tiny_llama(dtype).apply(_negated))
+    with pytest.raises(SpftFileError, match=r"q_proj in .*strange differs .* by \d+% of itself.*`repair_from`"):
+        repaired(base, repair_from=str(strange))
+    model = get_peft_model(load_quantized(base, "nf4"), SpftConfig(repair=0.2, salience="random"))
+    with pytest.raises(SpftError, match=r"no batches: give at least one, as `repair`"):
+        select_mask(model, None)
     model = get_peft_model(load_quantized(base, "3bit"), SpftConfig(repair=0.2, target_modules=PROJECTIONS))
     for layer in adapted_layers(model).values():
         layer.quantization_backend.supports_merge = False
     with pytest.raises(SpftError, match=r"a 3bit layer cannot be read or replaced"):
         select_mask(model, batches())
+
+
+def _negated(module) -> None:
+    if isinstance(module, torch.nn.Linear):
+        module.weight.data.neg_()
 
 
 def test_it_loads_without_the_unquantized_weights_and_says_what_it_is(base, tmp_path):
