@@ -18,8 +18,12 @@ from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.plugin.args import ADAPTER
 from axolotl_spft.plugin.quantization import make_exceptions, request_quantization
+from axolotl_spft.plugin.salience_rules import config_of
 
 LOG = get_logger(__name__)
+# of a saved quantization, what bears on the weights
+_SETTINGS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+             "bnb_4bit_quant_storage", "llm_int8_skip_modules")  # fmt: skip
 
 
 def merge_arguments(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -41,14 +45,19 @@ def merge_arguments(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
     folder = cfg.get("lora_model_dir") or cfg.get("output_dir")
     if not folder:
         raise SpftFileError(f"{source}: neither `lora_model_dir` nor `output_dir` says where the adapter is")
-    quantization = _quantization(cfg)
+    saved = config_of(str(cfg["base_model"])).get("quantization_config")
+    saved = saved if isinstance(saved, Mapping) and saved.get("quant_method") == "bitsandbytes" else None
+    # transformers loads a model that was saved quantized as it is, whatever is asked for
+    quantization = _quantization(cfg) if saved is None else {key: saved[key] for key in saved if key in _SETTINGS}
+    # what an adapter repairs is told by the unquantized weights
+    unquantized = saved and (cfg.get("spft") or {}).get("repair_from")
     return {
         "adapter_folder": folder,
         "output": Path(cfg.get("output_dir") or folder) / "merged",
-        "base": cfg["base_model"],
+        "base": unquantized or cfg["base_model"],
         "quantization": quantization,
         "dtype": _dtype(cfg) if quantization else None,
-        "revision": cfg.get("revision_of_model"),
+        "revision": None if unquantized else cfg.get("revision_of_model"),
         "trust_remote_code": bool(cfg.get("trust_remote_code")),
     }
 
@@ -94,15 +103,16 @@ def merge_instead(cfg: Any) -> bool:
     from axolotl_spft.checkpoint.merge import merge
     from axolotl_spft.checkpoint.report import describe_merge
 
-    try:
-        check_unquantized(Shards(find_checkpoint(cfg.base_model, cfg.revision_of_model)))
-    except SpftFileError as error:
-        LOG.warning("Merging in memory: %s", error)
-        return False
     # Axolotl has put both off for its merge in memory, and remembers one
     put_off = {"load_in_4bit": bool(cfg.get("_original_load_in_4bit"))}
     put_off["load_in_8bit"] = not put_off["load_in_4bit"] and _file_of(cfg).get("load_in_8bit") is True
-    LOG.info("%s", describe_merge(merge(**merge_arguments({**cfg, **put_off}, "the configuration"))))
+    arguments = merge_arguments({**cfg, **put_off}, "the configuration")
+    try:
+        check_unquantized(Shards(find_checkpoint(arguments["base"], arguments["revision"])))
+    except SpftFileError as error:
+        LOG.warning("Merging in memory: %s", error)
+        return False
+    LOG.info("%s", describe_merge(merge(**arguments)))
     return True
 
 

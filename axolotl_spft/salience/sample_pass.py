@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import NamedTuple
 
 import torch
@@ -119,10 +119,11 @@ def summed(
 
     def run(loss_of: Callable[[nn.Module], Tensor]) -> None:
         # the forward pass has all inputs
-        with torch.set_grad_enabled(not of_inputs_alone):
-            loss = loss_of(model)
-        if not of_inputs_alone:
-            loss.backward()
+        if of_inputs_alone:
+            with torch.no_grad(), suppress(NoLossError):
+                loss_of(model)
+        else:
+            loss_of(model).backward()
 
     with (
         untouched_rng(),
@@ -143,8 +144,8 @@ def summed(
         if of_inputs_alone:
             remedy = ", as `repair` and metrics of the inputs need them whatever the salience"
         raise SpftError(f"the salience pass found no batches: give at least one{remedy}")
-    for of_layers in sums.values():
-        _check_sums(of_layers, ranks)
+    for need, of_layers in sums.items():
+        _check_sums("input" if need == INPUT_SQUARES else "gradient", of_layers, ranks)
     return sums, read
 
 
@@ -253,12 +254,12 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def _check_sums(sums: Mapping[str, Tensor], ranks: Ranks) -> None:
+def _check_sums(what: str, sums: Mapping[str, Tensor], ranks: Ranks) -> None:
     finite = ranks.sum_numbers(*(int(torch.isfinite(total).all()) for total in sums.values()))
     for name, count in zip(sums, finite):
         if count < ranks.world:
             raise SpftError(
-                f"the gradient of {name} is not finite on the sample: check the data and the precision of the run"
+                f"the {what} of {name} is not finite on the sample: check the data and the precision of the run"
             )
 
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 import yaml
 from axolotl.utils.dict import DictDefault
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from axolotl_spft.checkpoint.base import BaseCheckpoint
 from axolotl_spft.checkpoint.merge import merge
 from axolotl_spft.plugin.streamed_merge import merge_arguments, merge_instead
+from axolotl_spft.tuner.state import spft_layers
 from tests.checkpoint.saved import contents, save_adapter, save_base
+from tests.checkpoint.test_merge import _NF4, save_repaired
 from tests.models import tiny_llama
 
 
@@ -33,3 +36,20 @@ def test_the_base_is_the_one_of_the_training_although_axolotl_puts_its_quantizat
     plain, expected = (BaseCheckpoint(tmp_path / name, tiny_llama()) for name in ("plain", "expected"))
     module = "model.layers.0.self_attn.q_proj"
     assert torch.equal(plain.read_matrix(module), expected.read_matrix(module)) == (key is None)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_repairs_a_base_that_was_saved_quantized_is_merged_onto_the_unquantized_one(tmp_path, asked):
+    base = save_base(tmp_path / "base", tiny_llama)
+    model = save_repaired(tmp_path / "run", base)
+    AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(**_NF4), dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "saved")
+    run = {"adapter": "spft", "base_model": str(tmp_path / "saved"), "output_dir": str(tmp_path / "run"), "bf16": True}
+    run |= {"spft": {"repair": 0.5, "repair_from": str(base)}} | ({"load_in_4bit": True} if asked else {})
+    assert merge_instead(DictDefault(run | {"load_in_4bit": False, "_original_load_in_4bit": asked}))
+    merged = BaseCheckpoint(tmp_path / "run/merged", tiny_llama())
+    for name, layer in spft_layers(model.base_model.model).items():
+        delta, _ = layer._make_delta(("default",))
+        with layer.effective_weight(layer.values("default"), delta) as weight:
+            assert torch.equal(merged.read_matrix(name), weight.to(torch.bfloat16))

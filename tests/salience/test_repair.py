@@ -257,6 +257,17 @@ def test_what_no_gradient_reaches_is_not_repaired_either(base, salience):
     assert report.selected == round(0.05 * report.entries)
 
 
+def test_a_pass_over_the_inputs_needs_no_labels_and_names_what_is_not_finite(base):
+    config = SpftConfig(density=0.05, samples=4, repair=0.4, salience="random", target_modules=PROJECTIONS)
+    model = get_peft_model(load_quantized(base, "nf4"), config)
+    unlabelled = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches()]
+    assert select_mask(model, unlabelled).samples == 4
+    broken = load_quantized(base, "nf4")
+    broken.model.layers[0].input_layernorm.weight.data.fill_(1e25)
+    with pytest.raises(SpftError, match=r"the input of model\.layers\.0\.self_attn\.q_proj is not finite"):
+        select_mask(get_peft_model(broken, config), unlabelled)
+
+
 @pytest.mark.parametrize("bounds", [{"max_density": 0.12}, {"min_density": 0.105}, {"max_density": 0.2}], ids=str)
 @pytest.mark.parametrize("repair", [0.4, 1.0])
 def test_bounds_of_the_global_scope_hold_for_what_is_repaired(base, bounds, repair):
