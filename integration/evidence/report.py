@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from axolotl_spft.files import atomic_path
+from axolotl_spft.tuner.step_unit import DENSITY, POWER
 from integration.evidence.experiment import DEFAULTS, Records, queue, read_experiment
 from integration.evidence.picture import draw
 from integration.evidence.plan import plan
@@ -58,7 +59,7 @@ def write_report(experiments: Path, results: Path, output: Path) -> None:
             # a price means something beside another's alone
             sections = [_forgetting(experiment, rows) for _, experiment, rows in measured if len(best_rows(rows)) > 1]
         else:
-            sections = [_section(*each, _weight_rms(each[1]["base"], records)) for each in measured
+            sections = [_section(*each, _targets_of(each[1]["base"], records)) for each in measured
                         if each[1]["question"] == question]  # fmt: skip
         parts += sections or ["Not measured yet.\n"]
     for name, experiment, rows in measured:
@@ -79,19 +80,36 @@ def _machines(records: Records) -> str:
     return ", ".join(f"{count} runs on {machine}" for machine, count in sorted(made.items())) or "nothing"
 
 
-def _weight_rms(base: str, records: Records) -> float | None:
-    found = [each["result"].get("weight_rms") for each in records.values() if each["base"] == base]
-    return next(filter(None, found), None)
+class _Targets(NamedTuple):
+    """The matrices of a base that are trained: the root mean square of their entries, and how many these are."""
+
+    rms: float
+    entries: float
+
+    def unit(self, trained: int) -> float:
+        """`axolotl_spft.step_unit` with so many trained values."""
+        return self.rms * (DENSITY * self.entries / trained) ** POWER
 
 
-def _section(name: str, experiment: dict[str, Any], rows: list[Row], weight_rms: float | None) -> str:
+def _targets_of(base: str, records: Records) -> _Targets | None:
+    of_base = [each for each in records.values() if each["base"] == base]
+    rms = (each["result"].get("weight_rms") for each in of_base)
+    # a sparse method trains this share of all
+    entries = (
+        each["result"]["trained"] / each["options"]["density"] for each in of_base if "density" in each["options"]
+    )
+    found = next(filter(None, rms), None), next(entries, None)
+    return None if None in found else _Targets(*found)
+
+
+def _section(name: str, experiment: dict[str, Any], rows: list[Row], targets: _Targets | None) -> str:
     untouched = _untouched(rows)
     judged = any("before_accuracy" in row.figures for row in rows)
     head = [
         "method",
         "trained",
         "rate",
-        *["/ rms(W)"] * bool(weight_rms),
+        *["units"] * bool(targets),
         "seeds",
         "task loss",
         *[f"{text} loss" for text in untouched],
@@ -107,8 +125,8 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row], weight_rms:
             rate = f"**{rate}**" + ("" if inner else " (edge)")
         seeds = row.seeds or 1
         cells = [row.label, f"{row.trained:,}", rate]
-        if weight_rms:
-            cells.append(f"{row.learning_rate / weight_rms:.2g}" if row.learning_rate else "")
+        if targets:
+            cells.append(f"{row.learning_rate / targets.unit(row.trained):.2g}" if row.method == "spft" else "")
         cells.append(f"{seeds} of {row.wanted}" if seeds < row.wanted else str(seeds))
         cells += [row.text(f"{when}_{name}_loss") for name in ("task", *untouched)]
         if judged:
@@ -121,9 +139,9 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row], weight_rms:
         f"{experiment.get('steps', DEFAULTS['steps'])} steps of {experiment.get('batch', DEFAULTS['batch'])}; "
         f"`experiments/{name}.json`"
     )
-    if weight_rms:
+    if targets:
         setting += (
-            f". The root mean square of the targeted weights, in units of which a rate stands too, is {weight_rms:.3f}"
+            f". The unit of a rate of sparse values is rms(W) (0.005 / density)^0.75, where rms(W) is {targets.rms:.3f}"
         )
     table = "\n".join(lines)
     picture = f"![{experiment['title']}]({name}.png)"
