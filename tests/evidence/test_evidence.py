@@ -159,7 +159,10 @@ def test_a_queue_resumes_and_sums_up(base, data, tmp_path, short_python):
     winner, inner = best_rows(rows)["spft"]
     assert winner.mean("after_task_loss") == min(row.mean("after_task_loss") for row in rows[1:]) and inner
     write_report(path.parent, results, tmp_path / "page")
-    assert f"| {winner.trained:,} | **{winner.learning_rate:g}** |" in (tmp_path / "page" / "README.md").read_text()
+    (rms,) = (json.loads(line)["result"]["weight_rms"] for line in again if "weight_rms" in line)
+    units = winner.learning_rate / (rms * (0.005 / experiment["methods"][1]["options"]["density"]) ** 0.75)
+    page = (tmp_path / "page" / "README.md").read_text()
+    assert f"| {winner.trained:,} | **{winner.learning_rate:g}** | {units:.2g} |" in page
 
 
 def test_what_is_paid_for_the_same_gain_is_read_off_the_curves():
