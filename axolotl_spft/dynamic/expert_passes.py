@@ -91,7 +91,7 @@ class ExpertPasses:
         device = matrix.weight_device
         total = torch.zeros(matrix.out_features, matrix.in_features, dtype=torch.float32, device=device)
         with ExitStack() as stack:
-            # DeepSpeed gathers them where the block around the experts runs, which here runs not
+            # DeepSpeed may gather them with the block around the experts, which does not run here
             stack.enter_context(gathered(list(self.experts.parameters())))
             stack.callback(matrix.watch_gradient(adder_of_experts(total, None)))
             for each in self._passes:

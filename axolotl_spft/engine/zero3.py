@@ -84,6 +84,16 @@ def overwrite(parameter: nn.Parameter, entries: Tensor, rank: int) -> None:
         parameter.copy_(entries.view(parameter.shape))
 
 
+def gather_as_unit(module: nn.Module) -> None:
+    """Let DeepSpeed's engine, made later, gather all weights below a module whenever it runs, and hook none inside.
+
+    So it does by itself with the blocks of experts that it knows.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(module, True)
+
+
 def gather_beside(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Let DeepSpeed's engine, made later, gather these parameters too whenever ``module`` runs, forward or backward.
 

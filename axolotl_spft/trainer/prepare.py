@@ -10,7 +10,7 @@ from torch import nn
 
 from axolotl_spft.engine.kind import engine_of
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.engine.zero3 import gather_beside
+from axolotl_spft.engine.zero3 import gather_as_unit, gather_beside
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
 from axolotl_spft.trainer.checkpoints import RunRecord
@@ -98,9 +98,13 @@ def gather_what_layers_read(model: nn.Module) -> None:
             gather_beside(module, module.parameters())
         if isinstance(module, TiedLayer):
             gather_beside(module, module.owner.spft_values.parameters())
-    has_experts = any(isinstance(module, SpftExperts) for module in model.modules())
-    if has_experts and hasattr(model, "enable_input_require_grads"):
-        # DeepSpeed takes the gradients of a block of experts when that of its input is there, so there must be one
+    blocks = [
+        module for module in model.modules() if any(isinstance(child, SpftExperts) for child in module.children())
+    ]
+    for block in blocks:
+        gather_as_unit(block)
+    if blocks and hasattr(model, "enable_input_require_grads"):
+        # the gradients of such a block are taken when that of its input is there, so there must be one
         model.enable_input_require_grads()
 
 

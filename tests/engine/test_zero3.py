@@ -7,11 +7,13 @@ import os
 import pytest
 import torch
 
+from axolotl_spft.dynamic.collect import Collector
+from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.trainer.prepare import gather_what_layers_read
 from integration.launch.patches import gather_one_by_one
 from tests.engine.processes import on_ranks
-from tests.experts import PARAMETERS, tiny_mixtral
+from tests.experts import PARAMETERS, tiny_gpt_oss, tiny_mixtral
 from tests.models import tiny_llama, token_batch, with_adapter
 
 # of micro-batches that two ranks share
@@ -22,6 +24,11 @@ MODELS = {
     "embedding": lambda: with_adapter(tiny_llama(), target_modules=["embed_tokens", "lm_head"]),
     "tied": lambda: with_adapter(tiny_llama(tie_word_embeddings=True), target_modules=["lm_head", "down_proj"]),
     "experts": lambda: with_adapter(tiny_mixtral(), target_modules=[], target_parameters=PARAMETERS),
+}
+# the first in a block that DeepSpeed knows, the second not
+EXPERTS = {
+    "mixtral": MODELS["experts"],
+    "gpt_oss": lambda: with_adapter(tiny_gpt_oss(), target_modules=[], target_parameters=PARAMETERS),
 }
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
@@ -72,6 +79,31 @@ def trained_by_zero3(name: str, rank: int, world: int) -> dict[str, torch.Tensor
     return changed
 
 
+def dense_gradients(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """This rank's rows of the sums that a dynamic mask makes of experts by running them again, of two batches."""
+    model = EXPERTS[name]().train()
+    layers, batches = adapted_layers(model), [token_batch(seed=seed) for seed in range(2)]
+    collector, run = Collector(model.base_model.model, layers, "default"), model
+    if world > 1:
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        # asked by PEFT before it gathers; transformers would partition a model that is made from now on
+        held = HfDeepSpeedConfig(CONFIG)
+        assert held.is_zero3()
+        gather_what_layers_read(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        run, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
+    else:
+        model.enable_input_require_grads()
+    collector.start()
+    for batch in batches[rank::world]:
+        loss = run(**batch).loss
+        run.backward(loss) if world > 1 else loss.backward()
+    collector.stop()
+    return {name: collector.take_gradient(name, Ranks(rank, world)) for name in layers}
+
+
 def lost_writes() -> int:
     """How often a module's first parameter has lost what one rank wrote into all of them, as when a model loads."""
     import deepspeed
@@ -89,7 +121,7 @@ def lost_writes() -> int:
     return lost
 
 
-def everything() -> tuple[dict[str, dict[str, torch.Tensor]], int]:
+def everything() -> tuple[dict, dict, int]:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     # before deepspeed is imported: it would look for an accelerator
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
@@ -97,7 +129,8 @@ def everything() -> tuple[dict[str, dict[str, torch.Tensor]], int]:
 
     deepspeed.init_distributed("gloo")
     gather_one_by_one()
-    return {name: trained_by_zero3(name, rank, world) for name in MODELS}, lost_writes()
+    trained = {name: trained_by_zero3(name, rank, world) for name in MODELS}
+    return trained, {name: dense_gradients(name, rank, world) for name in EXPERTS}, lost_writes()
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +141,20 @@ def by_rank() -> list[tuple]:
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_train_as_one_process(by_rank, name):
     expected = trained_alone(name)
-    for changed in (found[name] for found, _ in by_rank):
+    for changed in (found[name] for found, *_ in by_rank):
         assert changed.keys() == expected.keys()
         for layer, want in expected.items():
             assert (changed[layer] - want).norm() <= 1e-4 * want.norm(), layer
 
 
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_that_run_again_find_their_weights(by_rank, name):
+    expected = dense_gradients(name, 0, 1)
+    for rank, (_, found, _) in enumerate(by_rank):
+        for matrix, want in expected.items():
+            rows = Ranks(rank, 2).rows(want.shape[0])
+            assert (found[name][matrix] - want[rows]).norm() <= 1e-5 * want.norm(), matrix
+
+
 def test_what_is_loaded_into_modules_of_several_parameters_stays(by_rank):
-    assert [lost for _, lost in by_rank] == [0, 0]
+    assert [lost for *_, lost in by_rank] == [0, 0]
