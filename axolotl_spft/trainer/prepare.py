@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from axolotl_spft.engine.kind import engine_of
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.engine.zero3 import gather_as_unit, gather_beside
+from axolotl_spft.errors import SpftError
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
 from axolotl_spft.trainer.checkpoints import RunRecord
@@ -53,6 +56,8 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         SpftFileError: the checkpoint does not fit.
     """
     model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
+    if engine == "zero3":
+        _check_tied(model)
     refuse_trained_reference(trainer, model.peft_config[model.active_adapter])
     is_saved = has_mask(model)
     reselect = model.peft_config[model.active_adapter].reselect is not None
@@ -89,6 +94,21 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     if reselect:
         add_reselections(trainer, model, checkpoint, say)
     keep_section_of_card(trainer)
+
+
+def _check_tied(model: nn.Module) -> None:
+    tied = [name for name, module in model.named_modules() if isinstance(module, TiedLayer)]
+    if tied and not ties_in_zero3():
+        raise SpftError(
+            f"{tied[0]} is tied to another module, and DeepSpeed {version('deepspeed')} gives the values of their one "
+            "delta another gradient under ZeRO-3 than one process: install deepspeed<0.19, use ZeRO-2 or DDP, or leave "
+            "it out of `target_modules`"
+        )
+
+
+def ties_in_zero3() -> bool:
+    """Whether the installed DeepSpeed's ZeRO-3 gives what two modules share the gradient of both."""
+    return Version(version("deepspeed")) < Version("0.19")
 
 
 def gather_what_layers_read(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from integration.engines.cases import BASES, RANKS, STEPS, write_case
+from axolotl_spft.trainer.prepare import ties_in_zero3
 from integration.engines.figures import figures_of, optimizer_files, same_state
 from integration.engines.matrix import problems_of
 from integration.engines.run import TrainingFailed, train, train_all
@@ -121,6 +122,9 @@ def figures(folder, name: str):
 )  # fmt: skip
 def test_equals_one_process(folder, runs, name):
     reference = f"single_{name.partition('_')[2]}"
+    if name == "zero3_tied" and not ties_in_zero3():
+        assert "is tied to another module, and DeepSpeed" in runs[name]
+        return
     assert (runs[name], runs[reference]) == (None, None)
     assert problems_of(figures(folder, name), figures(folder, reference)) == []
 

@@ -10,7 +10,7 @@ import torch
 from axolotl_spft.dynamic.collect import Collector
 from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.salience.install import adapted_layers
-from axolotl_spft.trainer.prepare import gather_what_layers_read
+from axolotl_spft.trainer.prepare import gather_what_layers_read, ties_in_zero3
 from integration.launch.patches import gather_one_by_one
 from tests.engine.processes import on_ranks
 from tests.experts import PARAMETERS, tiny_gpt_oss, tiny_mixtral
@@ -140,6 +140,8 @@ def by_rank() -> list[tuple]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_train_as_one_process(by_rank, name):
+    if name == "tied" and not ties_in_zero3():
+        pytest.skip("refused with this release of DeepSpeed, as tests/engine/test_engines.py has it")
     expected = trained_alone(name)
     for changed in (found[name] for found, *_ in by_rank):
         assert changed.keys() == expected.keys()
