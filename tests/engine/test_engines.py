@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from integration.engines.cases import BASES, RANKS, STEPS, write_case
 from axolotl_spft.trainer.prepare import ties_in_zero3
+from integration.engines.cases import BASES, RANKS, STEPS, write_case
 from integration.engines.figures import figures_of, optimizer_files, same_state
 from integration.engines.matrix import problems_of
 from integration.engines.run import TrainingFailed, train, train_all
