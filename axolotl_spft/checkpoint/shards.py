@@ -89,24 +89,22 @@ class Shards:
                 f"{self.folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: name the folder of a model that "
                 "save_pretrained() has written (files of another format: load the model and save it again)"
             )
-        names = sorted(set(self._index().values()))
+        names = sorted(set(_read_index(self.folder).values()))
         outside = [name for name in names if name != Path(name).name]
         if outside:
             raise SpftFileError(f"{self.folder / INDEX_FILE} names {outside[0]}, which must be a file of the folder")
         return names
-
-    def _index(self) -> Mapping[str, str]:
-        return _read_index(self.folder)
 
     @property
     def has_index(self) -> bool:
         return list(self.headers) != [SINGLE_FILE]
 
     def _check_index(self) -> None:
-        wrong = [key for key, name in self._index().items() if self.file_of.get(key) != name] if self.has_index else []
+        index = _read_index(self.folder) if self.has_index else {}
+        wrong = [key for key, name in index.items() if self.file_of.get(key) != name]
         if wrong:
             raise SpftFileError(
-                f"{self.folder / INDEX_FILE} says that {wrong[0]} is in {self._index()[wrong[0]]}, which does not hold "
+                f"{self.folder / INDEX_FILE} says that {wrong[0]} is in {index[wrong[0]]}, which does not hold "
                 "it: copy or save the checkpoint again"
             )
 

@@ -156,9 +156,9 @@ def gathered_sums(
                     continue
                 for module, own in adders.items():
                     own.append(adder_of(need, name, module, total, tokens, shard))
-            hook = _gathering_hook if matrices else _input_hook
             for module, own in adders.items() if not of_experts else ():
-                hooks.callback(module.register_forward_hook(hook(own, squares)).remove)
+                hook = _gathering_hook(own, squares) if matrices else _input_hook(squares)
+                hooks.callback(module.register_forward_hook(hook).remove)
         if INPUT_SQUARES in needs:
             hooks.callback(_read_calls(model, tokens).remove)
         if matrices:
@@ -225,7 +225,7 @@ def devices_of(layers: Mapping[str, nn.Module]) -> set[torch.device]:
     return {device_of(layer) for layer in layers.values()}
 
 
-def _input_hook(_, squares: SquaresAdder | None):
+def _input_hook(squares: SquaresAdder | None):
     def forward_hook(_, args: tuple, y: Tensor) -> None:
         if squares is not None and squares.tokens.is_running:
             squares.add(args[0].to(y.dtype), squares.tokens.counted(args[0]))

@@ -73,8 +73,9 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
             # beside adapters in folders of their own transformers does not load the one that is trained
             model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
     say(str(memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(optimizer or "", 32))))
-    squares = squares_of_weights(adapted_layers(model), show=ranks.rank == 0)
-    settle_learning_rate(trainer, model.peft_config[model.active_adapter], adapted_layers(model), squares, say)
+    layers = adapted_layers(model)
+    squares = squares_of_weights(layers, show=ranks.rank == 0)
+    settle_learning_rate(trainer, model.peft_config[model.active_adapter], layers, squares, say)
     if checkpoint:
         say(f"Sparse mask: the one of the checkpoint {checkpoint}")
     elif is_saved:
@@ -88,7 +89,7 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         gather_what_layers_read(model)
     trainer.add_callback(RunRecord(ranks.world, engine, reselect))
     if optimizer in OPTIMIZERS:
-        slots = slots_of(adapted_layers(model), model.active_adapter)
+        slots = slots_of(layers, model.active_adapter)
         trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args, OPTIMIZERS[optimizer], slots)
     watch_training(trainer, model, ranks, squares)
     if reselect:

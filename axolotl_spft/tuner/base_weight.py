@@ -153,15 +153,14 @@ class BaseWeight:
     def read_weight(self) -> Tensor:
         """W as (out_features, in_features); do not write to it."""
         self.revert()
-        base_layer = self.get_base_layer()
         with self.brought_in():
-            if self.quantization_backend is not None:
-                return self.quantization_backend.get_base_weight(base_layer)
             weight = self.stored_weight
-            if is_partitioned(weight):
-                with gathered([weight]):
-                    return self._oriented(weight.detach().clone())
-            return self._oriented(weight.detach())
+            partitioned = is_partitioned(weight)
+            with gathered([weight] if partitioned else []):
+                if self.quantization_backend is not None:
+                    return self.quantization_backend.get_base_weight(self.get_base_layer())
+                # what was gathered is gone after the block
+                return self._oriented(weight.detach().clone() if partitioned else weight.detach())
 
     def effective_weight(self, values: Tensor, delta: Delta) -> AbstractContextManager[Tensor]:
         """W + S as (out_features, in_features), to be read within the block; afterwards the weight is as before.

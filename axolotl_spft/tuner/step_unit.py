@@ -10,13 +10,14 @@ from tqdm import tqdm
 
 from axolotl_spft.budget import total_budget
 from axolotl_spft.config import SpftConfig
-from axolotl_spft.engine.zero3 import gathered, is_partitioned
 from axolotl_spft.errors import SpftError
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import shapes_of, spft_layers
 
-# measured: integration/evidence
-DENSITY, POWER = 0.005, 0.75
+
+def unit(rms: float, density: float) -> float:
+    """rms (0.005 / density)^0.75: what `integration/evidence` has measured."""
+    return rms * (0.005 / density) ** 0.75
 
 
 def step_unit(model: nn.Module) -> float:
@@ -52,16 +53,12 @@ def unit_of(layers: Mapping[str, SparseLayer], config: SpftConfig, squares: Mapp
     entries = {name: rows * columns for name, (rows, columns) in shapes.items()}
     rms = (sum(squares.values()) / sum(entries[name] for name in squares)) ** 0.5
     density = total_budget(list(shapes.values()), **config.budget(list(shapes))) / sum(entries.values())
-    return float(f"{rms * (DENSITY / density) ** POWER:.6g}")
+    return float(f"{unit(rms, density):.6g}")
 
 
 @torch.no_grad()
 def squares_of_weights(layers: Mapping[str, SparseLayer], show: bool = False) -> dict[str, float]:
     """name -> ||W||^2 of the weight without S, in every layer whose weight can be read; ``show`` a bar."""
-    squares = {}
-    for name, layer in tqdm(layers.items(), desc="rms(W)", unit="matrix", leave=False, disable=not show, delay=2):
-        if not layer.forward_only:
-            weight = layer.stored_weight
-            with gathered([weight] if is_partitioned(weight) else []):
-                squares[name] = float(layer.read_weight().to(torch.float32).square().sum())
-    return squares
+    readable = {name: layer for name, layer in layers.items() if not layer.forward_only}
+    bar = tqdm(readable.items(), desc="rms(W)", unit="matrix", leave=False, disable=not show, delay=2)
+    return {name: float(layer.read_weight().to(torch.float32).square().sum()) for name, layer in bar}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from axolotl_spft.files import atomic_path
-from axolotl_spft.tuner.step_unit import DENSITY, POWER
+from axolotl_spft.tuner.step_unit import unit
 from integration.evidence.experiment import DEFAULTS, Records, queue, read_experiment
 from integration.evidence.picture import draw
 from integration.evidence.plan import plan
@@ -88,7 +88,7 @@ class _Targets(NamedTuple):
 
     def unit(self, trained: int) -> float:
         """`axolotl_spft.step_unit` with so many trained values."""
-        return self.rms * (DENSITY * self.entries / trained) ** POWER
+        return unit(self.rms, trained / self.entries)
 
 
 def _targets_of(base: str, records: Records) -> _Targets | None:

@@ -9,7 +9,9 @@ import torch
 
 from axolotl_spft.dynamic.collect import Collector
 from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.errors import SpftError
 from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.trainer import prepare
 from axolotl_spft.trainer.prepare import gather_what_layers_read, ties_in_zero3
 from integration.launch.patches import gather_one_by_one
 from tests.engine.processes import on_ranks
@@ -147,6 +149,16 @@ def test_two_ranks_train_as_one_process(by_rank, name):
         assert changed.keys() == expected.keys()
         for layer, want in expected.items():
             assert (changed[layer] - want).norm() <= 1e-4 * want.norm(), layer
+
+
+def test_tied_modules_are_refused_where_deepspeed_takes_another_gradient(monkeypatch):
+    model = MODELS["tied"]()
+    monkeypatch.setattr(prepare, "version", lambda _: "0.18.9")
+    prepare._check_tied(model)
+    monkeypatch.setattr(prepare, "version", lambda _: "0.19.8")
+    with pytest.raises(SpftError, match=r"is tied to another module, and DeepSpeed 0\.19\.8 .*deepspeed<0\.19"):
+        prepare._check_tied(model)
+    prepare._check_tied(MODELS["embedding"]())
 
 
 @pytest.mark.parametrize("name", EXPERTS)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from axolotl_spft import SpftCallback, SpftConfig, SpftError, select_mask, step_unit
 from axolotl_spft.salience.install import adapted_layers
+from axolotl_spft.trainer.learning_rate import settle_learning_rate
+from axolotl_spft.tuner.step_unit import squares_of_weights
 from tests.models import tiny_gpt2, tiny_llama
 from tests.trainer.test_callback import assert_same, figures, plain
 from tests.tuner.test_quantized import quantize
@@ -75,6 +78,16 @@ def test_an_optimizer_with_a_rate_of_its_own_is_refused(tmp_path):
     trainer = plain(tmp_path, adapted(True), [SpftCallback()], optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1e-3}))
     with pytest.raises(SpftError, match=r"`relative_step` sets the trainer's .* axolotl_spft\.step_unit\(model\)"):
         trainer.train()
+
+
+def test_a_schedule_of_deepspeeds_file_has_a_rate_of_its_own(tmp_path):
+    trainer = plain(tmp_path, adapted(True))
+    trainer.args.hf_deepspeed_config = HfTrainerDeepSpeedConfig({"scheduler": {"type": "WarmupLR"}})
+    layers = adapted_layers(trainer.model)
+    with pytest.raises(SpftError, match=r'the DeepSpeed file has a "scheduler" of its own'):
+        settle_learning_rate(
+            trainer, trainer.model.peft_config["default"], layers, squares_of_weights(layers), lambda _: None
+        )
 
 
 def test_weights_that_cannot_be_read_have_no_rms():
