@@ -1,9 +1,9 @@
 """Runs experiments and draws their tables.
 
-python -m integration.evidence run --data FOLDER    # what is left of all experiments, the most valuable first
-python -m integration.evidence run integration/evidence/experiments/gsm8k-rates.json --data FOLDER
+python -m integration.evidence run                  # what is left of all experiments, the most valuable first
+python -m integration.evidence run integration/evidence/experiments/gsm8k-rates.json --results build/again
 python -m integration.evidence plan                 # how many runs that is, and what they cost
-python -m integration.evidence report
+python -m integration.evidence report               # the page and its pictures from the recorded lines
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,19 @@ from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_o
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(160 << 20), "MALLOC_TRIM_THRESHOLD_": str(2 << 30), "MALLOC_ARENA_MAX": "1"}
 
 
-def run_files(files: list[Path], data: Path, bases: Path, threads: int, results: Path) -> None:
-    """Every run that is not recorded yet; several processes may work on one queue."""
+def run_files(files: list[Path], data: Path | None, bases: Path, threads: int, results: Path) -> int:
+    """Every run that is not recorded yet; several processes may work on one queue.
+
+    Returns:
+        How many runs failed; the others are done all the same.
+    """
     import torch
 
     from integration.evidence.train import train
 
     torch.set_num_threads(threads)
     tried: set[str] = set()
+    failed = 0
     while (waiting := _waiting(files, results, tried)) is not None:
         file, run, number, total = waiting
         tried.add(key_of(run))
@@ -41,9 +47,15 @@ def run_files(files: list[Path], data: Path, bases: Path, threads: int, results:
             if not mine or key_of(run) in records_of(results):
                 continue
             print(f"[{number}/{total}] {file.stem}: {key_of(run)}", flush=True)
-            result = train(run, data, bases)
+            try:
+                result = train(run, data, bases)
+            except Exception:
+                traceback.print_exc()
+                failed += 1
+                continue
             append(results / f"{file.stem}.jsonl", {**run, "result": rounded(result)})
             print(f"    {result}", flush=True)
+    return failed
 
 
 def _waiting(files: list[Path], results: Path, tried: set[str]) -> tuple[Path, dict[str, Any], int, int] | None:
@@ -81,12 +93,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="carry out what is not recorded yet")
     run.add_argument("files", nargs="*", type=Path, help="experiments; all that have an order by default")
-    run.add_argument("--data", type=Path, default=Path(), help="folder with GSM8K, ARC, OpenBookQA and BoolQ as JSON")
+    run.add_argument("--data", type=Path, help="folder with the data as JSON; the hub's data sets by default")
     run.add_argument("--bases", type=Path, default=Path("build/evidence"), help="folder for models that are made here")
     run.add_argument("--threads", type=int, default=1)
     run.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded lines")
     report = commands.add_parser("report", help="draw README.md and its pictures from the recorded lines")
     report.add_argument("--results", type=Path, default=RESULTS)
+    report.add_argument("--experiments", type=Path, default=EXPERIMENTS, help="folder of the experiments")
     report.add_argument("--output", type=Path, default=Path(__file__).parent)
     left = commands.add_parser("plan", help="count what is left, and its cost by what recorded runs took")
     left.add_argument("files", nargs="*", type=Path, help="experiments; all that have an order by default")
@@ -100,7 +113,7 @@ def main() -> None:
     if arguments.command == "report":
         from integration.evidence.report import write_report
 
-        write_report(EXPERIMENTS, arguments.results, arguments.output)
+        write_report(arguments.experiments, arguments.results, arguments.output)
         return
     if _MALLOC.items() - os.environ.items():
         # read by glibc when a process starts
@@ -109,9 +122,9 @@ def main() -> None:
                 [sys.executable, "-m", "integration.evidence", *sys.argv[1:]], env=os.environ | _MALLOC
             ).returncode
         )
-    run_files(
-        arguments.files or queue(EXPERIMENTS), arguments.data, arguments.bases, arguments.threads, arguments.results
-    )
+    files = arguments.files or queue(EXPERIMENTS)
+    if failed := run_files(files, arguments.data, arguments.bases, arguments.threads, arguments.results):
+        sys.exit(f"runs that failed: {failed}; their errors stand above, and the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,12 @@ def base_folder(name: str, bases: Path) -> str:
         with tempfile.TemporaryDirectory(dir=_existing(bases)) as temporary:
             made = Path(temporary, name)
             makers[name](made)
-            made.rename(folder)
+            try:
+                made.rename(folder)
+            except OSError:
+                # another process may have been as quick
+                if not (folder / "config.json").is_file():
+                    raise
     return str(folder)
 
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from axolotl_spft.files import atomic_path
-from integration.evidence.table import Row
+from integration.evidence.table import Row, shared_seeds
 
 
 def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> None:
     """Task loss over the rates; beside it, where there is untouched text, its loss over the task loss.
 
-    A curve is a method over its rates. Runs that diverged have no place in it.
+    A curve is a method over its rates, of the seeds that all of them have. Runs that diverged have no place in it.
     """
     import matplotlib
 
@@ -26,7 +26,7 @@ def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> 
     )
     over_rates, over_loss = axes[0, 0], axes[0, -1]
     colors = plt.get_cmap("tab20").colors
-    trained = [row for row in rows if row.method != "none" and math.isfinite(row.mean("after_task_loss"))]
+    trained = [row for row in rows if row.seeds and math.isfinite(row.mean("after_task_loss"))]
     for number, label in enumerate(dict.fromkeys(row.label for row in trained)):
         curve = sorted((row for row in trained if row.label == label), key=lambda row: row.learning_rate)
         style = {
@@ -34,16 +34,19 @@ def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> 
             "color": colors[number % len(colors)],
             "linestyle": "-" if curve[0].method == "spft" else "--",
         }
-        rates, losses = [row.learning_rate for row in curve], [row.mean("after_task_loss") for row in curve]
+        # a mean of other seeds at one rate would bend the curve there
+        shared = shared_seeds(curve)
+        rates, losses = [row.learning_rate for row in curve], [row.mean("after_task_loss", shared) for row in curve]
         over_rates.plot(rates, losses, label=label, **style)
         if untouched is not None:
-            others = [row.mean(f"after_{untouched}_loss") for row in curve]
+            others = [row.mean(f"after_{untouched}_loss", shared) for row in curve]
             over_loss.plot(losses, others, **style)
             for rate, at in zip(rates, zip(losses, others)):
                 over_loss.annotate(f"{rate:g}", at, textcoords="offset points", xytext=(4, 4), fontsize=7)
     over_rates.set(xscale="log", xlabel="learning rate", ylabel="loss on the task (lower is better)")
-    if untouched is not None:
-        before = trained[0].mean(f"before_{untouched}_loss")
+    if untouched is not None and trained:
+        base = next((row for row in rows if row.method == "none"), trained[0])
+        before = base.mean(f"before_{untouched}_loss")
         over_loss.axhline(before, color="grey", linewidth=0.8, linestyle=":", label="base")
         over_loss.set(
             xlabel="loss on the task (lower is better)", ylabel=f"loss on untouched {untouched} (lower is better)"

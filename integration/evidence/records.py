@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,23 @@ def rounded(result: Mapping[str, Any]) -> dict[str, Any]:
     return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in result.items()}
 
 
+def _commit() -> str | None:
+    """That of the working tree, with a + where Python files of it were changed; None where git knows none."""
+    try:
+        return _git("rev-parse", "--short", "HEAD") + "+" * bool(_git("status", "--porcelain", "--", ":/*.py"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*asked: str) -> str:
+    command = ["git", "-C", str(EXPERIMENTS.parent), *asked]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line, with the machine, versions and date."""
+    """Add one line, with the machine, versions, date and commit."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({**record, "made": machine()}, sort_keys=True) + "\n"
+    line = json.dumps({**record, "made": machine() | {"commit": _commit()}}, sort_keys=True) + "\n"
     with path.open("a+b") as file:
         file.seek(0, os.SEEK_END)
         if file.tell():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from integration.evidence.bases import QUICKSTART
+from integration.evidence.hub import choice_of, rows_of_hub
 
 # files of the folder that `--data` names, and how many examples of the test set are judged
 CHOICE_TASKS = {"arc-easy": "ARC-Easy", "arc-challenge": "ARC-Challenge", "openbookqa": "openbookqa", "boolq": "boolq"}
@@ -34,9 +35,12 @@ class Task(NamedTuple):
 
 
 def load_task(
-    name: str, data: Path, judged: int, texts: int, fits: Callable[[Example], bool] = lambda example: True
+    name: str, data: Path | None, judged: int, texts: int, fits: Callable[[Example], bool] = lambda example: True
 ) -> Task:
     """A task by name, of the examples that ``fits``: the first ``judged`` of its shuffled test set, and of texts.
+
+    Args:
+        data: Folder with the data as JSON; None for the hub's data sets.
 
     Raises:
         SystemExit: the name or a file is unknown.
@@ -48,11 +52,11 @@ def load_task(
         train, test = _docstrings(judged)
         return Task(*([each for each in part if fits(each)] for part in (train, test)), {"python": held_out_python})
     if name == "gsm8k":
-        train, test = (maths(data / f"gsm8k_{part}.jsonl") for part in ("train", "test"))
-        english = [question(row) for row in _rows(data / "ARC-Easy_test.json")]
+        train, test = (_maths_of(data, part) for part in ("train", "test"))
+        english = [_question_of(example) for example in _choices_of(data, "arc-easy", "test")]
     else:
-        train, test = (_choice(data / f"{CHOICE_TASKS[name]}_{part}.json") for part in ("train", "test"))
-        english = [example.prompt for example in maths(data / "gsm8k_test.jsonl")]
+        train, test = (_choices_of(data, name, part) for part in ("train", "test"))
+        english = [example.prompt for example in _maths_of(data, "test")]
     return Task(
         [each for each in train if fits(each)],
         [each for each in _shuffled(test) if fits(each)][:judged],
@@ -69,10 +73,29 @@ def _rows(path: Path) -> list[dict]:
 
 def maths(path: Path) -> list[Example]:
     """GSM8K's questions and answers, without the marks of a calculator."""
-    return [
-        Example(f"Question: {row['question']}\nAnswer:", " " + re.sub(r"<<[^>]*>>", "", row["answer"]))
-        for row in _rows(path)
-    ]
+    return _maths(_rows(path))
+
+
+def _maths_of(data: Path | None, part: str) -> list[Example]:
+    return _maths(rows_of_hub("gsm8k", part)) if data is None else maths(data / f"gsm8k_{part}.jsonl")
+
+
+def _maths(rows: Sequence[dict]) -> list[Example]:
+    return [_example(row["question"], re.sub(r"<<[^>]*>>", "", row["answer"])) for row in rows]
+
+
+def _example(question: str, answer: str, choices: Sequence[str] = ()) -> Example:
+    return Example(f"Question: {question}\nAnswer:", f" {answer}", tuple(f" {choice}" for choice in choices))
+
+
+def _question_of(example: Example) -> str:
+    return example.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+
+
+def _choices_of(data: Path | None, name: str, part: str) -> list[Example]:
+    if data is None:
+        return [_example(*found) for found in map(choice_of, rows_of_hub(name, part)) if found is not None]
+    return _choice(data / f"{CHOICE_TASKS[name]}_{part}.json")
 
 
 def question(row: dict) -> str:
@@ -87,15 +110,13 @@ def _choice(path: Path) -> list[Example]:
     examples = []
     for row in _rows(path):
         if row["answer"] in ("true", "false"):
-            choices = {"true": " yes", "false": " no"}
+            choices = {"true": "yes", "false": "no"}
         else:
             listed = row["instruction"].split("\n\n")[1]
             parts = re.split(r"\s*Answer(\d): ", " " + listed)[1:]
-            choices = {f"answer{number}": f" {text.strip()}" for number, text in zip(parts[::2], parts[1::2])}
+            choices = {f"answer{number}": text.strip() for number, text in zip(parts[::2], parts[1::2])}
         if row["answer"] in choices:
-            examples.append(
-                Example(f"Question: {question(row)}\nAnswer:", choices[row["answer"]], tuple(choices.values()))
-            )
+            examples.append(_example(question(row), choices[row["answer"]], tuple(choices.values())))
     return examples
 
 

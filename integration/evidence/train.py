@@ -27,7 +27,7 @@ from integration.evidence.methods import METHODS, Ready, Setting, rms_of_project
 from integration.evidence.tasks import Example, Task, load_task
 
 
-def train(run: dict[str, Any], data: Path, bases: Path) -> dict[str, float]:
+def train(run: dict[str, Any], data: Path | None, bases: Path) -> dict[str, float]:
     """Carry out a run of `experiment.runs_of`.
 
     Returns:
@@ -41,7 +41,7 @@ def train(run: dict[str, Any], data: Path, bases: Path) -> dict[str, float]:
     torch.manual_seed(run["seed"])
     folder = base_folder(run["base"], bases)
     tokenizer, task, rows = _encoded(folder, run["task"], data, run["judged"], run["texts"], run["length"])
-    # the sample of masks and statistics, the same for all seeds and none of the trained order
+    # the sample of masks and statistics, the same for all seeds; some or most of it is trained too
     sample = random.Random(1).sample(rows, min(run["samples"], len(rows)))
 
     def batches() -> Iterator[dict[str, Tensor]]:
@@ -100,13 +100,14 @@ _JUDGED_BASES: dict[tuple, dict[str, float]] = {}
 
 @functools.lru_cache(maxsize=1)
 def _encoded(
-    folder: str, name: str, data: Path, judged: int, texts: int, length: int
+    folder: str, name: str, data: Path | None, judged: int, texts: int, length: int
 ) -> tuple[PreTrainedTokenizerBase, Task, list[tuple[list[int], list[int]]]]:
     """Tokenizer, task, and the rows to train; examples of more than ``length`` tokens are left out of both parts."""
     tokenizer = load_tokenizer(folder)
 
     def fits(example: Example) -> bool:
-        return len(encode(tokenizer, example.prompt, example.answer, length + 1)[0]) <= length
+        answers = {example.answer, *example.choices}
+        return all(len(encode(tokenizer, example.prompt, answer, length + 1)[0]) <= length for answer in answers)
 
     task = load_task(name, data, judged, texts, fits)
     rows = [encode(tokenizer, example.prompt, example.answer, length) for example in task.train]

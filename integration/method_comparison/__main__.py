@@ -23,7 +23,7 @@ def run(experiment: Path, data: Path | None, output: Path, changes: dict[str, An
     from peft import PeftConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    from axolotl_spft import SparseAdamW, select_mask
+    from axolotl_spft import SparseAdamW, select_mask, step_unit
     from axolotl_spft.files import atomic_path
     from integration.method_comparison.data import load_data
     from integration.method_comparison.protocol import batches, train
@@ -48,7 +48,8 @@ def run(experiment: Path, data: Path | None, output: Path, changes: dict[str, An
     print(select_mask(model, batches(held.train, tokenizer, settings, device)))
     optimizers = {"SparseAdamW": SparseAdamW}
     make_optimizer = optimizers.get(settings["optimizer_type"]) or getattr(torch.optim, settings["optimizer_type"])
-    trained = train(model, tokenizer, held, settings, make_optimizer)
+    unit = step_unit(model) if model.peft_config["default"].relative_step else 1.0
+    trained = train(model, tokenizer, held, settings, make_optimizer, unit)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         file_size = Path(folder, "adapter_model.safetensors").stat().st_size

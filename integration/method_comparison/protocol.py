@@ -57,16 +57,21 @@ def train(
     data: Data,
     settings: Mapping[str, Any],
     make_optimizer: Callable[..., torch.optim.Optimizer],
+    unit: float = 1.0,
 ) -> Trained:
-    """Train ``settings["max_steps"]`` steps, with an evaluation every ``eval_steps`` and the test at the end."""
+    """Train ``settings["max_steps"]`` steps, with an evaluation every ``eval_steps`` and the test at the end.
+
+    ``unit``: what the learning rate of the settings is a multiple of.
+    """
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
     steps, every = settings["max_steps"], settings["eval_steps"]
     with model.disable_adapter():
         text_loss_before = text_loss(model, tokenizer, data.texts, settings)
-    optimizer = make_optimizer(model.parameters(), **settings["optimizer_kwargs"])
+    options = settings["optimizer_kwargs"]
+    optimizer = make_optimizer(model.parameters(), **options | {"lr": options["lr"] * unit})
     schedule = get_cosine_schedule_with_warmup(optimizer, int(0.1 * steps), steps)
-    metrics, losses, seconds, tokens, memory = [], [], [], [], []
+    metrics, losses, seconds, tokens, memory, allocated = [], [], [], [], [], []
     begun, judging = time.perf_counter(), 0.0
     model.train()
     with tqdm(total=steps, desc="Training", unit="step") as bar:
@@ -83,6 +88,7 @@ def train(
             schedule.step()
             losses.append(loss.item())
             memory.append(torch.cuda.memory_reserved() if on_gpu else 0)
+            allocated.append(torch.cuda.memory_allocated() if on_gpu else 0)
             seconds.append(time.perf_counter() - started)
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -99,6 +105,7 @@ def train(
                         "train time": sum(seconds[-every:]),
                         "eval time": time.perf_counter() - started,
                         "tokens / sec": sum(tokens[-every:]) / sum(seconds[-every:]),
+                        "mem allocated avg": sum(allocated[-every:]) / every,
                         "mem reserved avg": sum(memory[-every:]) / every,
                         "elapsed time": time.perf_counter() - begun,
                     }

@@ -16,7 +16,8 @@ Made by `python -m integration.repair page` from `results.jsonl`; measured by
 holds GSM8K (openai/gsm8k) as JSON lines and ARC as JSON lists. Losses are means a token, of answers that the statistics
 have not seen, and of English questions of another kind. The gap is that of NF4 (double quantization, blocks of 64) to
 bf16; entries are chosen by |W - Q(W)| times the root mean square of the input column, the low rank is the best one of
-the error weighted alike.
+the error weighted alike. Both models come from packages with about 4 bits a weight, so that their bf16 form is rounded
+already, and NF4 rounds it once more: the error of a model that never was may look otherwise.
 """
 _FOOT = """
 A quantization error is nearly of full rank, so a few exact entries mend more of it than a low-rank product of many more

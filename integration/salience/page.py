@@ -26,24 +26,28 @@ gradient of the loss summed over the sample, `w` the weight, dequantized where i
 _CHOOSING = """
 ## Choosing
 
-**Density.** Start at 0.005 on a 7B model. A larger budget was better in the trial below, and costs little time: from 0.05% to 5% a step on a CPU went
+**Density.** Start at 0.005 on a 7B model. A larger budget was better in the trial below, on Gemma (2%: by 0.010) and for `gradient`, not for `random` on SmolLM2, and costs little time: from 0.05% to 5% a step on a CPU went
 from 1.04 to 1.15 of the limit, memory takes about 20 bytes a value ([records](../../integration/bench/README.md)). `axolotl spft plan config.yml` tells the bytes before a run.
 
 **Rate.** It decides more than the mask, and belongs to the metric. Its unit is rms(W) (0.005 / density)^0.75, with rms(W) the root mean square of the
-targeted weights: in [the evidence](../../integration/evidence/README.md) the best rates of `random` are around 0.1 of it and those of `gradient` around 0.01,
-on two models whose rms(W) differ by a factor of 5.6, from 0.1% to 2%, in 16 and in 4 bits. `relative_step: true` reads `learning_rate` in this unit, so that
-0.1 or 0.01 is where to begin with any model at any density; try half and twice. Without it the log says at the start how many units the rate is. Other rates
+targeted weights. In [the evidence](../../integration/evidence/README.md) (models of 135 and 270 million parameters whose rms(W) differ by a factor of 5.6, 60 steps,
+rates a factor of three apart) the best rates of `random` are 0.05 to 0.16 of it, from 0.1% to 2% and in 16 and 4 bits, those of `gradient` 0.005 to 0.016. Too much
+costs more than too little: of `random` 0.5% on SmolLM2 three times the best rate 0.136 of loss, a third of it 0.029. `relative_step: true` reads `learning_rate` in this unit, so that
+0.1 or 0.01 is where to begin; try a third and three times of it. On a Llama that was pretrained for minutes (`make evidence`) both metrics want the same rate. Without the option the log says at the start how many units the rate is. Other rates
 (`embedding_lr`, `min_lr` of a schedule) stay absolute. In a loop of your own: `lr=0.1 * axolotl_spft.step_unit(model)`. A unit for each matrix instead of one for
-all made no difference (0.809 against 0.810 of loss). A comparison at LoRA's rate says little.
+all made no difference (0.809 against 0.810 of loss, one seed). A comparison at LoRA's rate says little.
 
-**Metric and scope.** Each at its best rate, `random` has the lowest loss on the task of all metrics tried on either model. Beside LoRA of as many values it is a little ahead on
-both in 16 bits and on SmolLM2 in 4 (by less than the seeds differ, but on most of them), behind by 0.005 on Gemma in 4, and behind rank 8 by 0.008 at 2% on SmolLM2 (one seed); on other text it forgets less than LoRA on Gemma, and on SmolLM2 no more but of Python.
-`balanced` and `scope: row` come next, `gradient` with `scope: layer` last: it sits on few rows and columns. `random`
-needs no salience pass, so no memory for it either. The examples for one GPU and the front page therefore write `salience: random` with its rate. `gradient`, the
+**Metric and scope.** Each at its best rate, `random` has the lowest loss on the task of the masks of as many values on either model; on SmolLM2 `magnitude`, `balanced`, `lift` and `scope: row` are
+behind by 0.010 to 0.018, which is about what seeds differ by, then `fisher`, `gradient` and `scope: global`; on Gemma `gradient` is behind by 0.034. Gradient masks sit on few rows and columns.
+Beside LoRA of as many values `random` is level: ahead by 0.008 on SmolLM2 (on each of five seeds), on Gemma by 0.003 and by nothing without the seed that rates were chosen by; in 4 bits ahead by 0.008 on
+SmolLM2, behind by 0.005 on Gemma (three seeds). SHiRA, a random mask too, is level with both; PiSSA is ahead by 0.005 on SmolLM2 (three seeds) and behind by 0.030 on Gemma (one). At 2% LoRA of rank 8 is ahead by
+0.008 on SmolLM2 and behind by 0.018 on Gemma (one seed). Full fine-tuning of SmolLM2 ends at 0.812, where `random` is at 0.810 with this seed: more was not to be had. Of other text, for one and the same gain, `magnitude`,
+`lift`, `random` and LoRA forget nothing on SmolLM2 and `random` least on Gemma; masks by gradients pay on Python, on both models.
+`random` needs no salience pass, so no memory for it either. The examples for one GPU and the front page therefore write `salience: random` with its rate. `gradient`, the
 paper's choice, remains what a block without the key means, since its rates are ten times smaller: another default would silently train
 existing configurations hardly at all. `axolotl spft mask` and `axolotl spft inspect` show a mask [before it is trained](../inspection/README.md).
 
-`make evidence` repeats a small comparison. One trial is from before this code, and no command here repeats it (a Llama of 5.4 million parameters,
+`make evidence` repeats a small comparison with the same outcome: all methods within the spread of seeds or little more, `random` forgetting least and `gradient` most. One trial is from before this code, and no command here repeats it (a Llama of 5.4 million parameters,
 docstrings of Python functions, 225 steps, one seed, rates tuned over four; held-out loss, base 4.812, full fine-tuning 4.048).
 
 | values | gradient, global | gradient, layer | gradient, row | balanced, layer | random | LoRA |

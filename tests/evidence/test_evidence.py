@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from integration.evidence import tasks
+from integration.evidence import hub, tasks
 from integration.evidence.__main__ import run_files
 from integration.evidence.experiment import key_of, queue, read_experiment, runs_of
 from integration.evidence.judge import IGNORED, batch_of, encode, judge
 from integration.evidence.plan import plan
 from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of, rounded
-from integration.evidence.report import write_report
-from integration.evidence.table import Row, best_rows, rises_at_gain, rows_of
+from integration.evidence.report import _ranking, write_report
+from integration.evidence.table import Price, Row, best_rows, prices_of_gain, rows_of
 from integration.evidence.tasks import Example, Task, load_task
 from tests.byte_llama import save_byte_llama
 
@@ -165,18 +165,39 @@ def test_a_queue_resumes_and_sums_up(base, data, tmp_path, short_python):
     assert f"| {winner.trained:,} | **{winner.learning_rate:g}** | {units:.2g} |" in page
 
 
-def test_what_is_paid_for_the_same_gain_is_read_off_the_curves():
-    def row(label, rate, task, english):
-        figures = {"before_task_loss": 2.0, "before_english_loss": 3.0, "after_task_loss": task,
-                   "after_english_loss": english}  # fmt: skip
-        return Row(label, "spft", rate, 1, {name: (value,) for name, value in figures.items()}, 1)
+def row_of(label, rate, task, english=3.0, method="spft", before=(2.0, 3.0)) -> Row:
+    """A row of the task losses by seed, with one loss on English for all."""
+    task = task if isinstance(task, dict) else {0: task}
+    figures = {"before_task_loss": before[0], "before_english_loss": before[1], "after_english_loss": english}
+    figures = {name: dict.fromkeys(task, value) for name, value in figures.items()}
+    return Row(label, method, rate, 1, figures | {"after_task_loss": task}, frozenset(task))
 
-    rows = [row("a", 0.1, 1.5, 3.1), row("a", 0.3, 1.0, 3.5), row("a", 1.0, 1.2, 9.0), row("b", 0.1, 1.4, 3.0)]
-    target, rises = rises_at_gain(rows, "english", 0.9)
-    assert target == pytest.approx(1.1) and rises["b"] is None
-    assert rises["a"] == pytest.approx(0.1 + 0.8 * 0.4)
-    target, rises = rises_at_gain(rows, "english", 0.25)
-    assert rises == pytest.approx({"a": 0.05, "b": 0.0})
+
+def test_what_is_paid_for_the_same_gain_is_read_off_the_curves():
+    rows = [row_of("a", 0.1, 1.5, 3.1), row_of("a", 0.3, 1.0, 3.5), row_of("a", 1.0, 1.2, 9.0), row_of("b", 0.1, 1.4)]
+    target, prices = prices_of_gain(rows, "english", 0.9)
+    assert target == pytest.approx(1.1) and prices["b"] is None
+    assert prices["a"] == (pytest.approx(0.1 + 0.8 * 0.4), False)
+    target, prices = prices_of_gain(rows, "english", 0.25)
+    assert prices == {"a": (pytest.approx(0.05), True), "b": (pytest.approx(0.0), True)}
+    assert prices_of_gain([*rows, row_of("a", 0.01, math.inf)], "english", 0.9)[1]["a"].rise == pytest.approx(0.42)
+
+
+def test_prices_of_a_method_that_starts_elsewhere_are_over_the_bases_loss():
+    base = Row("base", "none", 0.0, 0, {"before_english_loss": {0: 3.0}}, frozenset({0}))
+    rows = [base, row_of("repaired", 0.1, 1.0, 2.9, before=(1.8, 2.8)), row_of("plain", 0.1, 1.0, 3.1)]
+    prices = prices_of_gain(rows, "english", 1.0)[1]
+    assert prices == {"repaired": (pytest.approx(-0.1), True), "plain": (pytest.approx(0.1), True)}
+    assert all(isinstance(price, Price) for price in prices.values())
+
+
+def test_methods_are_compared_by_the_seeds_that_both_have():
+    rows = [row_of("a", rate, loss) for rate, loss in ((0.1, 2.0), (0.3, {0: 1.0, 1: 1.1, 2: 1.2}), (1.0, 2.0))]
+    # its second seed was cut off
+    rows += [row_of("b", rate, loss) for rate, loss in ((0.1, 2.0), (0.3, {0: 1.3, 2: 1.4}), (1.0, 2.0))]
+    sentence = _ranking(best_rows(rows))
+    assert "a has the lowest task loss, 1.100 ± 0.100 at 0.3 (3 seeds)" in sentence
+    assert "b by 0.250 (2 seeds; +0.200 without the first)" in sentence
 
 
 def test_the_plan_counts_what_a_search_will_need(tmp_path):
@@ -245,6 +266,38 @@ def test_choices_and_questions_are_read_as_text(data, short_python):
     assert load_task("gsm8k", data, 4, 2).train[0].answer == " It is 1.\n#### 1"
     with pytest.raises(SystemExit, match=r"boolq_train.json is missing: name the folder that holds it with --data"):
         load_task("boolq", data, 4, 2)
+
+
+def test_the_hubs_data_sets_are_read_as_the_files_are(data, tmp_path, monkeypatch, short_python):
+    choices = {"text": ["a rose", "the sea", "snow"], "label": ["A", "B", "C"]}
+    rows = {
+        "gsm8k": [json.loads(line) for line in (data / "gsm8k_train.jsonl").read_text().splitlines()],
+        "arc-easy": [{"question": "Which is red?", "choices": choices, "answerKey": "ABC"[i % 3]} for i in range(6)],
+        "openbookqa": [{"question_stem": "Snow is", "choices": choices, "answerKey": "C"}] * 2,
+        "boolq": [{"question": "is it", "answer": answer, "passage": "-"} for answer in (True, False)],
+    }
+    for task, source in hub.SOURCES.items():
+        folder = tmp_path / "hub" / task
+        folder.mkdir(parents=True)
+        for part in ("train", source.test):
+            lines = [json.dumps(row) for row in rows.get(task, rows["arc-easy"])]
+            (folder / f"{part}.jsonl").write_text("\n".join(lines))
+        monkeypatch.setitem(hub.SOURCES, task, hub.Source(str(folder), None, source.test))
+    assert load_task("gsm8k", None, 4, 2) == load_task("gsm8k", data, 4, 2)
+    assert load_task("arc-easy", None, 4, 2) == load_task("arc-easy", data, 4, 2)
+    (stem, *_), (yes, no) = load_task("openbookqa", None, 4, 2).train, load_task("boolq", None, 4, 2).train
+    assert stem == Example("Question: Snow is\nAnswer:", " snow", (" a rose", " the sea", " snow"))
+    assert (yes.answer, no.answer, yes.choices) == (" yes", " no", (" yes", " no"))
+
+
+def test_a_run_that_fails_does_not_hold_up_the_others(base, data, tmp_path, short_python, capsys):
+    experiment = experiment_of(base)
+    experiment["methods"].insert(1, {"label": "no", "method": "lora", "options": {"r": 0}, "learning_rates": [1e-3]})
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(experiment))
+    assert run_files([path], data, tmp_path / "bases", torch.get_num_threads(), tmp_path / "results") == 1
+    assert "should be a positive integer" in capsys.readouterr().err
+    assert {each["method"] for each in records_of(tmp_path / "results").values()} == {"none", "spft"}
 
 
 def test_losses_are_those_of_the_answers_tokens_alone(base):

@@ -89,6 +89,7 @@ def test_a_shipped_experiment_goes_the_whole_way(experiment, base, data, tmp_pat
     assert [set(each) & {"step", "valid accuracy", "test accuracy"} for each in train_info["metrics"]] == [
         {"step", "valid accuracy"}, {"step", "valid accuracy"}, {"step", "test accuracy"},
     ]  # fmt: skip
+    assert all("mem allocated avg" in each for each in train_info["metrics"][:-1])
     last = train_info["metrics"][-1]
     assert last["train samples"] == 8 and last["forgetting"] != 0 and 0 <= last["test accuracy"] <= 1
 
