@@ -9,11 +9,15 @@ from pathlib import Path
 from axolotl_spft.files import atomic_path
 from integration.evidence.table import Row, shared_seeds
 
+# share of the largest gain
+_SHOWN = 0.15
+
 
 def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> None:
     """Task loss over the rates; beside it, where there is untouched text, its loss over the task loss.
 
-    A curve is a method over its rates, of the seeds that all of them have. Runs that diverged have no place in it.
+    A curve is a method over its rates, of the seeds that all of them have. Runs that diverged have no place in it, and
+    those that lost more than 15% of the largest gain lie outside.
     """
     import matplotlib
 
@@ -27,6 +31,10 @@ def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> 
     over_rates, over_loss = axes[0, 0], axes[0, -1]
     colors = plt.get_cmap("tab20").colors
     trained = [row for row in rows if row.seeds and math.isfinite(row.mean("after_task_loss"))]
+    # what lies further off would leave no room for the differences
+    best = min((loss for row in trained for loss in row.figures["after_task_loss"].values()), default=0.0)
+    worst = best + _SHOWN * max((row.mean("before_task_loss") - best for row in trained), default=1.0)
+    seen = []
     for number, label in enumerate(dict.fromkeys(row.label for row in trained)):
         curve = sorted((row for row in trained if row.label == label), key=lambda row: row.learning_rate)
         style = {
@@ -41,9 +49,9 @@ def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> 
         if untouched is not None:
             others = [row.mean(f"after_{untouched}_loss", shared) for row in curve]
             over_loss.plot(losses, others, **style)
-            for rate, at in zip(rates, zip(losses, others)):
-                over_loss.annotate(f"{rate:g}", at, textcoords="offset points", xytext=(4, 4), fontsize=7)
+            seen += [(loss, other) for loss, other in zip(losses, others) if loss <= worst]
     over_rates.set(xscale="log", xlabel="learning rate", ylabel="loss on the task (lower is better)")
+    over_rates.set_ylim(*_with_margin([best, worst]))
     if untouched is not None and trained:
         base = next((row for row in rows if row.method == "none"), trained[0])
         before = base.mean(f"before_{untouched}_loss")
@@ -51,8 +59,15 @@ def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> 
         over_loss.set(
             xlabel="loss on the task (lower is better)", ylabel=f"loss on untouched {untouched} (lower is better)"
         )
+        over_loss.set_xlim(*_with_margin([best, worst]))
+        over_loss.set_ylim(*_with_margin([before, *(other for _, other in seen)]))
     figure.legend(loc="outside right center", fontsize=8)
     figure.suptitle(title, fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
     plt.close(figure)
+
+
+def _with_margin(values: Sequence[float]) -> tuple[float, float]:
+    margin = 0.05 * (max(values) - min(values)) or 1.0
+    return min(values) - margin, max(values) + margin

@@ -96,7 +96,11 @@ def _in_short(results: Path) -> list[str]:
     if not path.is_file():
         return []
     conclusions = json.loads(path.read_text(encoding="utf-8"))
-    lines = [f"- **{question}. {_QUESTIONS[question]}.** {text}" for question, text in sorted(conclusions.items())]
+    lines = []
+    for question, text in sorted(conclusions.items()):
+        heading = f"{question}. {_QUESTIONS[question]}"
+        anchor = heading.lower().replace(".", "").replace(" ", "-")
+        lines.append(f"- **[{heading}](#{anchor}).** {text}")
     return ["## In short\n\n" + "\n".join(lines) + "\n"]
 
 

@@ -45,7 +45,8 @@ SmolLM2, behind by 0.005 on Gemma (three seeds). SHiRA, a random mask too, is le
 `lift`, `random` and LoRA forget nothing on SmolLM2 and `random` least on Gemma; masks by gradients pay on Python, on both models.
 `random` needs no salience pass, so no memory for it either. The examples for one GPU and the front page therefore write `salience: random` with its rate. `gradient`, the
 paper's choice, remains what a block without the key means, since its rates are ten times smaller: another default would silently train
-existing configurations hardly at all. `axolotl spft mask` and `axolotl spft inspect` show a mask [before it is trained](../inspection/README.md).
+existing configurations hardly at all. `axolotl spft mask` and `axolotl spft inspect` show a mask [before it is trained](../inspection/README.md). Where the values go, how many samples a mask needs,
+dynamic masks, low rank beside sparse: [in short](../../integration/evidence/README.md#in-short).
 
 `make evidence` repeats a small comparison with the same outcome: all methods within the spread of seeds or little more, `random` forgetting least and `gradient` most. One trial is from before this code, and no command here repeats it (a Llama of 5.4 million parameters,
 docstrings of Python functions, 225 steps, one seed, rates tuned over four; held-out loss, base 4.812, full fine-tuning 4.048).

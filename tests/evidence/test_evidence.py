@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,19 @@ def test_the_page_is_what_the_recorded_lines_give(tmp_path):
     write_report(EXPERIMENTS, RESULTS, tmp_path)
     assert (tmp_path / "README.md").read_bytes() == (PAGE / "README.md").read_bytes()
     assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in PAGE.glob("*.png")}
+
+
+def test_the_conclusions_hold_no_loss_that_their_tables_lack():
+    parts = re.split(r"^## ", (PAGE / "README.md").read_text(), flags=re.MULTILINE)
+    sections = {part[0]: part for part in parts if re.match(r"[a-h]\. ", part)}
+    conclusions = json.loads((RESULTS / "conclusions.json").read_text())
+    assert list(sections) == sorted(conclusions) == list("abcdefgh")
+    for question, text in conclusions.items():
+        figures = re.findall(r"\d\.\d{3}\b", text)
+        assert figures, question
+        named = [question, *re.findall(r"\(([a-h])\)", text)]
+        for figure in figures:
+            assert any(figure in sections[each] for each in named), (question, figure)
 
 
 def test_seeds_come_one_after_the_other_and_only_where_asked_for():
