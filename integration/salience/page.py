@@ -26,7 +26,7 @@ gradient of the loss summed over the sample, `w` the weight, dequantized where i
 _CHOOSING = """
 ## Choosing
 
-**Density.** Start at 0.005 on a 7B model. A larger budget was better in the trial below, on Gemma (2%: by 0.010) and for `gradient`, not for `random` on SmolLM2, and costs little time: from 0.05% to 5% a step on a CPU went
+**Density.** Start at 0.005 on a 7B model. A larger budget was better in the trial below, on Gemma (2%: by 0.010) and for `gradient`, hardly for `random` on SmolLM2, and costs little time: from 0.05% to 5% a step on a CPU went
 from 1.04 to 1.15 of the limit, memory takes about 20 bytes a value ([records](../../integration/bench/README.md)). `axolotl spft plan config.yml` tells the bytes before a run.
 
 **Rate.** It decides more than the mask, and belongs to the metric. Its unit is rms(W) (0.005 / density)^0.75, with rms(W) the root mean square of the
@@ -41,7 +41,7 @@ all made no difference (0.809 against 0.810 of loss, one seed). A comparison at 
 behind by 0.010 to 0.018, which is about what seeds differ by, then `fisher`, `gradient` and `scope: global`; on Gemma `gradient` is behind by 0.034. Gradient masks sit on few rows and columns.
 Beside LoRA of as many values `random` is level: ahead by 0.008 on SmolLM2 (on each of five seeds), on Gemma by 0.003 and by nothing without the seed that rates were chosen by; in 4 bits ahead by 0.008 on
 SmolLM2, behind by 0.005 on Gemma (three seeds). SHiRA, a random mask too, is level with both; PiSSA is ahead by 0.005 on SmolLM2 (three seeds) and behind by 0.030 on Gemma (one). At 2% LoRA of rank 8 is ahead by
-0.008 on SmolLM2 and behind by 0.018 on Gemma (one seed). Full fine-tuning of SmolLM2 ends at 0.812, where `random` is at 0.810 with this seed: more was not to be had. Of other text, for one and the same gain, `magnitude`,
+0.006 on SmolLM2 (three seeds) and behind by 0.018 on Gemma (one). Full fine-tuning of SmolLM2 ends at 0.812, where `random` is at 0.810 with this seed: more was not to be had. Of other text, for one and the same gain, `magnitude`,
 `lift`, `random` and LoRA forget nothing on SmolLM2 and `random` least on Gemma; masks by gradients pay on Python, on both models.
 `random` needs no salience pass, so no memory for it either. The examples for one GPU and the front page therefore write `salience: random` with its rate. `gradient`, the
 paper's choice, remains what a block without the key means, since its rates are ten times smaller: another default would silently train
