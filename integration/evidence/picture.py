@@ -49,7 +49,7 @@ def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> 
         if untouched is not None:
             others = [row.mean(f"after_{untouched}_loss", shared) for row in curve]
             over_loss.plot(losses, others, **style)
-            seen += [(loss, other) for loss, other in zip(losses, others) if loss <= worst]
+            seen += [other for loss, other in zip(losses, others) if loss <= worst]
     over_rates.set(xscale="log", xlabel="learning rate", ylabel="loss on the task (lower is better)")
     over_rates.set_ylim(*_with_margin([best, worst]))
     if untouched is not None and trained:
@@ -60,7 +60,7 @@ def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> 
             xlabel="loss on the task (lower is better)", ylabel=f"loss on untouched {untouched} (lower is better)"
         )
         over_loss.set_xlim(*_with_margin([best, worst]))
-        over_loss.set_ylim(*_with_margin([before, *(other for _, other in seen)]))
+        over_loss.set_ylim(*_with_margin([before, *seen]))
     figure.legend(loc="outside right center", fontsize=8)
     figure.suptitle(title, fontsize=10)
     with atomic_path(path) as temporary:

@@ -52,11 +52,11 @@ def load_task(
         train, test = _docstrings(judged)
         return Task(*([each for each in part if fits(each)] for part in (train, test)), {"python": held_out_python})
     if name == "gsm8k":
-        train, test = (_maths_of(data, part) for part in ("train", "test"))
-        english = [_question_of(example) for example in _choices_of(data, "arc-easy", "test")]
+        train, test = (maths(data, part) for part in ("train", "test"))
+        english = _questions(data)
     else:
         train, test = (_choices_of(data, name, part) for part in ("train", "test"))
-        english = [example.prompt for example in _maths_of(data, "test")]
+        english = [example.prompt for example in maths(data, "test")]
     return Task(
         [each for each in train if fits(each)],
         [each for each in _shuffled(test) if fits(each)][:judged],
@@ -71,16 +71,9 @@ def _rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
-def maths(path: Path) -> list[Example]:
-    """GSM8K's questions and answers, without the marks of a calculator."""
-    return _maths(_rows(path))
-
-
-def _maths_of(data: Path | None, part: str) -> list[Example]:
-    return _maths(rows_of_hub("gsm8k", part)) if data is None else maths(data / f"gsm8k_{part}.jsonl")
-
-
-def _maths(rows: Sequence[dict]) -> list[Example]:
+def maths(data: Path | None, part: str) -> list[Example]:
+    """GSM8K's questions and answers of ``part``, without the marks of a calculator."""
+    rows = rows_of_hub("gsm8k", part) if data is None else _rows(data / f"gsm8k_{part}.jsonl")
     return [_example(row["question"], re.sub(r"<<[^>]*>>", "", row["answer"])) for row in rows]
 
 
@@ -88,8 +81,11 @@ def _example(question: str, answer: str, choices: Sequence[str] = ()) -> Example
     return Example(f"Question: {question}\nAnswer:", f" {answer}", tuple(f" {choice}" for choice in choices))
 
 
-def _question_of(example: Example) -> str:
-    return example.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+def _questions(data: Path | None) -> list[str]:
+    """The bare questions of ARC-Easy's test set."""
+    if data is None:
+        return [row["question"] for row in rows_of_hub("arc-easy", "test")]
+    return [question(row) for row in _rows(data / "ARC-Easy_test.json")]
 
 
 def _choices_of(data: Path | None, name: str, part: str) -> list[Example]:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from integration.evidence.hub import rows_of_hub
+
 _LONGEST, _VALID, _TEXTS = 1300, 50, 100
 
 
@@ -56,8 +58,7 @@ def _from_hub() -> tuple[list[Pair], list[Pair], list[Pair], list[str]]:
 
     maths = [Pair(row["query"], row["response"]) for row in load_dataset("meta-math/MetaMathQA", split="train")]
     train, test = (
-        [Pair(row["question"], row["answer"]) for row in load_dataset("openai/gsm8k", "main", split=part)]
-        for part in ("train", "test")
+        [Pair(row["question"], row["answer"]) for row in rows_of_hub("gsm8k", part)] for part in ("train", "test")
     )
     texts = load_dataset("HuggingFaceFW/finewiki", split="train", streaming=True).take(_TEXTS)
     return maths, train, test, [row["text"] for row in texts]

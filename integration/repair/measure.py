@@ -47,7 +47,7 @@ def measure(base: str, row: str, judged: int, samples: int, data: Path, bases: P
     tokenizer = load_tokenizer(folder)
     model, rank = load_base(folder, options.pop("bits"), torch.bfloat16, device), options.pop("rank", None)
     train, test = (
-        [encode(tokenizer, each.prompt, each.answer, LENGTH) for each in maths(data / f"gsm8k_{part}.jsonl")]
+        [encode(tokenizer, each.prompt, each.answer, LENGTH) for each in maths(data, part)]
         for part in ("train", "test")
     )
     sample = random.Random(1).sample(train, samples)
