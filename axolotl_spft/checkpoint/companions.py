@@ -15,15 +15,22 @@ from axolotl_spft.files import atomic_path
 
 CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+# of one tokenizer, so that files of two never stand together
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-    "processor_config.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+# of what reads pictures and sounds, which training on text alone saves none of
+_PROCESSOR = (
+    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json",
 )  # fmt: skip
 
 
 def copy_companions(base: Path, adapter: Path, target: Path) -> list[str]:
-    """Copy what stands beside the weights of ``base`` into ``target``; a tokenizer saved with the adapter is newer.
+    """Copy what stands beside the weights of ``base`` into ``target``.
+
+    A tokenizer saved with the adapter is newer and replaces the whole of the base's, chat template included; each file
+    of a processor is replaced by one of its name alone.
 
     Returns:
         the names of the files.
@@ -33,14 +40,25 @@ def copy_companions(base: Path, adapter: Path, target: Path) -> list[str]:
         for path in sorted(base.iterdir())
         if path.is_file() and not path.name.endswith(_WEIGHTS) and not path.name.startswith(".")
     }
-    if (adapter / "tokenizer_config.json").is_file():
-        sources = {name: path for name, path in sources.items() if name not in _TOKENIZER}
-        sources |= {name: adapter / name for name in _TOKENIZER if (adapter / name).is_file()}
+    newer = _tokenizer_of(adapter)
+    if newer:
+        replaced = {*_TOKENIZER, *newer}
+        if "chat_template.jinja" in newer:
+            # a processor takes the template under its former name first
+            replaced.add("chat_template.json")
+        sources = {name: path for name, path in sources.items() if name not in replaced} | newer
     sources.pop(CONFIG, None)
     for name, path in sources.items():
         with atomic_path(target / name) as temporary:
             shutil.copyfile(path, temporary)
     return list(sources)
+
+
+def _tokenizer_of(folder: Path) -> dict[str, Path]:
+    """The files of the tokenizer and the processor that a folder holds; none where it has no tokenizer."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return {}
+    return {name: folder / name for name in (*_TOKENIZER, *_PROCESSOR) if (folder / name).is_file()}
 
 
 def merged_config(

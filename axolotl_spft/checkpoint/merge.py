@@ -73,7 +73,7 @@ def merge(
     base_name = base or config.get("base_model_name_or_path")
     if not base_name:
         raise SpftFileError(f"{adapter_folder / CONFIG_FILE} does not say its base model: add `--base`")
-    base_folder = find_checkpoint(base_name, revision)
+    base_folder = find_checkpoint(base_name, revision, companions=True)
     for name, folder in (("base model", base_folder), ("adapter", adapter_folder)):
         if output.resolve() == folder.resolve():
             raise SpftFileError(f"the output {output} is the folder of the {name}: name another one")

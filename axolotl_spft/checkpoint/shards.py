@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +26,7 @@ DTYPES = {
     "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -168,12 +170,16 @@ def _read_index(folder: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def find_checkpoint(name: str | os.PathLike, revision: str | None = None, weights: bool = True) -> Path:
+def find_checkpoint(
+    name: str | os.PathLike, revision: str | None = None, weights: bool = True, companions: bool = False
+) -> Path:
     """The folder of a model: a local one, or that of the hub's cache, where it is downloaded if it is not there.
 
     Args:
         weights: whether its weights are needed too. Whoever has asked for the config or the tokenizer before has put
             these alone into the cache.
+        companions: whether all that stands beside the weights is asked for: a cache whose weights are complete may
+            lack a tokenizer or a processor. Where the hub cannot be reached, what the cache has is taken.
 
     Raises:
         SpftFileError: there is none.
@@ -182,7 +188,7 @@ def find_checkpoint(name: str | os.PathLike, revision: str | None = None, weight
         return Path(name).expanduser()
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", *(["*.safetensors"] if weights else [])]
+    wanted = [*_COMPANIONS, *(["*.safetensors"] if weights else [])]
     reason, part = None, ""
     for only_local in (True, False):
         try:
@@ -193,6 +199,12 @@ def find_checkpoint(name: str | os.PathLike, revision: str | None = None, weight
             reason = str(error).splitlines()[0]
             continue
         if not only_local or not weights or _has_weights(folder):
+            if only_local and companions:
+                # of the commit that the weights are of
+                with suppress(Exception):
+                    snapshot_download(
+                        str(name), revision=folder.name, allow_patterns=_COMPANIONS, local_files_only=False
+                    )
             return folder
         part = f"; {folder} has not all of its weights as safetensors"
     raise SpftFileError(f"{name} is neither a folder nor a model that the hub gives ({reason}{part}): correct the name")

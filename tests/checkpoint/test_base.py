@@ -113,6 +113,17 @@ def test_a_cache_of_the_hub_that_holds_a_part_is_filled(tmp_path, monkeypatch):
     for _ in range(2):
         assert Shards(find_checkpoint("of/us")).file_of == Shards(base).file_of
         next(snapshot.glob("*.safetensors")).unlink()
+    assert find_checkpoint("of/us", companions=True) == snapshot
+    # whoever loads the weights alone leaves the rest out of the cache
+    (snapshot / "chat_template.jinja").unlink()
+    reachable = False
+    assert find_checkpoint("of/us", companions=True) == snapshot and not (snapshot / "chat_template.jinja").exists()
+    reachable = True
+    find_checkpoint("of/us")
+    assert not (snapshot / "chat_template.jinja").exists()
+    find_checkpoint("of/us", companions=True)
+    assert (snapshot / "chat_template.jinja").exists()
+    next(snapshot.glob("*.safetensors")).unlink()
     reachable = False
     with pytest.raises(SpftFileError, match="has not all of its weights"):
         find_checkpoint("of/us")

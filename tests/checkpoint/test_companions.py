@@ -44,6 +44,27 @@ def test_a_tokenizer_of_the_adapter_takes_the_place_of_all_of_the_bases(tmp_path
     assert (target / "tokenizer.json").read_text() == "new"
 
 
+@pytest.mark.parametrize("saved", ["tokenizer", "template", "processor"])
+def test_a_processor_stays_where_only_a_tokenizer_was_saved(tmp_path, saved):
+    names = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+    base = folder_of(tmp_path / "base", tokenizer_config__json="old", tokenizer__json="old", chat_template__json="old")
+    for name in names:
+        (base / name).write_text("old")
+    adapter = folder_of(tmp_path / "adapter", tokenizer_config__json="new", tokenizer__json="new")
+    if saved != "tokenizer":
+        (adapter / "chat_template.jinja").write_text("new")
+    if saved == "processor":
+        (adapter / "processor_config.json").write_text("new")
+    target = tmp_path / "target"
+    target.mkdir()
+    copy_companions(base, adapter, target)
+    found = {path.name: path.read_text() for path in target.iterdir()}
+    expected = dict.fromkeys(names, "old") | dict.fromkeys(("tokenizer_config.json", "tokenizer.json"), "new")
+    # where it finds both, a processor takes the first
+    expected |= {"chat_template.json": "old"} if saved == "tokenizer" else {"chat_template.jinja": "new"}
+    assert found == expected | ({"processor_config.json": "new"} if saved == "processor" else {})
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_config_says_what_the_adapter_changed_and_nothing_else(tmp_path, nested):
     text = {"vocab_size": 10, "tie_word_embeddings": True}
