@@ -11,6 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING, _get_submodules, get_quantization_kwargs
 from peft.utils.integrations import init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -287,8 +288,8 @@ class SpftModel(BaseTuner):
         return []  # a merge changes tied modules together
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, SpftExperts):
-            # PEFT looks for a `weight`, which experts have not
+        if isinstance(child, (SpftExperts, AuxiliaryTrainingWrapper)):
+            # PEFT looks for a `weight`, which experts have not, nor a head of several layers that is trained whole
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
