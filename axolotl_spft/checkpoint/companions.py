@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import nn
+from transformers import AutoTokenizer, PretrainedConfig
 
 from axolotl_spft.checkpoint.adapter import read_json_object
 from axolotl_spft.files import atomic_path
@@ -62,15 +63,21 @@ def _tokenizer_of(folder: Path) -> dict[str, Path]:
 
 
 def merged_config(
-    base: Path, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], untied: bool, heads: Collection[str]
+    base: Path,
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    untied: bool,
+    heads: Collection[str],
+    tokenizer: Path,
 ) -> dict:
     """The ``config.json`` of a merged model: the base's, with what the adapter changed.
 
     Args:
-        model: the model on the meta device.
+        model: the model on the meta device, which has as many labels as were trained.
         shapes: parameter name -> shape, of parameters that the adapter replaces or adds.
         untied: whether weights that were tied have become different ones.
         heads: names of added parameters that are no untied weights.
+        tokenizer: the folder of the merged model's tokenizer, whose padding a new head needs where the base has none.
     """
     config = read_json_object(base / CONFIG, "copy the base model again")
     config = copy.deepcopy(config)
@@ -85,11 +92,27 @@ def merged_config(
                 part["tie_word_embeddings"] = False
     if heads:
         config["architectures"] = [type(model).__name__]
-        labels = max((shapes[name][0] for name in heads if name.endswith(".weight")), default=None)
-        if labels is not None:
-            config["id2label"] = {str(each): f"LABEL_{each}" for each in range(labels)}
-            config["label2id"] = {f"LABEL_{each}": each for each in range(labels)}
+        text = _text_part(config, model)
+        if text.get("pad_token_id") is None:
+            text["pad_token_id"] = _padding(tokenizer, model)
+    if heads or model.config.num_labels != len(config.get("id2label") or PretrainedConfig().id2label):
+        config["id2label"] = {str(number): label for number, label in model.config.id2label.items()}
+        config["label2id"] = dict(model.config.label2id)
     return config
+
+
+def _text_part(config: dict, model: nn.Module) -> dict:
+    """The part of a config that is about the tokens, which may be all of it."""
+    own = model.config.get_text_config()
+    return next((part for key, part in config.items() if getattr(model.config, key, None) is own), config)
+
+
+def _padding(folder: Path, model: nn.Module) -> int | None:
+    """The number of the padding token of the tokenizer in a folder, if it has one that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False).pad_token_id
+    except Exception:
+        return None
 
 
 def _rows_of_embeddings(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> int | None:

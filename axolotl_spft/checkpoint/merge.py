@@ -102,16 +102,8 @@ def read_for(
 ) -> tuple[SavedAdapter, torch.nn.Module]:
     """An adapter with its shapes, and the model of its base on the meta device."""
     adapter = read_adapter(adapter_folder)
-    head = next(
-        (adapter.others[name] for name in ("score.weight", "classifier.weight") if name in adapter.others), None
-    )
-    model = skeleton(
-        base_folder,
-        adapter.deltas,
-        adapter.config.get("task_type"),
-        None if head is None else len(head),
-        trust_remote_code,
-    )
+    trained = {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
+    model = skeleton(base_folder, adapter.deltas, adapter.config.get("task_type"), trained, trust_remote_code)
     if not adapter.has_shapes:
         adapter = read_adapter(adapter_folder, module_shapes(model, adapter.deltas))
     return adapter, model
@@ -160,7 +152,7 @@ def _finish(
         shapes = {name: tuple(tensor.shape) for name, tensor in (adapter.whole | merged.additional).items()}
         tied = set(merged.additional) & set(checkpoint.keys.tied)
         untied = bool(tied) or merged.unties
-        config = merged_config(shards.folder, model, shapes, untied, set(merged.additional) - tied)
+        config = merged_config(shards.folder, model, shapes, untied, set(merged.additional) - tied, staging)
         write_json(staging / CONFIG, config)
         if shards.has_index:
             write_json(staging / INDEX_FILE, _index(shards, merged))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def skeleton(
     folder: Path,
     modules: Collection[str] = (),
     task_type: str | None = None,
-    labels: int | None = None,
+    trained: Mapping[str, tuple[int, ...]] | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model of the ``config.json`` in a folder, on the meta device.
@@ -32,7 +33,8 @@ def skeleton(
         modules: names that it must have; of the classes that the config can be loaded as, the first with all of them
             is taken.
         task_type: PEFT's, of the adapter.
-        labels: how many outputs a classifier has.
+        trained: parameter name -> shape, of parameters that were trained whole. They tell how many outputs a classifier
+            has: it is made with the number that fits most of them, if its own does not.
 
     Raises:
         SpftFileError: the config cannot be read, or no class has these modules.
@@ -43,8 +45,6 @@ def skeleton(
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise SpftFileError(f"{folder}: its config cannot be read ({str(error).splitlines()[0]})") from error
-    if labels is not None:
-        config.num_labels = labels
     missing, reason = list(modules), None
     for kind in _kinds(config, task_type):
         try:
@@ -55,7 +55,7 @@ def skeleton(
         names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
         missing = [name for name in modules if name not in names]
         if not missing:
-            return model
+            return _with_labels(kind, config, model, trained or {}, trust_remote_code)
         reason = f"{type(model).__name__} has no module {missing[0]}"
     raise SpftFileError(f"{folder} is not the model that the adapter belongs to ({reason}): name that base model")
 
@@ -65,6 +65,28 @@ def _kinds(config: Any, task_type: str | None) -> list[str]:
     return list(
         dict.fromkeys([*([_BY_TASK[task_type]] if task_type in _BY_TASK else []), *_GENERAL[:1], *named, *_GENERAL])
     )
+
+
+def _with_labels(
+    kind: str, config: Any, model: nn.Module, trained: Mapping[str, tuple[int, ...]], trust_remote_code: bool
+) -> nn.Module:
+    """``model``, or one of its class with another number of labels where that fits more of the trained shapes."""
+    import transformers
+
+    best, wrong = model, _misfits(model, trained)
+    for labels in dict.fromkeys(trained[name][0] for name in wrong):
+        other = copy.deepcopy(config)
+        other.num_labels = labels
+        made = _on_meta(getattr(transformers, kind), other, trust_remote_code)
+        if len(found := _misfits(made, trained)) < len(wrong):
+            best, wrong = made, found
+    return best
+
+
+def _misfits(model: nn.Module, trained: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Those of the trained parameters that have another shape in the model."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return [name for name, shape in trained.items() if shape and shapes.get(name, shape) != shape]
 
 
 def _on_meta(kind: Any, config: Any, trust_remote_code: bool) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import LlamaForSequenceClassification
 
 from axolotl_spft.checkpoint.companions import CONFIG, copy_companions, merged_config, write_json
 from tests.models import tiny_llama
@@ -71,8 +72,10 @@ def test_a_config_says_what_the_adapter_changed_and_nothing_else(tmp_path, neste
     config = {"model_type": "own", "text_config": text} if nested else {"model_type": "own", **text}
     base = folder_of(tmp_path / "base", config__json=json.dumps(config))
     model = tiny_llama()
-    assert merged_config(base, model, {}, untied=False, heads=()) == config
-    grown = merged_config(base, model, {"model.embed_tokens.weight": (12, 28)}, untied=True, heads=())
+    assert merged_config(base, model, {}, untied=False, heads=(), tokenizer=tmp_path) == config
+    grown = merged_config(
+        base, model, {"model.embed_tokens.weight": (12, 28)}, untied=True, heads=(), tokenizer=tmp_path
+    )
     inner = grown["text_config"] if nested else grown
     assert inner == {**inner, "vocab_size": 12, "tie_word_embeddings": False}
     assert json.loads((base / CONFIG).read_text()) == config
@@ -80,9 +83,9 @@ def test_a_config_says_what_the_adapter_changed_and_nothing_else(tmp_path, neste
 
 def test_a_new_head_gives_the_config_its_class_and_labels(tmp_path):
     base = folder_of(tmp_path / "base", config__json='{"architectures": ["LlamaForCausalLM"]}')
-    model = tiny_llama()
-    config = merged_config(base, model, {"score.weight": (3, 28)}, untied=False, heads={"score.weight"})
-    assert config["architectures"] == [type(model).__name__]
+    model = LlamaForSequenceClassification(tiny_llama(num_labels=3).config)
+    config = merged_config(base, model, {"score.weight": (3, 36)}, False, {"score.weight"}, tmp_path)
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
     assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
     assert config["label2id"]["LABEL_2"] == 2
 
