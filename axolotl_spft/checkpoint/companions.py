@@ -81,18 +81,14 @@ def merged_config(
     """
     config = read_json_object(base / CONFIG, "copy the base model again")
     config = copy.deepcopy(config)
-    rows = _rows_of_embeddings(model, shapes)
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    for part in parts:
-        if rows is not None and "vocab_size" in part:
+    text, rows = _text_part(config, model), _rows_of_embeddings(model, shapes)
+    for part in (config, text):
+        if rows is not None and (part is text or "vocab_size" in part):
             part["vocab_size"] = rows
-    if untied:
-        for part in parts:
-            if part is config or "tie_word_embeddings" in part:
-                part["tie_word_embeddings"] = False
+        if untied and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
     if heads:
         config["architectures"] = [type(model).__name__]
-        text = _text_part(config, model)
         if text.get("pad_token_id") is None:
             text["pad_token_id"] = _padding(tokenizer, model)
     if heads or model.config.num_labels != len(config.get("id2label") or PretrainedConfig().id2label):
@@ -102,9 +98,19 @@ def merged_config(
 
 
 def _text_part(config: dict, model: nn.Module) -> dict:
-    """The part of a config that is about the tokens, which may be all of it."""
-    own = model.config.get_text_config()
-    return next((part for key, part in config.items() if getattr(model.config, key, None) is own), config)
+    """The part of a config that is about the tokens, which may be all of it: others may have keys of the same names."""
+    try:
+        own = model.config.get_text_config()
+    except ValueError:
+        # of two languages, as an encoder and a decoder that were put together
+        return config
+    parts: list[tuple[dict, PretrainedConfig]] = [(config, model.config)]
+    for part, its in parts:
+        if its is own:
+            return part
+        inner = [(each, getattr(its, key, None)) for key, each in part.items() if isinstance(each, dict)]
+        parts += [(each, found) for each, found in inner if isinstance(found, PretrainedConfig)]
+    return config
 
 
 def _padding(folder: Path, model: nn.Module) -> int | None:

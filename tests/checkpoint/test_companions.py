@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import LlamaForSequenceClassification
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification, VoxtralConfig, VoxtralForConditionalGeneration
 
 from axolotl_spft.checkpoint.companions import CONFIG, copy_companions, merged_config, write_json
-from tests.models import tiny_llama
+from tests.models import VOCABULARY, tiny_llama
 
 
 def folder_of(path, **files: str):
@@ -66,19 +67,33 @@ def test_a_processor_stays_where_only_a_tokenizer_was_saved(tmp_path, saved):
     assert found == expected | ({"processor_config.json": "new"} if saved == "processor" else {})
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_config_says_what_the_adapter_changed_and_nothing_else(tmp_path, nested):
-    text = {"vocab_size": 10, "tie_word_embeddings": True}
-    config = {"model_type": "own", "text_config": text} if nested else {"model_type": "own", **text}
-    base = folder_of(tmp_path / "base", config__json=json.dumps(config))
-    model = tiny_llama()
-    assert merged_config(base, model, {}, untied=False, heads=(), tokenizer=tmp_path) == config
-    grown = merged_config(
-        base, model, {"model.embed_tokens.weight": (12, 28)}, untied=True, heads=(), tokenizer=tmp_path
-    )
-    inner = grown["text_config"] if nested else grown
-    assert inner == {**inner, "vocab_size": 12, "tie_word_embeddings": False}
-    assert json.loads((base / CONFIG).read_text()) == config
+def tiny_voxtral():
+    """It hears: the config of its encoder has a vocabulary too, which is not that of its embedding."""
+    sizes = {"hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=VOCABULARY, tie_word_embeddings=True)
+    hears = {**sizes, "vocab_size": VOCABULARY, "num_mel_bins": 8, "max_source_positions": 16}
+    with torch.device("meta"):
+        return VoxtralForConditionalGeneration(VoxtralConfig(audio_config=hears, text_config=text.to_dict()))
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llama(tie_word_embeddings=True), tiny_voxtral])
+def test_a_config_says_what_the_adapter_changed_and_nothing_else(tmp_path, make):
+    model = make()
+    model.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert merged_config(tmp_path, model, {}, untied=False, heads=(), tokenizer=tmp_path) == config
+    names = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
+    grown = merged_config(tmp_path, model, {f"{names[0]}.weight": (72, 36)}, True, (), tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text()) == config
+    text = config.get("text_config", config)
+    text |= {"vocab_size": 72, "tie_word_embeddings": False}
+    assert grown == config | {"tie_word_embeddings": False}
+    if "text_config" in config:
+        # a file may leave out what is the default of its part
+        del text["vocab_size"]
+        (tmp_path / CONFIG).write_text(json.dumps(config))
+        grown = merged_config(tmp_path, model, {f"{names[0]}.weight": (72, 36)}, False, (), tmp_path)
+        assert grown["text_config"]["vocab_size"] == 72 and grown["audio_config"]["vocab_size"] == VOCABULARY
 
 
 def test_a_new_head_gives_the_config_its_class_and_labels(tmp_path):
