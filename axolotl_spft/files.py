@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def copy_files(sources: Mapping[str, Path], folder: Path) -> None:
+    """Copy files into ``folder``, each under its name there: complete or not at all."""
+    for name, path in sources.items():
+        with atomic_path(folder / name) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def check_writable(path: Path) -> None:

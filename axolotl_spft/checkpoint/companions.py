@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -12,19 +11,11 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 from axolotl_spft.checkpoint.adapter import read_json_object
-from axolotl_spft.files import atomic_path
+from axolotl_spft.checkpoint.tokenizer_files import TOKENIZER, tokenizer_of
+from axolotl_spft.files import atomic_path, copy_files
 
 CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-# of one tokenizer, so that files of two never stand together
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
-# of what reads pictures and sounds, which training on text alone saves none of
-_PROCESSOR = (
-    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json",
-)  # fmt: skip
 
 
 def copy_companions(base: Path, adapter: Path, target: Path) -> list[str]:
@@ -41,25 +32,16 @@ def copy_companions(base: Path, adapter: Path, target: Path) -> list[str]:
         for path in sorted(base.iterdir())
         if path.is_file() and not path.name.endswith(_WEIGHTS) and not path.name.startswith(".")
     }
-    newer = _tokenizer_of(adapter)
+    newer = tokenizer_of(adapter)
     if newer:
-        replaced = {*_TOKENIZER, *newer}
+        replaced = {*TOKENIZER, *newer}
         if "chat_template.jinja" in newer:
             # a processor takes the template under its former name first
             replaced.add("chat_template.json")
         sources = {name: path for name, path in sources.items() if name not in replaced} | newer
     sources.pop(CONFIG, None)
-    for name, path in sources.items():
-        with atomic_path(target / name) as temporary:
-            shutil.copyfile(path, temporary)
+    copy_files(sources, target)
     return list(sources)
-
-
-def _tokenizer_of(folder: Path) -> dict[str, Path]:
-    """The files of the tokenizer and the processor that a folder holds; none where it has no tokenizer."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return {}
-    return {name: folder / name for name in (*_TOKENIZER, *_PROCESSOR) if (folder / name).is_file()}
 
 
 def merged_config(

@@ -11,6 +11,7 @@ from axolotl_spft.checkpoint.adapter import CONFIG_FILE, read_adapter, read_json
 from axolotl_spft.checkpoint.shards import find_checkpoint
 from axolotl_spft.checkpoint.shira import read_shira, write_shira
 from axolotl_spft.checkpoint.skeleton import shapes_in
+from axolotl_spft.checkpoint.tokenizer_files import hand_on_tokenizer
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.peft_type import SPFT
 
@@ -20,7 +21,7 @@ _KINDS = {SPFT: "spft", "SHIRA": "shira"}
 def convert(
     source: str | os.PathLike, output: str | os.PathLike, to: str | None = None, base: str | os.PathLike | None = None
 ) -> dict[str, Any]:
-    """Convert a saved adapter between SHiRA and this package.
+    """Convert a saved adapter, and the tokenizer beside it, between SHiRA and this package.
 
     Args:
         to: ``spft`` or ``shira``; by default the other one than ``source`` is.
@@ -40,10 +41,13 @@ def convert(
     adapter = read(source)
     if not adapter.has_shapes and base is not None:
         adapter = read(source, _shapes(base, adapter.deltas))
+    report: dict[str, Any] = {"output": str(output), "to": to, "values": adapter.nnz}
     if to == "shira":
-        return {"output": str(output), "to": to, **write_shira(output, adapter)}
-    write_adapter(output, adapter)
-    return {"output": str(output), "to": to, "values": adapter.nnz}
+        report |= write_shira(output, adapter)
+    else:
+        write_adapter(output, adapter)
+    hand_on_tokenizer([Path(source)], Path(output))
+    return report
 
 
 def _shapes(base: str | os.PathLike, modules: Collection[str]) -> dict[str, tuple[int, int]]:

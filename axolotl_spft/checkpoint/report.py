@@ -43,7 +43,7 @@ def describe_extract(output: str, report: dict) -> str:
 
 
 def describe_combine(output: str, report: dict) -> str:
-    """The table of overlaps and conflicts of `combine`."""
+    """The table of overlaps and conflicts of `combine`, and which tokenizer was taken where there are several."""
     columns = ("positions", "shared", "conflicts", "kept")
     rows: list[tuple[str, ...]] = [("module type", *columns)]
     rows += [(name, *(f"{row[column]:,}" for column in columns)) for name, row in report["modules"].items()]
@@ -53,7 +53,13 @@ def describe_combine(output: str, report: dict) -> str:
         "  ".join(cell.ljust(width) if not i else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
         for row in rows
     ]
-    return "\n".join([*table, f"{output}: {report['values']:,} values"])
+    lines = [*table, f"{output}: {report['values']:,} values"]
+    if report["other_tokenizers"]:
+        lines.append(
+            f"Tokenizer and chat template: those of {report['tokenizer_of']}; others are in "
+            f"{_names(report['other_tokenizers'])}"
+        )
+    return "\n".join(lines)
 
 
 def _names(names: list[str]) -> str:

@@ -35,7 +35,8 @@ def command(adapters, weights, density, method, output, as_json) -> None:
     """Add up adapters of the same base model.
 
     A table tells for each type of module how many positions the adapters have together, how many of those are in
-    several of them, and at how many of these their signs differ. For example:
+    several of them, and at how many of these their signs differ. The tokenizer and the chat template are those of the
+    first adapter that has them. For example:
 
     \b
       axolotl spft combine outputs/maths outputs/code --weights 1,0.5 --output outputs/both
@@ -49,7 +50,9 @@ def command(adapters, weights, density, method, output, as_json) -> None:
         from axolotl_spft.checkpoint.adapter import read_adapter, write_adapter
         from axolotl_spft.checkpoint.combine import combine
         from axolotl_spft.checkpoint.report import describe_combine
+        from axolotl_spft.checkpoint.tokenizer_files import hand_on_tokenizer
 
         adapter, report = combine([read_adapter(each) for each in adapters], numbers, density, method)
         write_adapter(output, adapter)
+        report |= hand_on_tokenizer(adapters, output)
     click.echo(json.dumps({"output": str(output), **report}, indent=1) if as_json else describe_combine(output, report))

@@ -33,7 +33,8 @@ from axolotl_spft.tools.options import json_option, output_option
 def command(base, tuned, density, scope, output, trust_remote_code, as_json) -> None:
     """Keep the largest changes that full fine-tuning made, as an adapter.
 
-    One matrix is in memory at a time. Norms, embeddings and the like are kept whole where they differ. For example:
+    One matrix is in memory at a time. Norms, embeddings and the like are kept whole where they differ. The
+    tokenizer and the chat template are those of the tuned model. For example:
 
     \b
       axolotl spft extract --base models/base --tuned outputs/full --density 0.01 --output outputs/sparse
@@ -42,7 +43,10 @@ def command(base, tuned, density, scope, output, trust_remote_code, as_json) -> 
         from axolotl_spft.checkpoint.adapter import write_adapter
         from axolotl_spft.checkpoint.extract import extract
         from axolotl_spft.checkpoint.report import describe_extract
+        from axolotl_spft.checkpoint.shards import find_checkpoint
+        from axolotl_spft.checkpoint.tokenizer_files import hand_on_tokenizer
 
         adapter, report = extract(base, tuned, density, scope, trust_remote_code)
         write_adapter(output, adapter)
+        hand_on_tokenizer([find_checkpoint(tuned, companions=True)], output)
     click.echo(json.dumps({"output": str(output), **report}, indent=1) if as_json else describe_extract(output, report))

@@ -70,3 +70,51 @@ def test_a_configuration_tells_how_training_saw_the_base(tmp_path):
         path.write_text(json.dumps(cfg | changed))
         result = _run("merge", path)
         assert result.exit_code == 2 and message in result.stderr
+
+
+def _save_with_tokenizer(folder, base, template, seed=0):
+    save_adapter(folder, base, seed)
+    (folder / "tokenizer_config.json").write_text('{"of": "run"}')
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_a_sum_has_the_tokenizer_of_the_first_adapter_and_tells_whose_differ(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    plain = save_adapter(tmp_path / "plain", base, 2)
+    first, other = (_save_with_tokenizer(tmp_path / name, base, name, seed) for seed, name in enumerate("ab"))
+    output = tmp_path / "sum"
+    result = _run("combine", plain, first, other, "--output", output)
+    assert f"Tokenizer and chat template: those of {first}; others are in {other}" in result.stdout, result.output
+    assert (output / "chat_template.jinja").read_text() == "a"
+    _run("merge", output, "--base", base)
+    assert (output / "merged/chat_template.jinja").read_text() == "a"
+    # what an earlier sum has left is of another tokenizer
+    (other / "chat_template.jinja").unlink()
+    report = json.loads(_run("combine", other, "--density", 0.05, "--output", output, "--json").stdout)
+    assert (report["tokenizer_of"], report["other_tokenizers"]) == (str(other), [])
+    assert not (output / "chat_template.jinja").exists()
+    assert json.loads(_run("combine", plain, "--output", tmp_path / "p", "--json").stdout)["tokenizer_of"] is None
+
+
+def test_what_is_extracted_or_converted_keeps_its_tokenizer(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    adapter = _save_with_tokenizer(tmp_path / "run", base, "trained with")
+    tuned = tmp_path / "run/merged"
+    assert _run("merge", adapter, "--base", base).exit_code == 0
+    (tuned / "preprocessor_config.json").write_text("{}")
+    _run("extract", "--base", base, "--tuned", tuned, "--density", 0.1, "--output", tmp_path / "x")
+    _run("convert", adapter, "--output", tmp_path / "shira")
+    _run("convert", tmp_path / "shira", "--base", base, "--output", tmp_path / "back")
+    for name in ("x", "shira", "back"):
+        assert (tmp_path / name / "chat_template.jinja").read_text() == "trained with"
+        assert (tmp_path / name / "tokenizer_config.json").read_text() == '{"of": "run"}'
+    assert (tmp_path / "x/preprocessor_config.json").exists()
+
+
+def test_files_of_a_model_in_the_folder_of_the_output_are_not_removed(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    adapter = save_adapter(tmp_path / "run", base)
+    (adapter / "tokenizer_config.json").write_text("{}")
+    assert _run("combine", adapter, "--output", base).exit_code == 0
+    assert (base / "chat_template.jinja").exists()
