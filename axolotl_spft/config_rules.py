@@ -23,7 +23,10 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    try:
+        return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _is_names(value: Any) -> bool:
@@ -100,7 +103,7 @@ def _remedy(name: str, value: Any) -> str:
         return did_you_mean(value, METRICS)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return ""
     if number.is_integer() and "density" not in name and name != "repair":
         number = int(number)

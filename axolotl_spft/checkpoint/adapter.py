@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -179,8 +179,11 @@ def read_json_object(path: Path, remedy: str) -> dict:
 
 
 def write_adapter(folder: str | os.PathLike, adapter: SavedAdapter) -> None:
-    """Write an adapter that PEFT loads. Both of its files appear complete or, on any error, neither."""
-    folder = Path(folder)
+    """Write an adapter that PEFT loads. Both of its files appear complete or, on any error, neither.
+
+    Raises:
+        SpftFileError: they cannot be written.
+    """
     tensors = {_PREFIX + name: tensor for name, tensor in adapter.others.items()}
     tensors |= {BIASES + name.replace(".", "/"): tensor for name, tensor in adapter.biases.items()}
     for name, delta in adapter.deltas.items():
@@ -193,11 +196,24 @@ def write_adapter(folder: str | os.PathLike, adapter: SavedAdapter) -> None:
     if adapter.has_shapes:
         record["shapes"] = {name: list(delta.shape) for name, delta in adapter.deltas.items()}
     tensors[FILE_KEY] = record_to_tensor(record)
-    tensors = _apart(tensors)
-    config = {**adapter.config, "nnz": adapter.nnz}
-    with atomic_path(folder / CONFIG_FILE) as config_path, atomic_path(folder / WEIGHTS_FILE) as weights_path:
-        save_file(tensors, weights_path, metadata={"format": "pt"})
-        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_files(folder, tensors, {**adapter.config, "nnz": adapter.nnz})
+
+
+def write_files(folder: str | os.PathLike, tensors: Mapping[str, Tensor], config: Mapping) -> None:
+    """Write the two files of an adapter of any kind, complete or, on any error, neither.
+
+    Raises:
+        SpftFileError: they cannot be written.
+    """
+    folder, tensors = Path(folder), _apart(tensors)
+    try:
+        with atomic_path(folder / CONFIG_FILE) as config_path, atomic_path(folder / WEIGHTS_FILE) as weights_path:
+            save_file(tensors, weights_path, metadata={"format": "pt"})
+            config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise SpftFileError(
+            f"the adapter in {folder} cannot be written ({error}): free some room there, or name another folder"
+        ) from error
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

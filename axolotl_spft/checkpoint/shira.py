@@ -7,7 +7,6 @@ filled up with zeros. The shapes are not in the file.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from math import ceil
@@ -15,13 +14,19 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, SavedDelta, read_json_object
+from axolotl_spft.checkpoint.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    SavedAdapter,
+    SavedDelta,
+    read_json_object,
+    write_files,
+)
 from axolotl_spft.checkpoint.adapter_config import config_of
 from axolotl_spft.errors import SpftFileError
-from axolotl_spft.files import atomic_path, check_safetensors
+from axolotl_spft.files import check_safetensors
 from axolotl_spft.ops.mask.csr import mask_from_positions, positions
 
 _PREFIX, _WEIGHT, _INDICES = "base_model.model.", ".shira_weight", ".shira_indices"
@@ -77,7 +82,7 @@ def write_shira(folder: str | os.PathLike, adapter: SavedAdapter) -> dict[str, i
         its rank, its values, and how many zeros were added.
 
     Raises:
-        SpftFileError: the shapes are not known, or a matrix is too full for SHiRA's rule.
+        SpftFileError: the shapes are not known, or a matrix is too full for SHiRA's rule, or nothing can be written.
     """
     if adapter.repaired:
         raise SpftFileError(
@@ -94,7 +99,7 @@ def write_shira(folder: str | os.PathLike, adapter: SavedAdapter) -> dict[str, i
     if adapter.biases:
         raise SpftFileError("the adapter holds biases (`bias: all`), which SHiRA has no place for: merge it instead")
     rank = max(1, *(ceil(each.mask.nnz / sum(each.shape)) for each in adapter.deltas.values()))
-    tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in adapter.others.items()}
+    tensors = {_PREFIX + name: tensor for name, tensor in adapter.others.items()}
     added = 0
     for name, delta in adapter.deltas.items():
         rows, columns = delta.shape
@@ -108,11 +113,7 @@ def write_shira(folder: str | os.PathLike, adapter: SavedAdapter) -> dict[str, i
         added += wanted - delta.mask.nnz
         tensors[f"{_PREFIX}{name}{_WEIGHT}"] = values
         tensors[f"{_PREFIX}{name}{_INDICES}"] = torch.stack([at // columns, at % columns]).to(torch.int32)
-    config = _shira_config(adapter, rank)
-    folder = Path(folder)
-    with atomic_path(folder / CONFIG_FILE) as config_path, atomic_path(folder / WEIGHTS_FILE) as weights_path:
-        save_file(tensors, weights_path, metadata={"format": "pt"})
-        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_files(folder, tensors, _shira_config(adapter, rank))
     return {"rank": rank, "values": adapter.nnz, "zeros_added": added}
 
 

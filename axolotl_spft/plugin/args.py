@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from axolotl_spft.config_rules import check_options
 from axolotl_spft.errors import SpftConfigError
 from axolotl_spft.plugin.deepspeed_json import problems_of_deepspeed
+from axolotl_spft.plugin.key_types import problems_of_kinds
 from axolotl_spft.plugin.repair_rules import problems_of_repair
 from axolotl_spft.plugin.reselect_run import problems_of_reselect
 from axolotl_spft.plugin.salience_rules import problems_of_salience
@@ -86,7 +87,7 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
         problems = []
         if options is not None:
             problems.append(f"the block `spft` needs `adapter: spft`, but the adapter is `{cfg.get('adapter')}`")
-        if cfg.get("optimizer") in OPTIMIZERS:
+        if str(cfg.get("optimizer")) in OPTIMIZERS:
             problems.append(
                 f"`optimizer: {cfg['optimizer']}` needs `adapter: spft`: use an optimizer such as adamw_torch"
             )
@@ -94,6 +95,9 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
     if options is not None and not isinstance(options, Mapping):
         return [f"`spft: {options}` must be a block of keys"]
     options = options or {}
+    problems = problems_of_kinds(cfg)
+    if problems:
+        return problems + check_options(options)
     problems = check_options(options)
     if not problems:
         problems = problems_of_salience(cfg, options) + problems_of_repair(cfg, options)

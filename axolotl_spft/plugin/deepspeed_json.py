@@ -52,14 +52,21 @@ def problems_of_deepspeed(cfg: Mapping[str, Any], own_optimizer: bool) -> list[s
     except ValueError as error:
         return [str(error)]
     name = "the DeepSpeed settings" if isinstance(deepspeed, Mapping) else str(deepspeed)
-    problems = [
-        f'{name}: "{key}": {settings[key]} must be a block of keys, as in `integration/deepspeed`'
-        for key in ("zero_optimization", "bf16", "fp16")
-        if not isinstance(settings.get(key) or {}, Mapping)
-    ]
+
+    def problems_of_blocks(block: Mapping[str, Any], *keys: str) -> list[str]:
+        return [
+            f'{name}: "{key}": {block[key]} must be a block of keys, as in `integration/deepspeed`'
+            for key in keys
+            if not isinstance(block.get(key) or {}, Mapping)
+        ]
+
+    problems = problems_of_blocks(settings, "zero_optimization", "bf16", "fp16")
     if problems:
         return problems
     zero = settings.get("zero_optimization") or {}
+    problems = problems_of_blocks(zero, "offload_optimizer", "offload_param")
+    if problems:
+        return problems
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         return [f'{name}: "stage": {zero["stage"]} must be 0, 1, 2 or 3']
     if (settings.get("bf16") or {}).get("enabled") is True and run_dtype(cfg) != "bfloat16":

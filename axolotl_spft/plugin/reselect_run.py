@@ -42,5 +42,5 @@ def problems_of_reselect(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> 
 def _micro_batches(cfg: Mapping[str, Any]) -> int:
     """Those of an optimizer step; Axolotl takes either key."""
     if cfg.get("gradient_accumulation_steps") or not cfg.get("batch_size"):
-        return cfg.get("gradient_accumulation_steps") or 1
-    return cfg["batch_size"] // (cfg.get("micro_batch_size") or 1)
+        return int(cfg.get("gradient_accumulation_steps") or 1)
+    return int(cfg["batch_size"]) // int(cfg.get("micro_batch_size") or 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from axolotl_spft.checkpoint.companions import CONFIG
 from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.plugin.args import ADAPTER
+from axolotl_spft.plugin.key_types import problems_of_kinds
 from axolotl_spft.plugin.quantization import make_exceptions, request_quantization
 from axolotl_spft.plugin.salience_rules import config_of
 
@@ -26,20 +28,25 @@ _SETTINGS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_us
              "bnb_4bit_quant_storage", "llm_int8_skip_modules")  # fmt: skip
 
 
-def merge_arguments(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
+def merge_arguments(cfg: Mapping[str, Any], source: str, base: str | os.PathLike | None = None) -> dict[str, Any]:
     """The arguments of `axolotl_spft.checkpoint.merge.merge` for the adapter that a run has trained.
 
     Args:
         cfg: an Axolotl configuration, as its file has it.
         source: how to name it in an error.
+        base: the unquantized base model, where it is not to be the one that ``cfg`` names.
 
     Raises:
-        SpftFileError: it is that of no sparse fine-tuning, or does not say the adapter's folder or the base model.
+        SpftFileError: it is that of no sparse fine-tuning, does not say the adapter's folder or the base model, or a
+            value is of a wrong kind.
     """
     if cfg.get("adapter") != ADAPTER:
         raise SpftFileError(
             f"{source}: `adapter: {cfg.get('adapter')}` must be {ADAPTER}: name a run with that adapter"
         )
+    wrong = problems_of_kinds(cfg)
+    if wrong:
+        raise SpftFileError(f"{source}: {'; '.join(wrong)}")
     if not cfg.get("base_model"):
         raise SpftFileError(f"{source}: `base_model` is missing: name the model that was trained")
     folder = cfg.get("lora_model_dir") or cfg.get("output_dir")
@@ -48,9 +55,9 @@ def merge_arguments(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
     saved = config_of(str(cfg["base_model"])).get("quantization_config")
     saved = saved if isinstance(saved, Mapping) and saved.get("quant_method") == "bitsandbytes" else None
     # transformers loads a model that was saved quantized as it is, whatever is asked for
-    quantization = _quantization(cfg) if saved is None else {key: saved[key] for key in saved if key in _SETTINGS}
+    quantization = _quantization(cfg, base) if saved is None else {key: saved[key] for key in saved if key in _SETTINGS}
     # what an adapter repairs is told by the unquantized weights
-    unquantized = saved and (cfg.get("spft") or {}).get("repair_from")
+    unquantized = base or (saved and (cfg.get("spft") or {}).get("repair_from"))
     return {
         "adapter_folder": folder,
         "output": Path(cfg.get("output_dir") or folder) / "merged",
@@ -62,7 +69,7 @@ def merge_arguments(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
     }
 
 
-def _quantization(cfg: Mapping[str, Any]) -> dict[str, Any] | None:
+def _quantization(cfg: Mapping[str, Any], base: str | os.PathLike | None) -> dict[str, Any] | None:
     """The settings that the plugin asks transformers for; see `request_quantization`."""
     asked = dict(cfg)
     request_quantization(asked)
@@ -70,11 +77,12 @@ def _quantization(cfg: Mapping[str, Any]) -> dict[str, Any] | None:
     if not settings:
         return None
     settings = dict(settings)
-    base = read_json_object(find_checkpoint(cfg["base_model"], cfg.get("revision_of_model")) / CONFIG, "copy it again")
+    folder = find_checkpoint(base or cfg["base_model"], None if base else cfg.get("revision_of_model"), weights=False)
+    model_config = read_json_object(folder / CONFIG, "copy it again")
     make_exceptions(
         SimpleNamespace(
             overrides_of_model_kwargs={"quantization_config": settings},
-            model_config_type=base.get("model_type"),
+            model_config_type=model_config.get("model_type"),
             bnb_config_kwargs=cfg.get("bnb_config_kwargs"),
             deepspeed=cfg.get("deepspeed"),
         )

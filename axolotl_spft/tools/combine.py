@@ -47,11 +47,13 @@ def command(adapters, weights, density, method, output, as_json) -> None:
     except ValueError:
         raise click.UsageError(f"`--weights {weights}` must be numbers with commas between them, as 1,0.5") from None
     with redirect_stdout(sys.stderr):
-        from axolotl_spft.checkpoint.adapter import read_adapter, write_adapter
+        from axolotl_spft.checkpoint.adapter import WEIGHTS_FILE, read_adapter, write_adapter
         from axolotl_spft.checkpoint.combine import combine
         from axolotl_spft.checkpoint.report import describe_combine
         from axolotl_spft.checkpoint.tokenizer_files import hand_on_tokenizer
+        from axolotl_spft.files import check_writable
 
+        check_writable(output / WEIGHTS_FILE)
         adapter, report = combine([read_adapter(each) for each in adapters], numbers, density, method)
         write_adapter(output, adapter)
         report |= hand_on_tokenizer(adapters, output)

@@ -29,8 +29,11 @@ def command(adapter, to, base, output, as_json) -> None:
       axolotl spft convert outputs/sparse --to shira --output outputs/shira
     """
     with redirect_stdout(sys.stderr):
+        from axolotl_spft.checkpoint.adapter import WEIGHTS_FILE
         from axolotl_spft.checkpoint.conversion import convert
+        from axolotl_spft.files import check_writable
 
+        check_writable(output / WEIGHTS_FILE)
         report = convert(adapter, output, to, base)
     if as_json:
         click.echo(json.dumps(report, indent=1))

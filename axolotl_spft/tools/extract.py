@@ -40,12 +40,14 @@ def command(base, tuned, density, scope, output, trust_remote_code, as_json) -> 
       axolotl spft extract --base models/base --tuned outputs/full --density 0.01 --output outputs/sparse
     """
     with redirect_stdout(sys.stderr):
-        from axolotl_spft.checkpoint.adapter import write_adapter
+        from axolotl_spft.checkpoint.adapter import WEIGHTS_FILE, write_adapter
         from axolotl_spft.checkpoint.extract import extract
         from axolotl_spft.checkpoint.report import describe_extract
         from axolotl_spft.checkpoint.shards import find_checkpoint
         from axolotl_spft.checkpoint.tokenizer_files import hand_on_tokenizer
+        from axolotl_spft.files import check_writable
 
+        check_writable(output / WEIGHTS_FILE)
         adapter, report = extract(base, tuned, density, scope, trust_remote_code)
         write_adapter(output, adapter)
         hand_on_tokenizer([find_checkpoint(tuned, companions=True)], output)

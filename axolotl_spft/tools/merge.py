@@ -59,7 +59,9 @@ def command(source, base, output, onto, quantization, double_quantization, trust
         from axolotl_spft.checkpoint.merge import merge
         from axolotl_spft.checkpoint.report import describe_merge
 
-        arguments = {"adapter_folder": source, "output": source / "merged"} if source.is_dir() else _of_run(source)
+        arguments = (
+            {"adapter_folder": source, "output": source / "merged"} if source.is_dir() else _of_run(source, base)
+        )
         if quantization:
             double = {"bnb_4bit_use_double_quant": double_quantization} if quantization != "int8" else {}
             arguments["quantization"] = _SETTINGS[quantization] | double
@@ -69,7 +71,7 @@ def command(source, base, output, onto, quantization, double_quantization, trust
     click.echo(json.dumps(report, indent=1) if as_json else describe_merge(report))
 
 
-def _of_run(path: Path) -> dict:
+def _of_run(path: Path, base: str | None) -> dict:
     import yaml
 
     from axolotl_spft.errors import SpftFileError
@@ -81,4 +83,4 @@ def _of_run(path: Path) -> dict:
         raise SpftFileError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(cfg, dict):
         raise SpftFileError(f"{path} must be an Axolotl configuration, or name the folder of an adapter")
-    return merge_arguments(cfg, str(path))
+    return merge_arguments(cfg, str(path), base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, read_adapter, write_adapter
+from axolotl_spft.checkpoint.shira import write_shira
 from axolotl_spft.errors import SpftFileError
 from tests.models import logits, tiny_gpt2, tiny_llama, with_adapter
 
@@ -111,3 +113,19 @@ def test_an_error_leaves_the_adapter_of_before(saved, tmp_path):
     with pytest.raises(TypeError):
         write_adapter(tmp_path, SavedAdapter({"unwritable": object()}, adapter.deltas))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("write", [write_adapter, write_shira])
+def test_a_folder_that_takes_no_more_is_one_clear_error(saved, tmp_path, write):
+    adapter = read_adapter(saved[1])
+    (tmp_path / "file").touch()
+    with pytest.raises(SpftFileError, match=r"file.out.* cannot be written .*free some room there, or name another"):
+        write(tmp_path / "file/out", adapter)
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, soft[1]))
+    try:
+        with pytest.raises(SpftFileError, match="free some room there, or name another folder"):
+            write(tmp_path / "out", adapter)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    assert list((tmp_path / "out").iterdir()) == []

@@ -118,3 +118,33 @@ def test_files_of_a_model_in_the_folder_of_the_output_are_not_removed(tmp_path):
     (adapter / "tokenizer_config.json").write_text("{}")
     assert _run("combine", adapter, "--output", base).exit_code == 0
     assert (base / "chat_template.jinja").exists()
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    adapter = save_adapter(tmp_path / "run", base)
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file/out"
+    for arguments in (
+        ("combine", adapter),
+        ("convert", adapter),
+        # the models are not looked for either
+        ("extract", "--base", tmp_path / "absent", "--tuned", tmp_path / "absent", "--density", 0.1),
+    ):
+        result = _run(*arguments, "--output", output)
+        assert result.exit_code == 2 and result.stderr.startswith(f"Error: nothing can be written to {output}")
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit", "bf16"])
+def test_a_base_named_beside_the_configuration_stands_for_its_own(tmp_path, key):
+    base = save_base(tmp_path / "base", tiny_llama)
+    adapter = save_adapter(tmp_path / "run", base)
+    run = {"adapter": "spft", "output_dir": str(adapter), "bf16": True, key: True}
+    for name, model in (("here", base), ("elsewhere", tmp_path / "no/such/model")):
+        (tmp_path / f"{name}.yml").write_text(json.dumps(run | {"base_model": str(model), "revision_of_model": "v2"}))
+        given = ("--base", base) if name == "elsewhere" else ()
+        result = _run("merge", tmp_path / f"{name}.yml", *given, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "here") == contents(tmp_path / "elsewhere")
+    arguments = merge_arguments(run | {"base_model": "a/b", "revision_of_model": "v2"}, "config.yml", base)
+    assert (arguments["base"], arguments["revision"]) == (base, None)
