@@ -8,7 +8,7 @@ filled up with zeros. The shapes are not in the file.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import ceil
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from axolotl_spft.checkpoint.adapter import (
     write_files,
 )
 from axolotl_spft.checkpoint.adapter_config import config_of
-from axolotl_spft.errors import SpftFileError
+from axolotl_spft.errors import SpftFileError, listed
 from axolotl_spft.files import check_safetensors
 from axolotl_spft.ops.mask.csr import mask_from_positions, positions
 
@@ -75,14 +75,20 @@ def read_shira(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]] 
     return SavedAdapter(made, deltas, tensors, {}, shapes is not None)
 
 
-def write_shira(folder: str | os.PathLike, adapter: SavedAdapter) -> dict[str, int]:
+def write_shira(
+    folder: str | os.PathLike, adapter: SavedAdapter, linear: Collection[str] | None = None
+) -> dict[str, int]:
     """Write a sparse adapter as one of SHiRA, which computes the same.
+
+    Args:
+        linear: the names of the base model's linear layers, which SHiRA adapts alone; None where they are not known.
 
     Returns:
         its rank, its values, and how many zeros were added.
 
     Raises:
-        SpftFileError: the shapes are not known, or a matrix is too full for SHiRA's rule, or nothing can be written.
+        SpftFileError: the shapes are not known, SHiRA does not adapt one of the modules, a matrix is too full for its
+            rule, or nothing can be written.
     """
     if adapter.repaired:
         raise SpftFileError(
@@ -94,6 +100,18 @@ def write_shira(folder: str | os.PathLike, adapter: SavedAdapter) -> dict[str, i
             f"the adapter trained `target_parameters: {adapter.config['target_parameters']}`, and SHiRA adapts modules "
             "alone: merge it (`axolotl spft merge`)"
         )
+    for name in adapter.deltas:
+        together = (adapter.record.get("tied") or {}).get(name)
+        if together:
+            raise SpftFileError(
+                f"{name} is one weight with {listed(together)}, and SHiRA would adapt one of them alone: merge it "
+                "(`axolotl spft merge`)"
+            )
+        if linear is not None and name not in linear:
+            raise SpftFileError(
+                f"{name} is no linear layer of torch (but an embedding, or a Conv1D of GPT-2), and SHiRA adapts these "
+                "alone: merge it (`axolotl spft merge`)"
+            )
     if not adapter.has_shapes:
         raise SpftFileError("the adapter's file does not have the shapes of its modules: add `--base`")
     if adapter.biases:

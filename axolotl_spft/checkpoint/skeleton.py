@@ -126,8 +126,3 @@ def module_shapes(model: nn.Module, modules: Collection[str]) -> dict[str, tuple
             weight = found.module.get_parameter(found.parameter_name)
             shapes[found.name] = shape_of(weight, stores_transposed(found.module))
     return shapes
-
-
-def shapes_in(folder: Path, modules: Collection[str], trust_remote_code: bool = False) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of some modules of the model in a folder, by its config alone."""
-    return module_shapes(skeleton(folder, modules, trust_remote_code=trust_remote_code), modules)

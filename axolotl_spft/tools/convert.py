@@ -15,7 +15,7 @@ from axolotl_spft.tools.options import json_option, output_option
 @click.command()
 @click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--to", type=click.Choice(["spft", "shira"]), help="By default the other kind of what ADAPTER is.")
-@click.option("--base", help="The base model, whose config tells the shapes that a file may not have.")
+@click.option("--base", help="The base model, whose config tells shapes and kinds of modules. The adapter records one.")
 @output_option
 @json_option
 def command(adapter, to, base, output, as_json) -> None:
@@ -40,3 +40,5 @@ def command(adapter, to, base, output, as_json) -> None:
     else:
         zeros = f", {report['zeros_added']:,} zeros added, rank {report['rank']}" if "rank" in report else ""
         click.echo(f"{output}: {report['values']:,} values as {report['to']}{zeros}")
+        if report.get("modules_checked") is False:
+            click.echo("It is not known whether SHiRA adapts all of its modules: name the base model with `--base`")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import PeftModel, ShiraConfig, get_peft_model
 from peft.utils.merge_utils import ties
 from safetensors.torch import load_file, save_file
 
-from axolotl_spft.checkpoint.adapter import WEIGHTS_FILE, SavedAdapter, read_adapter, write_adapter
+from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, read_adapter, write_adapter
 from axolotl_spft.checkpoint.combine import combine
 from axolotl_spft.checkpoint.conversion import convert
 from axolotl_spft.errors import SpftFileError
-from tests.checkpoint.saved import save_adapter, save_base
-from tests.models import logits, tiny_llama
+from axolotl_spft.tools.cli import spft
+from tests.checkpoint.saved import save_adapter, save_base, tied_llama
+from tests.models import logits, tiny_gpt2, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +146,12 @@ def get_peft_copy(folder):
 
 
 def test_a_sparse_adapter_becomes_shira_with_zeros(base, folders, tmp_path):
+    bare = _without_record(folders[0], tmp_path / "bare")
+    assert convert(bare, tmp_path / "shira")["modules_checked"]
+    config = json.loads((bare / CONFIG_FILE).read_text())
+    (bare / CONFIG_FILE).write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "elsewhere")}))
     with pytest.raises(SpftFileError, match="add `--base`"):
-        convert(_without_record(folders[0], tmp_path / "bare"), tmp_path / "shira")
+        convert(bare, tmp_path / "shira")
     report = convert(folders[0], tmp_path / "shira", "shira", base)
     assert report["zeros_added"] > 0
     one, two = (PeftModel.from_pretrained(tiny_llama(), folder) for folder in (folders[0], tmp_path / "shira"))
@@ -151,6 +159,32 @@ def test_a_sparse_adapter_becomes_shira_with_zeros(base, folders, tmp_path):
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
     with pytest.raises(SpftFileError, match="of the kind spft already"):
         convert(folders[0], tmp_path / "again", "spft")
+
+
+@pytest.mark.parametrize("make, targets, module", [
+    (tiny_llama, ["embed_tokens", "q_proj"], "model.embed_tokens"),
+    (tiny_gpt2, ["c_attn"], r"transformer\.h\.0\.attn\.c_attn"),
+    (tied_llama, ["lm_head", "embed_tokens"], "model.embed_tokens"),
+])  # fmt: skip
+def test_what_shira_does_not_adapt_is_refused_before_anything_is_written(tmp_path, make, targets, module):
+    base = save_base(tmp_path / "base", make, torch.float32)
+    adapter = save_adapter(tmp_path / "run", base, target_modules=targets, density=0.02)
+    for given in ({}, {"base": base}):
+        with pytest.raises(SpftFileError, match=f"{module} .*SHiRA.*: merge it"):
+            convert(adapter, tmp_path / "shira", **given)
+    assert not (tmp_path / "shira").exists()
+
+
+def test_a_base_that_is_not_here_leaves_the_modules_unchecked(tmp_path, base):
+    adapter = save_adapter(tmp_path / "run", base)
+    config = json.loads((adapter / CONFIG_FILE).read_text())
+    (adapter / CONFIG_FILE).write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "elsewhere")}))
+    arguments = ["convert", str(adapter), "--output", str(tmp_path / "shira")]
+    result = CliRunner().invoke(spft, arguments)
+    assert result.exit_code == 0 and "not known whether SHiRA adapts all of its modules" in result.stdout
+    result = CliRunner().invoke(spft, [*arguments, "--base", str(base)])
+    assert result.exit_code == 0 and "not known" not in result.stdout
+    assert CliRunner().invoke(spft, [*arguments, "--base", str(tmp_path / "absent")]).exit_code == 2
 
 
 def _without_record(folder, target):
