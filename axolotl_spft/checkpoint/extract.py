@@ -97,10 +97,13 @@ def extract(
 
 
 def values_between(before: Tensor, after: Tensor) -> Tensor:
-    """Values such that before + values, rounded to their dtype, is ``after``: in float32 where that is enough."""
+    """Values such that before + values is ``after``, both rounded to the dtype of ``before``.
+
+    They are ``after - before`` in float32 where that is enough, else in float64.
+    """
     exact = after.double() - before.double()
     values = exact.float()
-    return values if torch.equal(rounded_sum(before, values), after) else exact
+    return values if torch.equal(rounded_sum(before, values), after.to(before.dtype)) else exact
 
 
 def _linear_modules(model: nn.Module, checkpoint: BaseCheckpoint) -> dict[str, tuple[int, int]]:

@@ -92,6 +92,23 @@ def test_values_reach_what_they_shall_where_float32_does_not(dtype):
     assert values_between(before[2:3], after[2:3]).dtype == torch.float32
 
 
+def test_a_tuned_model_of_more_bits_than_its_base_is_reached_with_float32(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    tuned = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            parameter += torch.randn_like(parameter) * 0.01 * ("norm" not in name)
+    tuned.save_pretrained(tmp_path / "tuned")
+    adapter, report = extract(base, tmp_path / "tuned", 1.0)
+    assert {delta.values.dtype for delta in adapter.deltas.values()} == {torch.float32}
+    assert report["modules_kept_whole"] == ["lm_head", "model.embed_tokens"]
+    write_adapter(tmp_path / "adapter", adapter)
+    merge(tmp_path / "adapter", tmp_path / "merged", base)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.equal(merged[name], tensor.bfloat16()) for name, tensor in tuned.state_dict().items())
+
+
 def test_the_threshold_is_that_of_a_full_sort():
     torch.manual_seed(0)
     parts = [torch.randn(37, 5).bfloat16(), torch.zeros(4), torch.randn(500) * 1e-3, torch.randn(9)]
