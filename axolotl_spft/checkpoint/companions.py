@@ -71,8 +71,9 @@ def merged_config(
             part["tie_word_embeddings"] = False
     if heads:
         config["architectures"] = [type(model).__name__]
-        if text.get("pad_token_id") is None:
-            text["pad_token_id"] = _padding(tokenizer, model)
+        padding = _padding(tokenizer, model)
+        if text.get("pad_token_id") is None and padding is not None:
+            text["pad_token_id"] = padding
     if heads or model.config.num_labels != len(config.get("id2label") or PretrainedConfig().id2label):
         config["id2label"] = {str(number): label for number, label in model.config.id2label.items()}
         config["label2id"] = dict(model.config.label2id)
