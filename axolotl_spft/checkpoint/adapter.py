@@ -74,6 +74,11 @@ class SavedAdapter:
         return self.others | self.biases
 
     @property
+    def embeddings(self) -> dict[str, Tensor]:
+        """Those of `others` that are weights under a delta: embeddings may have grown, so PEFT saves theirs."""
+        return {name: tensor for name, tensor in self.others.items() if ".base_layer." in name}
+
+    @property
     def nnz(self) -> int:
         return sum(delta.mask.nnz for delta in self.deltas.values())
 
@@ -114,6 +119,7 @@ def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]
     strange = [key for key in tensors if not key.startswith(_PREFIX)]
     problems = [f"{key}: no tensor of a saved adapter has such a name" for key in strange]
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items() if key not in strange}
+    tensors = _unwrapped(tensors)
     deltas: dict[str, SavedDelta] = {}
     for name in _module_names(tensors, recorded):
         parts = [tensors.pop(f"{name}.{part}", None) for part in (_VALUES, _COLUMNS, _ROW_OFFSETS)]
@@ -209,6 +215,19 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         apart[key] = tensor.clone() if place in seen else tensor
         seen.add(place)
     return apart
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what PEFT saves of the insides of modules that are trained whole, beside the weights of theirs.
+
+    It does so where embeddings have grown.
+    """
+    inside = (".modules_to_save.", ".original_module.")
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if not any(part in key and key.replace(part, ".") in tensors for part in inside)
+    }
 
 
 def _module_names(tensors: Mapping[str, Tensor], shapes: Mapping | None) -> list[str]:

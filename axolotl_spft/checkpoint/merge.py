@@ -158,9 +158,7 @@ def _finish(
     try:
         names = copy_companions(shards.folder, adapter_folder, staging)
         shapes = {name: tuple(tensor.shape) for name, tensor in (adapter.whole | merged.additional).items()}
-        tied = set(merged.additional) & set(checkpoint.keys.tied)
-        untied = bool(tied) or merged.unties
-        config = merged_config(shards.folder, model, shapes, untied, set(merged.additional) - tied)
+        config = merged_config(shards.folder, model, shapes, merged.unties, merged.new)
         write_json(staging / CONFIG, config)
         if shards.has_index:
             write_json(staging / INDEX_FILE, _index(shards, merged))

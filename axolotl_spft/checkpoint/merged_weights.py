@@ -18,7 +18,7 @@ from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta
 from axolotl_spft.checkpoint.base import BaseCheckpoint
 from axolotl_spft.checkpoint.keys import Group
 from axolotl_spft.checkpoint.quantized import Quantizer
-from axolotl_spft.checkpoint.tied_weights import place_deltas
+from axolotl_spft.checkpoint.tied_weights import Source, place
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.ops.weight.scatter import rounded_sum
@@ -68,7 +68,8 @@ class MergedWeights:
 
     Attributes:
         additional: key -> tensor, which the base checkpoint does not have: heads, and weights that were tied.
-        unties: whether deltas part weights that the base ties.
+        new: those of ``additional`` that no weight of the base was tied to.
+        unties: whether what was trained parts weights that the base ties.
         exactness: of each parameter with a delta that was made so far.
 
     Raises:
@@ -86,34 +87,26 @@ class MergedWeights:
         self.exactness: dict[str, Exactness] = {}
         self._lock = threading.Lock()
         self._made: tuple[Group, dict[str, Tensor]] | None = None
-        keys = base.keys
-        # PEFT saves the weights of embeddings that are targeted, which may have grown
-        given = {name: tensor for name, tensor in adapter.others.items() if ".base_layer." in name}
-        self._given = {name.replace(".base_layer.", "."): tensor for name, tensor in given.items()}
-        others = {name: tensor for name, tensor in adapter.whole.items() if name not in given}
-        places = place_deltas(base, adapter)
-        self._module_of = dict(places.stored)
-        self._deltas = {name: adapter.deltas[module] for name, module in places.stored.items()}
-        self.unties = places.unties
-        self._whole = {name: tensor for name, tensor in others.items() if name in keys.group_of}
+        self._given = {name.replace(".base_layer.", "."): tensor for name, tensor in adapter.embeddings.items()}
+        places = place(base, adapter)
+        self._module_of = dict(places.deltas)
+        self._deltas = {name: adapter.deltas[module] for name, module in places.deltas.items()}
+        self._whole, self.unties, self.new = places.whole, places.unties, frozenset(places.new)
         quantized = quantizer.modules if quantizer is not None and onto_quantized else ()
         for module in quantized:
             if base.has(module):
                 self._module_of.setdefault(base.parameter(module), module)
         self._round = {base.parameter(module) for module in quantized if base.has(module)}
-        self.additional = {
-            name: self._merged(
-                keys.tied[name], name, module or name.removesuffix(".weight"), adapter.deltas.get(module or "")
-            )
-            for name, module in places.apart.items()
-        }
-        for name, tensor in others.items():
-            if name not in keys.group_of and not self._is_tied_copy(name, tensor, others):
-                self.additional[name] = tensor.to(_dtype_of(base))
+        self.additional = {name: self._apart(name, source, adapter) for name, source in places.apart.items()}
+        self.additional |= {name: tensor.to(_dtype_of(base)) for name, tensor in places.new.items()}
 
-    def _is_tied_copy(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> bool:
-        other = others.get(self._base.keys.tied.get(name, ""))
-        return other is not None and other.shape == tensor.shape and torch.equal(other, tensor)
+    def _apart(self, name: str, source: Source, adapter: SavedAdapter) -> Tensor:
+        """The tensor of a parameter that was tied to one which the checkpoint has."""
+        stored = self._base.keys.tied[name]
+        if isinstance(source, Tensor):
+            (key, *_) = self._base.keys.group_of[stored].keys
+            return source.to(self._base.shards.dtype(key))
+        return self._merged(stored, name, source or name.removesuffix(".weight"), adapter.deltas.get(source or ""))
 
     def changed(self, key: str) -> tuple[torch.dtype, tuple[int, ...]] | None:
         """Dtype and shape of the tensor under ``key``, if the merge changes it."""
