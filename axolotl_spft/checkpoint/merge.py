@@ -17,7 +17,8 @@ from tqdm import tqdm
 from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, read_adapter, read_config
 from axolotl_spft.checkpoint.base import BaseCheckpoint
 from axolotl_spft.checkpoint.companions import CONFIG, copy_companions, merged_config, write_json
-from axolotl_spft.checkpoint.merged_weights import MergedWeights, total
+from axolotl_spft.checkpoint.exactness import total
+from axolotl_spft.checkpoint.merged_weights import MergedWeights
 from axolotl_spft.checkpoint.quantized import Quantizer
 from axolotl_spft.checkpoint.shard_writer import is_written, write_shard
 from axolotl_spft.checkpoint.shards import INDEX_FILE, NAMES, Shards, find_checkpoint, size_bytes
@@ -84,16 +85,17 @@ def merge(
     mark = {MARK: _fingerprint(adapter_folder, checkpoint.shards, onto, quantization, dtype)}
     written = _write_files(checkpoint.shards, merged, output, mark)
     _finish(checkpoint, merged, adapter, model, adapter_folder, output)
+    exactness = merged.exactness
     return {
         "output": str(output),
         "onto": onto,
         "files": list(checkpoint.shards.headers),
         "files_written": written,
         "matrices": len(adapter.deltas),
-        "matrices_measured": len(merged.exactness),
+        "matrices_measured": len(exactness),
         "trained_on_quantized": quantization is not None,
         "repaired": adapter.repaired,
-        **total(merged.exactness).summary(),
+        **total(exactness).summary(),
     }
 
 
