@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from axolotl_spft.checkpoint.adapter import read_json_object
+from axolotl_spft.checkpoint.adapter import CONFIG_FILE, read_json_object
 from axolotl_spft.files import atomic_path
 
 CONFIG = "config.json"
@@ -36,11 +36,24 @@ def copy_companions(base: Path, adapter: Path, target: Path) -> list[str]:
     if (adapter / "tokenizer_config.json").is_file():
         sources = {name: path for name, path in sources.items() if name not in _TOKENIZER}
         sources |= {name: adapter / name for name in _TOKENIZER if (adapter / name).is_file()}
-    sources.pop(CONFIG, None)
+    # of the second readers would load an adapter
+    for name in (CONFIG, CONFIG_FILE):
+        sources.pop(name, None)
     for name, path in sources.items():
         with atomic_path(target / name) as temporary:
             shutil.copyfile(path, temporary)
     return list(sources)
+
+
+def remove_stale(folder: Path, names: Collection[str]) -> None:
+    """Remove what belonged to the weights of the model before, and would be read with those of the new one.
+
+    Args:
+        names: what the new one has beside its weights.
+    """
+    for name in {*_TOKENIZER, "generation_config.json", CONFIG_FILE}.difference(names):
+        if (folder / name).is_file():
+            (folder / name).unlink()
 
 
 def merged_config(
