@@ -30,6 +30,7 @@ from axolotl_spft.tuner.state import ORIGINALS, problems_of_originals
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_UNDER_DELTA = ".base_layer."
 _VALUES, _COLUMNS, _ROW_OFFSETS = "spft_values", "spft_columns", "spft_row_offsets"
 
 
@@ -54,7 +55,8 @@ class SavedAdapter:
     Attributes:
         config: what ``adapter_config.json`` says.
         deltas: module name -> its delta, in the order of the modules in the model where the file tells it.
-        others: parameter name -> tensor, for modules that are trained whole (``modules_to_save``).
+        others: parameter name -> tensor, for modules that are trained whole (``modules_to_save``), and what PEFT saves
+            of the weights under deltas.
         record: what ``base_model.spft_record`` says, whose shapes are those of the deltas; empty for an adapter that
             was not read from a file, of which ``config`` tells where its mask is from.
         has_shapes: whether the shapes are known. If not, in_features are the least that hold the columns.
@@ -71,12 +73,12 @@ class SavedAdapter:
     @property
     def whole(self) -> dict[str, Tensor]:
         """All that is trained whole, by the names of the parameters."""
-        return self.others | self.biases
+        return {name: tensor for name, tensor in self.others.items() if _UNDER_DELTA not in name} | self.biases
 
     @property
     def embeddings(self) -> dict[str, Tensor]:
-        """Those of `others` that are weights under a delta: embeddings may have grown, so PEFT saves theirs."""
-        return {name: tensor for name, tensor in self.others.items() if ".base_layer." in name}
+        """Weights under deltas, by the names of the parameters: embeddings may have grown, so PEFT saves theirs."""
+        return {name.replace(_UNDER_DELTA, "."): tensor for name, tensor in self.others.items() if _UNDER_DELTA in name}
 
     @property
     def nnz(self) -> int:

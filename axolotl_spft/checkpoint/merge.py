@@ -166,7 +166,8 @@ def _finish(
     staging, shards = output.staging, checkpoint.shards
     try:
         names = copy_companions(shards.folder, adapter_folder, staging)
-        shapes = {name: tuple(tensor.shape) for name, tensor in (adapter.whole | merged.additional).items()}
+        given = adapter.embeddings | adapter.whole | merged.additional
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
         config = merged_config(shards.folder, model, shapes, merged.unties, merged.new)
         write_json(staging / CONFIG, config)
         if shards.has_index:

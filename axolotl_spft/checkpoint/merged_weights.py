@@ -52,7 +52,7 @@ class MergedWeights:
         self._measured: dict[tuple[str, str], Exactness] = {}
         self._lock = threading.Lock()
         self._made: dict[str, Tensor] = {}
-        self._given = {name.replace(".base_layer.", "."): tensor for name, tensor in adapter.embeddings.items()}
+        self._given = adapter.embeddings
         places = place(base, adapter)
         self._module_of = dict(places.deltas)
         self._deltas = {name: adapter.deltas[module] for name, module in places.deltas.items()}

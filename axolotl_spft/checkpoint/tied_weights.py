@@ -64,7 +64,7 @@ def place(base: BaseCheckpoint, adapter: SavedAdapter) -> Places:
             other for name, other in keys.doubled if name == parameter and are_equal(frozenset((name, other)))
         }
 
-    whole = adapter.others.keys() - adapter.embeddings.keys()
+    whole = adapter.whole.keys() - adapter.biases.keys()
     sources: dict[str, Source] = {name: adapter.others[name] for name in whole & known}
     for name in adapter.biases.keys() & known:
         sources |= dict.fromkeys(one_weight(keys.tied.get(name, name)), adapter.biases[name])
@@ -94,7 +94,7 @@ def place(base: BaseCheckpoint, adapter: SavedAdapter) -> Places:
         {name: source for name, source in stored.items() if isinstance(source, str)},
         {name: source for name, source in stored.items() if isinstance(source, Tensor)},
         apart,
-        {name: tensor for name, tensor in adapter.whole.items() if name not in known | adapter.embeddings.keys()},
+        {name: tensor for name, tensor in adapter.whole.items() if name not in known},
         bool(apart or parted),
     )
 

@@ -16,7 +16,7 @@ from axolotl_spft.checkpoint.merge import merge
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.serving import apply_adapter
 from tests.checkpoint.saved import merged_in_memory, save_adapter, save_base, tied_llama
-from tests.models import logits, same_weights, weights_of, with_adapter
+from tests.models import logits, same_weights, tiny_llama, weights_of, with_adapter
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -135,6 +135,19 @@ def test_added_tokens_are_merged_under_the_names_of_the_model(tmp_path, modules)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["vocab_size"] == 70 and "id2label" not in config and config["tie_word_embeddings"] is False
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(loaded), logits(trained), atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [tied_llama, tiny_llama])
+def test_added_tokens_of_an_embedding_with_a_delta_are_merged_too(tmp_path, make):
+    base = save_base(tmp_path / "base", make, torch.float32, "5GB")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(70)
+    trained = with_adapter(model, target_modules=["embed_tokens", "q_proj"])
+    trained.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged", base)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loaded.config.vocab_size == 70 and loaded.config.tie_word_embeddings == (make is tied_llama)
     assert torch.allclose(logits(loaded), logits(trained), atol=1e-4)
 
 
