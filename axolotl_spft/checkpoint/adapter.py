@@ -30,6 +30,7 @@ from axolotl_spft.tuner.state import ORIGINALS, problems_of_originals
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_UNDER_DELTA = ".base_layer."
 _VALUES, _COLUMNS, _ROW_OFFSETS = "spft_values", "spft_columns", "spft_row_offsets"
 
 
@@ -54,7 +55,8 @@ class SavedAdapter:
     Attributes:
         config: what ``adapter_config.json`` says.
         deltas: module name -> its delta, in the order of the modules in the model where the file tells it.
-        others: parameter name -> tensor, for modules that are trained whole (``modules_to_save``).
+        others: parameter name -> tensor, for modules that are trained whole (``modules_to_save``), and what PEFT saves
+            of the weights under deltas.
         record: what ``base_model.spft_record`` says, whose shapes are those of the deltas; empty for an adapter that
             was not read from a file, of which ``config`` tells where its mask is from.
         has_shapes: whether the shapes are known. If not, in_features are the least that hold the columns.
@@ -71,7 +73,12 @@ class SavedAdapter:
     @property
     def whole(self) -> dict[str, Tensor]:
         """All that is trained whole, by the names of the parameters."""
-        return self.others | self.biases
+        return {name: tensor for name, tensor in self.others.items() if _UNDER_DELTA not in name} | self.biases
+
+    @property
+    def embeddings(self) -> dict[str, Tensor]:
+        """Weights under deltas, by the names of the parameters: embeddings may have grown, so PEFT saves theirs."""
+        return {name.replace(_UNDER_DELTA, "."): tensor for name, tensor in self.others.items() if _UNDER_DELTA in name}
 
     @property
     def nnz(self) -> int:
@@ -114,6 +121,7 @@ def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]
     strange = [key for key in tensors if not key.startswith(_PREFIX)]
     problems = [f"{key}: no tensor of a saved adapter has such a name" for key in strange]
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items() if key not in strange}
+    tensors = _unwrapped(tensors)
     deltas: dict[str, SavedDelta] = {}
     for name in _module_names(tensors, recorded):
         parts = [tensors.pop(f"{name}.{part}", None) for part in (_VALUES, _COLUMNS, _ROW_OFFSETS)]
@@ -225,6 +233,19 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         apart[key] = tensor.clone() if place in seen else tensor
         seen.add(place)
     return apart
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what PEFT saves of the insides of modules that are trained whole, beside the weights of theirs.
+
+    It does so where embeddings have grown.
+    """
+    inside = (".modules_to_save.", ".original_module.")
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if not any(part in key and key.replace(part, ".") in tensors for part in inside)
+    }
 
 
 def _module_names(tensors: Mapping[str, Tensor], shapes: Mapping | None) -> list[str]:

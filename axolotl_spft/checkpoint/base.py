@@ -88,6 +88,18 @@ class BaseCheckpoint:
         shape = tuple(group.convert(tensors, self.keys.config)[name].shape)
         return shape[::-1] if module in self.transposed else (prod(shape[:-1]), shape[-1])
 
+    def check_shape(self, module: str, shape: tuple[int, ...], trained: tuple[int, int]) -> None:
+        """Check that W of a module has the shape that it was trained in.
+
+        Raises:
+            SpftFileError: it has another one.
+        """
+        if shape != trained:
+            raise SpftFileError(
+                f"{module} is {shape} in {self.shards.folder}, but {trained} in the adapter: name the base model that "
+                "was trained"
+            )
+
     def read_parameter(self, name: str) -> Tensor:
         """A parameter as the model stores it, in the dtype of the checkpoint."""
         group = self.keys.group_of[name]

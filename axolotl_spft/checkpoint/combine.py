@@ -97,7 +97,7 @@ def _check(adapters: Sequence[SavedAdapter], weights: Sequence[float], density: 
         raise SpftFileError(f"`method {method}` must be one of {', '.join(METHODS)}")
     if density is not None and not 0 < density <= 1:
         raise SpftFileError(f"`density {density}` must be in (0, 1]")
-    if len(adapters) > 1 and any(adapter.whole for adapter in adapters):
+    if len(adapters) > 1 and any(adapter.others or adapter.biases for adapter in adapters):
         raise SpftFileError(
             "an adapter holds modules or biases that were trained whole (`modules_to_save`, `bias: all`), which are no "
             "differences and cannot be added up: merge one of the adapters into the base model instead"

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
-from axolotl_spft.checkpoint.adapter import read_json_object
-from axolotl_spft.checkpoint.tokenizer_files import TOKENIZER, tokenizer_of
+from axolotl_spft.checkpoint.adapter import CONFIG_FILE, read_json_object
+from axolotl_spft.checkpoint.tokenizer_files import PROCESSOR, TOKENIZER, tokenizer_of
 from axolotl_spft.files import atomic_path, copy_files
 
 CONFIG = "config.json"
@@ -39,9 +39,22 @@ def copy_companions(base: Path, adapter: Path, target: Path) -> list[str]:
             # a processor takes the template under its former name first
             replaced.add("chat_template.json")
         sources = {name: path for name, path in sources.items() if name not in replaced} | newer
-    sources.pop(CONFIG, None)
+    # of the second readers would load an adapter
+    for name in (CONFIG, CONFIG_FILE):
+        sources.pop(name, None)
     copy_files(sources, target)
     return list(sources)
+
+
+def remove_stale(folder: Path, names: Collection[str]) -> None:
+    """Remove what belonged to the weights of the model before, and would be read with those of the new one.
+
+    Args:
+        names: what the new one has beside its weights.
+    """
+    for name in {*TOKENIZER, *PROCESSOR, "generation_config.json", CONFIG_FILE}.difference(names):
+        if (folder / name).is_file():
+            (folder / name).unlink()
 
 
 def merged_config(

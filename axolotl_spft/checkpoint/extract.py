@@ -146,4 +146,10 @@ def _other_differences(
     ]
     kept = {name.rpartition(".")[0] for name in changed if name.rpartition(".")[0] in owners - modules}
     others = {name: second.read_parameter(name) for name in first.keys.group_of if name.rpartition(".")[0] in kept}
+    # PEFT trains and loads a module as a copy of its own, which parts from what it is tied to
+    others |= {
+        name: others[other]
+        for name, other in first.keys.tied.items()
+        if other in others and name.rpartition(".")[0] in owners
+    }
     return others, [name for name in changed if name not in others]

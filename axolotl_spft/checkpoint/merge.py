@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,9 @@ from tqdm import tqdm
 from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, read_adapter, read_config
 from axolotl_spft.checkpoint.base import BaseCheckpoint
 from axolotl_spft.checkpoint.companions import CONFIG, copy_companions, merged_config, write_json
-from axolotl_spft.checkpoint.merged_weights import MergedWeights, total
+from axolotl_spft.checkpoint.exactness import total
+from axolotl_spft.checkpoint.merged_weights import MergedWeights
+from axolotl_spft.checkpoint.output import MARK, MergeOutput
 from axolotl_spft.checkpoint.quantized import Quantizer
 from axolotl_spft.checkpoint.shard_writer import is_written, write_shard
 from axolotl_spft.checkpoint.shards import INDEX_FILE, NAMES, Shards, find_checkpoint, size_bytes
@@ -26,7 +27,6 @@ from axolotl_spft.errors import SpftFileError
 from axolotl_spft.files import check_safetensors, count_entries
 from axolotl_spft.tuner.state import ORIGINALS
 
-STAGING, MARK = ".spft-merge", "spft_merge"
 _THREADS, _PIECE_BYTES, _PIECES = 4, 4096, 64
 
 
@@ -39,6 +39,7 @@ def merge(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the merged model; what a killed run has finished is not written again.
 
@@ -50,15 +51,20 @@ def merge(
             computed with, stored in the dtype of the base. By default ``quantized`` where ``quantization`` is given.
         quantization: settings of the ``BitsAndBytesConfig`` that the base had in training.
         dtype: that the base was loaded in for training, where that is not its own.
+        overwrite: whether the merged model may replace another one in ``output``, which is no earlier merge.
 
     Returns:
         what was written, and how exact it is.
 
     Raises:
-        SpftFileError: anything does not fit, or cannot be written.
+        SpftFileError: anything does not fit, or cannot be written, or another model is in ``output``.
     """
-    adapter_folder, output = Path(adapter_folder), Path(output)
+    adapter_folder, target = Path(adapter_folder), MergeOutput(Path(output), overwrite)
     config = read_config(adapter_folder)
+    base_name = base or config.get("base_model_name_or_path")
+    if not base_name:
+        raise SpftFileError(f"{adapter_folder / CONFIG_FILE} does not say its base model: add `--base`")
+    target.check({"base model": Path(base_name).expanduser(), "adapter": adapter_folder})
     check_safetensors(adapter_folder / WEIGHTS_FILE)
     if onto is None and (quantization or not count_entries(adapter_folder / WEIGHTS_FILE, f".{ORIGINALS}")):
         onto = "quantized" if quantization else "base"
@@ -70,30 +76,26 @@ def merge(
             f"{told}: name the run's configuration file instead of the adapter, or add `--quantization nf4`"
             + (", or `--onto base`" if onto is None else "")
         )
-    base_name = base or config.get("base_model_name_or_path")
-    if not base_name:
-        raise SpftFileError(f"{adapter_folder / CONFIG_FILE} does not say its base model: add `--base`")
     base_folder = find_checkpoint(base_name, revision, companions=True)
-    for name, folder in (("base model", base_folder), ("adapter", adapter_folder)):
-        if output.resolve() == folder.resolve():
-            raise SpftFileError(f"the output {output} is the folder of the {name}: name another one")
+    target.check({"base model": base_folder})
     adapter, model = read_for(adapter_folder, base_folder, trust_remote_code)
     checkpoint = BaseCheckpoint(base_folder, model)
     quantizer = Quantizer(quantization, model, dtype) if quantization else None
     merged = MergedWeights(checkpoint, adapter, quantizer, onto == "quantized")
     mark = {MARK: _fingerprint(adapter_folder, checkpoint.shards, onto, quantization, dtype)}
-    written = _write_files(checkpoint.shards, merged, output, mark)
-    _finish(checkpoint, merged, adapter, model, adapter_folder, output)
+    written = _write_files(checkpoint.shards, merged, target, mark)
+    _finish(checkpoint, merged, adapter, model, adapter_folder, target)
+    exactness = merged.exactness
     return {
         "output": str(output),
         "onto": onto,
         "files": list(checkpoint.shards.headers),
         "files_written": written,
         "matrices": len(adapter.deltas),
-        "matrices_measured": len(merged.exactness),
+        "matrices_measured": len(exactness),
         "trained_on_quantized": quantization is not None,
         "repaired": adapter.repaired,
-        **total(merged.exactness).summary(),
+        **total(exactness).summary(),
     }
 
 
@@ -109,9 +111,9 @@ def read_for(
     return adapter, model
 
 
-def _write_files(shards: Shards, merged: MergedWeights, output: Path, mark: Mapping[str, str]) -> list[str]:
+def _write_files(shards: Shards, merged: MergedWeights, output: MergeOutput, mark: Mapping[str, str]) -> list[str]:
     """Write every file that is not there yet; the names of those."""
-    staging, written = output / STAGING, []
+    written = []
     total_bytes = sum(
         entry.stop - entry.start for header in shards.headers.values() for entry in header.entries.values()
     )
@@ -122,7 +124,7 @@ def _write_files(shards: Shards, merged: MergedWeights, output: Path, mark: Mapp
     ):
         for name, header in shards.headers.items():
             own_bytes = sum(entry.stop - entry.start for entry in header.entries.values())
-            if is_written(staging / name, mark) or is_written(output / name, mark):
+            if is_written(output.staging / name, mark) or is_written(output.folder / name, mark):
                 bar.update(own_bytes)
                 continue
             changed = {key: found for key in header.entries if (found := merged.changed(key)) is not None}
@@ -131,7 +133,14 @@ def _write_files(shards: Shards, merged: MergedWeights, output: Path, mark: Mapp
                 new |= {key: (NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in merged.additional.items()}
             metadata = {"format": "pt", **header.metadata, **mark}
             write_shard(
-                staging / name, shards.folder / name, header.entries, new, merged.make, metadata, pool, bar.update
+                output.staging / name,
+                shards.folder / name,
+                header.entries,
+                new,
+                merged.make,
+                metadata,
+                pool,
+                bar.update,
             )
             written.append(name)
     return written
@@ -143,32 +152,24 @@ def _finish(
     adapter: SavedAdapter,
     model: torch.nn.Module,
     adapter_folder: Path,
-    output: Path,
+    output: MergeOutput,
 ) -> None:
     """Put everything in its place; from here on nothing needs room on the disk."""
-    staging, shards = output / STAGING, checkpoint.shards
+    staging, shards = output.staging, checkpoint.shards
     try:
         names = copy_companions(shards.folder, adapter_folder, staging)
-        shapes = {name: tuple(tensor.shape) for name, tensor in (adapter.whole | merged.additional).items()}
-        tied = set(merged.additional) & set(checkpoint.keys.tied)
-        untied = bool(tied) or merged.unties
-        config = merged_config(shards.folder, model, shapes, untied, set(merged.additional) - tied, staging)
+        given = adapter.embeddings | adapter.whole | merged.additional
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        config = merged_config(shards.folder, model, shapes, merged.unties, merged.new, staging)
         write_json(staging / CONFIG, config)
         if shards.has_index:
             write_json(staging / INDEX_FILE, _index(shards, merged))
     except OSError as error:
         raise SpftFileError(
-            f"{staging} cannot be written ({error.strerror or error}): what was in {output} is as it was"
+            f"{staging} cannot be written ({error.strerror or error}): what was in {output.folder} is as it was"
         ) from error
     weights = [*shards.headers, *([INDEX_FILE] if shards.has_index else [])]
-    for name in [*weights, *names, CONFIG]:
-        if (staging / name).exists():
-            os.replace(staging / name, output / name)
-    # what an earlier merge of another layout has left would be loaded first
-    for path in [*output.glob("model*.safetensors"), output / INDEX_FILE]:
-        if path.name not in weights:
-            path.unlink(missing_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
+    output.put_in_place(weights, [*names, CONFIG])
 
 
 def _index(shards: Shards, merged: MergedWeights) -> dict:

@@ -7,56 +7,21 @@ computed with W + S, or with Q(W) + S on a quantized base, or with the entries o
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from math import sqrt
 
 import torch
 from torch import Tensor
 
 from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta
 from axolotl_spft.checkpoint.base import BaseCheckpoint
+from axolotl_spft.checkpoint.exactness import Exactness, rounding
+from axolotl_spft.checkpoint.group_entries import GroupEntries
 from axolotl_spft.checkpoint.keys import Group
 from axolotl_spft.checkpoint.quantized import Quantizer
-from axolotl_spft.checkpoint.tied_weights import place_deltas
+from axolotl_spft.checkpoint.tied_weights import Source, place
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.ops.weight.scatter import rounded_sum
 from axolotl_spft.ops.weight.stacked import as_matrix, as_stored
-
-
-@dataclass
-class Exactness:
-    """Sums over the matrices of a merge; squares are of Frobenius norms.
-
-    Attributes:
-        values: of the adapter.
-        without_effect: values other than 0 that rounding to the dtype of the base leaves without effect.
-        delta: square of S.
-        rounding: square of what rounding changed at the positions of S.
-        trained: square of the weights that training computed with.
-        from_trained: square of the difference between the merged weights and those.
-    """
-
-    values: int = 0
-    without_effect: int = 0
-    delta: float = 0.0
-    rounding: float = 0.0
-    trained: float = 0.0
-    from_trained: float = 0.0
-
-    def add(self, other: Exactness) -> None:
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
-
-    def summary(self) -> dict[str, float | int]:
-        """Counts, and the relative errors ||rounding|| / ||S|| and ||merged - trained|| / ||trained||."""
-        return {
-            "values": self.values,
-            "without_effect": self.without_effect,
-            "rounding_error": sqrt(self.rounding / self.delta) if self.delta else 0.0,
-            "difference_from_trained": sqrt(self.from_trained / self.trained) if self.trained else 0.0,
-        }
 
 
 class MergedWeights:
@@ -68,8 +33,8 @@ class MergedWeights:
 
     Attributes:
         additional: key -> tensor, which the base checkpoint does not have: heads, and weights that were tied.
-        unties: whether deltas part weights that the base ties.
-        exactness: of each parameter with a delta that was made so far.
+        new: those of ``additional`` that no weight of the base was tied to.
+        unties: whether what was trained parts weights that the base ties.
 
     Raises:
         SpftFileError: the adapter's modules or their shapes are not those of the base.
@@ -83,37 +48,32 @@ class MergedWeights:
         onto_quantized: bool = False,
     ):
         self._base, self._quantizer, self._onto_quantized = base, quantizer, onto_quantized
-        self.exactness: dict[str, Exactness] = {}
+        # by the parameter, and the tensor of the checkpoint where it is made out of several
+        self._measured: dict[tuple[str, str], Exactness] = {}
         self._lock = threading.Lock()
-        self._made: tuple[Group, dict[str, Tensor]] | None = None
-        keys = base.keys
-        # PEFT saves the weights of embeddings that are targeted, which may have grown
-        given = {name: tensor for name, tensor in adapter.others.items() if ".base_layer." in name}
-        self._given = {name.replace(".base_layer.", "."): tensor for name, tensor in given.items()}
-        others = {name: tensor for name, tensor in adapter.whole.items() if name not in given}
-        places = place_deltas(base, adapter)
-        self._module_of = dict(places.stored)
-        self._deltas = {name: adapter.deltas[module] for name, module in places.stored.items()}
-        self.unties = places.unties
-        self._whole = {name: tensor for name, tensor in others.items() if name in keys.group_of}
+        self._made: dict[str, Tensor] = {}
+        self._given = adapter.embeddings
+        places = place(base, adapter)
+        self._module_of = dict(places.deltas)
+        self._deltas = {name: adapter.deltas[module] for name, module in places.deltas.items()}
+        self._whole, self.unties, self.new = places.whole, places.unties, frozenset(places.new)
         quantized = quantizer.modules if quantizer is not None and onto_quantized else ()
         for module in quantized:
             if base.has(module):
                 self._module_of.setdefault(base.parameter(module), module)
         self._round = {base.parameter(module) for module in quantized if base.has(module)}
-        self.additional = {
-            name: self._merged(
-                keys.tied[name], name, module or name.removesuffix(".weight"), adapter.deltas.get(module or "")
-            )
-            for name, module in places.apart.items()
-        }
-        for name, tensor in others.items():
-            if name not in keys.group_of and not self._is_tied_copy(name, tensor, others):
-                self.additional[name] = tensor.to(_dtype_of(base))
+        self._entries = GroupEntries(base, self._deltas, self._module_of)
+        self.additional = {name: self._apart(name, source, adapter) for name, source in places.apart.items()}
+        self.additional |= {name: tensor.to(_dtype_of(base)) for name, tensor in places.new.items()}
 
-    def _is_tied_copy(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> bool:
-        other = others.get(self._base.keys.tied.get(name, ""))
-        return other is not None and other.shape == tensor.shape and torch.equal(other, tensor)
+    def _apart(self, name: str, source: Source, adapter: SavedAdapter) -> Tensor:
+        """The tensor of a parameter that was tied to one which the checkpoint has."""
+        stored = self._base.keys.tied[name]
+        if isinstance(source, Tensor):
+            (key, *_) = self._base.keys.group_of[stored].keys
+            return source.to(self._base.shards.dtype(key))
+        module, delta = source or name.removesuffix(".weight"), adapter.deltas.get(source or "")
+        return self._merged(self._base.read_parameter(stored), name, module, delta)
 
     def changed(self, key: str) -> tuple[torch.dtype, tuple[int, ...]] | None:
         """Dtype and shape of the tensor under ``key``, if the merge changes it."""
@@ -131,39 +91,68 @@ class MergedWeights:
         group = self._base.keys.group_of[self._base.keys.parameters_of[key][0]]
         if group.converter is None:
             return self._parameter(group.first_name).to(self._base.shards.dtype(key))
+        if not any(self._is_made_whole(name) for name in self._base.keys.parameters_of[key]):
+            return self._with_entries(key)
         with self._lock:
-            # the tensors of one group follow each other in the files
-            if self._made is None or self._made[0] is not group:
-                self._made = (group, self._take_apart(group))
-            return self._made[1][key]
+            if key not in self._made:
+                self._made |= self._take_apart(group)
+            return self._made.pop(key)
+
+    @property
+    def exactness(self) -> dict[str, Exactness]:
+        """Of each parameter with a delta, as far as it was made."""
+        found: dict[str, Exactness] = {}
+        for name, key in sorted(self._measured):
+            found.setdefault(name, Exactness()).add(self._measured[name, key])
+        return found
+
+    def _is_made_whole(self, name: str) -> bool:
+        """Whether more of a parameter is needed than the entries of its delta."""
+        quantized = self._quantizer is not None and self._module_of.get(name) in self._quantizer.modules
+        return name in self._whole or name in self._round or quantized
+
+    def _with_entries(self, key: str) -> Tensor:
+        """The tensor under ``key`` with the entries that deltas change, and nothing read but itself."""
+        tensor = self._base.shards.read(key)
+        flat = tensor.view(-1)
+        for name, at, chosen in self._entries.take(key):
+            delta = self._deltas[name]
+            before, values = flat[at], delta.values[chosen]
+            if delta.originals is not None:
+                originals = delta.originals[chosen]
+                self._left_quantized(self._module_of[name], before, None, originals)
+                before = originals.to(before.dtype)
+            flat[at] = result = rounded_sum(before, values)
+            self._measured[name, key] = rounding(before, values, result)
+        return tensor
 
     def _parameter(self, name: str) -> Tensor:
         if name in self._whole:
             return self._whole[name]
-        return self._merged(name, name, self._module_of[name], self._deltas.get(name))
+        return self._merged(self._base.read_parameter(name), name, self._module_of[name], self._deltas.get(name))
 
     def _take_apart(self, group: Group) -> dict[str, Tensor]:
-        """The tensors of the checkpoint that become the merged parameters of a group."""
+        """The tensors of the checkpoint that become the merged parameters of a group, in one memory."""
         keys, shards = self._base.keys, self._base.shards
         tensors = {key: shards.read(key) for key in group.keys}
         flat = torch.cat([tensors[key].flatten() for key in group.keys])
+        made = group.convert(tensors, keys.config)
+        del tensors
         for name, places in keys.places(group).items():
-            if name in self._deltas or name in self._whole or name in self._round:
-                flat[places.flatten().to(torch.int64)] = self._parameter(name).flatten().to(flat.dtype)
+            parameter = self._whole.get(name)
+            if parameter is None and name in self._module_of:
+                parameter = self._merged(made[name], name, self._module_of[name], self._deltas.get(name))
+            if parameter is not None:
+                flat[places.flatten().to(torch.int64)] = parameter.flatten().to(flat.dtype)
         return {key: flat[first:last].view(shards.shape(key)) for key, (first, last) in keys.offsets(group).items()}
 
-    def _merged(self, name: str, own_name: str, module: str, delta: SavedDelta | None) -> Tensor:
-        """The merged parameter ``own_name``, made from the parameter ``name``, as the checkpoint stores it."""
-        stored = self._given.get(own_name)
-        if stored is None:
-            stored = self._base.read_parameter(name)
+    def _merged(self, stored: Tensor, name: str, module: str, delta: SavedDelta | None) -> Tensor:
+        """The merged parameter ``name``, made from what the base has ``stored`` for it, in the same form."""
+        stored = self._given.get(name, stored)
         transposed = module in self._base.transposed
         weight = as_matrix(stored, transposed).contiguous()
-        if delta is not None and tuple(weight.shape) != delta.shape:
-            raise SpftFileError(
-                f"{module} is {tuple(weight.shape)} in {self._base.shards.folder}, but {delta.shape} in the adapter: "
-                "name the base model that was trained"
-            )
+        if delta is not None:
+            self._base.check_shape(module, tuple(weight.shape), delta.shape)
         rounded = None
         if self._quantizer is not None and module in self._quantizer.modules:
             rounded = self._quantizer.round_trip(weight)
@@ -178,14 +167,14 @@ class MergedWeights:
                 before = torch.where(left, before, delta.originals.to(before.dtype))
             trained = rounded_sum(start, delta.values)
             result = rounded_sum(before, delta.values).to(weight.dtype)
-            exactness = _rounding(before, delta.values, result)
+            exactness = rounding(before, delta.values, result)
             merged = merged.clone() if merged is weight else merged
             merged.view(-1)[at] = result.to(merged.dtype)
             if rounded is not None:
                 # the buffer of Q(W) becomes what training computed with
                 rounded.view(-1)[at] = trained
-                _compare(exactness, merged.to(weight.dtype), rounded)
-            self.exactness[own_name] = exactness
+                exactness.compare(merged.to(weight.dtype), rounded)
+            self._measured[name, ""] = exactness
         merged = merged.to(weight.dtype)
         return as_stored(merged, stored.shape, transposed)
 
@@ -219,31 +208,3 @@ def _dtype_of(base: BaseCheckpoint) -> torch.dtype:
     """The dtype of most of the base, for tensors that it does not have."""
     dtypes = [base.shards.dtype(key) for key in base.shards.file_of]
     return max((dtype for dtype in set(dtypes) if dtype.is_floating_point), key=dtypes.count)
-
-
-def _rounding(before: Tensor, values: Tensor, result: Tensor) -> Exactness:
-    exact = before.double() + values.double()
-    idle = (result.double() == before.double()) & (values != 0)
-    return Exactness(
-        values=values.numel(),
-        without_effect=int(idle.sum()),
-        delta=float(values.double().square().sum()),
-        rounding=float((result.double() - exact).square().sum()),
-    )
-
-
-def _compare(exactness: Exactness, merged: Tensor, trained: Tensor) -> None:
-    for part, reference in zip(merged.split(_ROWS), trained.split(_ROWS)):
-        exactness.trained += float(reference.double().square().sum())
-        exactness.from_trained += float((part.double() - reference.double()).square().sum())
-
-
-_ROWS = 1024
-
-
-def total(exactness: Mapping[str, Exactness]) -> Exactness:
-    """The sum over all parameters, in the order of their names."""
-    result = Exactness()
-    for name in sorted(exactness):
-        result.add(exactness[name])
-    return result

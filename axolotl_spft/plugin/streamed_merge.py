@@ -120,7 +120,8 @@ def merge_instead(cfg: Any) -> bool:
     except SpftFileError as error:
         LOG.warning("Merging in memory: %s", error)
         return False
-    LOG.info("%s", describe_merge(merge(**arguments)))
+    # as Axolotl's own merge does, whose earlier ones have no mark
+    LOG.info("%s", describe_merge(merge(**arguments, overwrite=True)))
     return True
 
 

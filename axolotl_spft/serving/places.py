@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftError
@@ -100,6 +101,32 @@ def check_ties(
                 f"{name} was a weight of its own where the adapter was trained, and is one with {name_of[strange[0]]} "
                 "here: serve the base model that it was trained on, or the merged model (`axolotl spft merge`)"
             )
+
+
+def check_trained_whole(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+    """Check that a weight that was trained whole is one with no other here, as it was in training.
+
+    Args:
+        parameters: of a model, by name, each under all of its names.
+        trained: what takes the place of some of them, by name.
+
+    Raises:
+        SpftError: another module computes with the weight too, and was not trained to be equal.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        if parameter.numel():
+            names.setdefault(parameter.data_ptr(), []).append(name)
+    for group in names.values():
+        whole = next((name for name in group if name in trained), None)
+        if whole is None:
+            continue
+        for other in group:
+            if other not in trained or not torch.equal(trained[whole], trained[other]):
+                raise SpftError(
+                    f"{whole} was trained whole (`modules_to_save`), apart from {other}, and is one weight with it "
+                    "here: serve the merged model (`axolotl spft merge`)"
+                )
 
 
 def _module(modules: Mapping[str, nn.Module], name: str) -> nn.Module | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from axolotl_spft.checkpoint.adapter import SavedAdapter, read_adapter
 from axolotl_spft.errors import SpftError, first_of
 from axolotl_spft.ops.mask.csr import row_indices
-from axolotl_spft.serving.places import check_ties, find_place
+from axolotl_spft.serving.places import check_ties, check_trained_whole, find_place
 from axolotl_spft.tuner.expert_targets import is_of_experts
 
 _APPLIED = "_spft_applied"
@@ -134,7 +134,8 @@ def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> 
         writes.append(_Write(place.weight, rows, columns, delta.values.to(device)[here]))
     if "tied" in adapter.record:
         check_ties(modules, weights, adapter.record["tied"])
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    check_trained_whole(parameters, adapter.others)
     for name, tensor in adapter.whole.items():
         parameter = parameters.get(name)
         if parameter is None:

@@ -41,9 +41,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     show_default=True,
     help="Whether `--quantization nf4` or fp4 quantized the scales too, as Axolotl does.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace a model in the output folder that is no earlier merge.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that the base model brings.")
 @json_option
-def command(source, base, output, onto, quantization, double_quantization, trust_remote_code, as_json) -> None:
+def command(
+    source, base, output, onto, quantization, double_quantization, overwrite, trust_remote_code, as_json
+) -> None:
     """Merge an adapter into its base model, file by file.
 
     CONFIG_OR_ADAPTER is the configuration file of a run, or a saved adapter's folder. No model is loaded and no GPU is
@@ -66,6 +69,7 @@ def command(source, base, output, onto, quantization, double_quantization, trust
             double = {"bnb_4bit_use_double_quant": double_quantization} if quantization != "int8" else {}
             arguments["quantization"] = _SETTINGS[quantization] | double
         arguments["trust_remote_code"] = trust_remote_code or arguments.get("trust_remote_code", False)
+        arguments["overwrite"] = overwrite
         given = {"base": base, "output": output, "onto": onto}
         report = merge(**arguments | {key: value for key, value in given.items() if value is not None})
     click.echo(json.dumps(report, indent=1) if as_json else describe_merge(report))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from math import prod
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from axolotl_spft.checkpoint.adapter import read_adapter, write_adapter
 from axolotl_spft.checkpoint.base import BaseCheckpoint
 from axolotl_spft.checkpoint.combine import combine
+from axolotl_spft.checkpoint.keys import KeyMap
 from axolotl_spft.checkpoint.merge import merge
-from axolotl_spft.checkpoint.shards import Shards
+from axolotl_spft.checkpoint.shards import INDEX_FILE, Shards
 from axolotl_spft.checkpoint.shira import write_shira
 from axolotl_spft.checkpoint.skeleton import module_shapes, skeleton
 from axolotl_spft.errors import SpftError, SpftFileError
@@ -70,6 +73,71 @@ def test_a_streamed_merge_is_the_merge_in_memory(tmp_path, family):
     with pytest.raises(SpftError, match=r"experts\.down_proj.*experts that are one parameter.*serve the merged model"):
         apply_adapter(plain, adapter)
     assert all(torch.equal(weight, before[name]) for name, weight in plain.state_dict().items())
+
+
+def scattered(base, folder):
+    """The checkpoint of a folder in five files, of which each has tensors of all layers and experts."""
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = {key: tensor for path in base.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    files = [f"model-{part:05}-of-00005.safetensors" for part in range(1, 6)]
+    place = {key: files[number % 5] for number, key in enumerate(sorted(tensors))}
+    for file in files:
+        save_file({key: tensors[key] for key in tensors if place[key] == file}, folder / file, {"format": "pt"})
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    return folder
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Counts the groups whose entries are looked for, and the bytes that are read of the base."""
+    made, read = [], []
+    places, read_tensor = KeyMap.places, Shards.read
+
+    def counted(self, group):
+        made.append(group.first_name)
+        return places(self, group)
+
+    def counted_bytes(self, key):
+        tensor = read_tensor(self, key)
+        read.append((key, tensor.nbytes))
+        return tensor
+
+    monkeypatch.setattr(KeyMap, "places", counted)
+    monkeypatch.setattr(Shards, "read", counted_bytes)
+    return made, read
+
+
+@pytest.mark.parametrize("layout", ["by name", "scattered"])
+def test_experts_are_merged_once_however_their_tensors_are_ordered(tmp_path, work, layout):
+    made, read = work
+    base = base_of(tmp_path, "mixtral")
+    if layout == "scattered":
+        base = scattered(base, tmp_path / "scattered")
+    adapter = save_adapter(tmp_path / "adapter", base, target_parameters=PARAMETERS)
+    expected = merged_in_memory(base, adapter)
+    report = merge(adapter, tmp_path / "merged", base)
+    changed = [key for key in Shards(base).file_of if ".experts." in key or "_proj." in key]
+    assert sorted(made) == sorted(name for name in expected if name.endswith(tuple(PARAMETERS)))
+    assert sorted(read) == sorted((key, 2 * prod(Shards(base).shape(key))) for key in changed)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert [name for name in expected if not torch.equal(merged[name], expected[name])] == []
+    assert report["values"] == read_adapter(adapter).nnz and report["matrices_measured"] == report["matrices"]
+
+
+def test_experts_that_are_trained_whole_are_merged_once_too(tmp_path, work):
+    made, read = work
+    base = base_of(tmp_path, "mixtral")
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], modules_to_save=["experts"])
+    saved = read_adapter(adapter)
+    for name in saved.others:
+        saved.others[name] += 1
+    write_adapter(adapter, saved)
+    merge(adapter, tmp_path / "merged", base)
+    assert sorted(made) == sorted(saved.others)
+    assert len(read) == len(dict(read))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, tensor in saved.others.items():
+        assert torch.equal(merged[name], tensor.to(torch.bfloat16))
 
 
 def test_the_published_form_of_gpt_oss_is_refused_as_quantized(tmp_path):

@@ -14,8 +14,8 @@ from axolotl_spft.checkpoint.merge import merge
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.ops.weight.scatter import rounded_sum
-from tests.checkpoint.saved import save_base, tiny_mixtral
-from tests.models import tiny_gpt2, tiny_llama
+from tests.checkpoint.saved import save_base, tied_llama, tiny_mixtral
+from tests.models import logits, same_weights, tiny_gpt2, tiny_llama, weights_of
 
 
 def _save_tuned(base, folder, seed=1):
@@ -45,6 +45,20 @@ def test_density_1_rebuilds_the_tuned_model(tmp_path, make, dtype):
     )
     assert [name for name in expected if not torch.equal(merged[name], expected[name]) and name not in experts] == []
     assert 0 < adapter.nnz < sum(shape[0] * shape[1] for shape in (d.shape for d in adapter.deltas.values()))
+
+
+def test_what_a_model_ties_is_kept_under_each_of_its_names_so_that_peft_loads_it(tmp_path):
+    base = save_base(tmp_path / "base", tied_llama, torch.float32, "5GB")
+    tuned = _save_tuned(base, tmp_path / "tuned")
+    adapter, report = extract(base, tuned, 1.0)
+    assert {"lm_head", "model.embed_tokens"} <= set(report["modules_kept_whole"])
+    write_adapter(tmp_path / "adapter", adapter)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    expected = AutoModelForCausalLM.from_pretrained(tuned)
+    assert torch.allclose(logits(loaded), logits(expected), atol=1e-4)
+    merge(tmp_path / "adapter", tmp_path / "merged", base)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert same_weights(merged, weights_of(expected)) and merged.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

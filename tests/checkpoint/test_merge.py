@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaModel
 from axolotl_spft.checkpoint.adapter import read_adapter, write_adapter
 from axolotl_spft.checkpoint.base import BaseCheckpoint
 from axolotl_spft.checkpoint.combine import combine
-from axolotl_spft.checkpoint.merge import STAGING, merge
+from axolotl_spft.checkpoint.merge import merge
 from axolotl_spft.checkpoint.report import describe_merge
 from axolotl_spft.checkpoint.shards import INDEX_FILE, Shards
 from axolotl_spft.checkpoint.shira import write_shira
@@ -60,7 +60,7 @@ def test_a_streamed_merge_is_the_merge_in_memory(tmp_path, name, layout):
     assert merged == config
     for file in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "merged" / file).read_bytes() == (base / file).read_bytes()
-    assert not (tmp_path / "merged" / STAGING).exists()
+    assert not (tmp_path / "merged" / ".spft-merge").exists()
 
 
 def test_a_delta_of_a_head_alone_unties_it(tmp_path):
@@ -305,7 +305,7 @@ def test_a_killed_merge_goes_on_and_a_full_disk_leaves_the_one_before(tmp_path):
     assert contents(tmp_path / "output") == before
     assert _in_a_process(_killed_at_the_third_file, arguments) == -signal.SIGKILL
     now = contents(tmp_path / "output")
-    finished = [name for name in now if name.startswith(f"{STAGING}/model") and name.endswith(".safetensors")]
+    finished = [name for name in now if name.startswith(".spft-merge/model") and name.endswith(".safetensors")]
     assert len(finished) == 2 and before.items() <= now.items()
     # a file of the right name alone is not enough
     damaged = tmp_path / "output" / finished[0]

@@ -7,7 +7,8 @@ import torch
 
 from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta
 from axolotl_spft.checkpoint.base import BaseCheckpoint
-from axolotl_spft.checkpoint.merged_weights import Exactness, MergedWeights, total
+from axolotl_spft.checkpoint.exactness import Exactness, total
+from axolotl_spft.checkpoint.merged_weights import MergedWeights
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.mask.csr import mask_from_positions
 from tests.checkpoint.saved import save_base, tied_llama

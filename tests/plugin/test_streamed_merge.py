@@ -38,6 +38,16 @@ def test_the_base_is_the_one_of_the_training_although_axolotl_puts_its_quantizat
     assert torch.equal(plain.read_matrix(module), expected.read_matrix(module)) == (key is None)
 
 
+def test_merge_lora_writes_over_what_axolotl_merged_in_memory_before(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    save_adapter(tmp_path / "run", base)
+    tiny_llama().save_pretrained(tmp_path / "run/merged")
+    run = {"adapter": "spft", "base_model": str(base), "output_dir": str(tmp_path / "run"), "bf16": True}
+    assert merge_instead(DictDefault(run))
+    merge(tmp_path / "run", tmp_path / "expected", base)
+    assert contents(tmp_path / "run/merged") == contents(tmp_path / "expected")
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_what_repairs_a_base_that_was_saved_quantized_is_merged_onto_the_unquantized_one(tmp_path, asked):
     base = save_base(tmp_path / "base", tiny_llama)

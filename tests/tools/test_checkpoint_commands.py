@@ -41,6 +41,16 @@ def test_every_command_does_its_work_and_prints_json_alone(tmp_path):
     assert json.loads(converted.stdout)["to"] == "shira"
 
 
+def test_a_merge_over_another_model_has_to_be_asked_for(tmp_path):
+    base, other = (save_base(tmp_path / name, tiny_llama) for name in ("base", "other"))
+    before = contents(other)
+    arguments = ("merge", save_adapter(tmp_path / "run", base), "--base", base, "--output", other)
+    refused = _run(*arguments)
+    assert refused.exit_code == 2 and "add `--overwrite`" in refused.stderr and contents(other) == before
+    assert _run(*arguments, "--overwrite").exit_code == 0 and contents(other) != before
+    assert _run(*arguments).exit_code == 0
+
+
 @pytest.mark.parametrize("name", ["merge", "extract", "combine", "convert"])
 def test_help_is_complete_and_mistakes_are_one_line_with_exit_status_2(tmp_path, name):
     command = spft.get_command(None, name)
