@@ -86,6 +86,7 @@ def merge(
     _finish(checkpoint, merged, adapter, model, adapter_folder, output)
     return {
         "output": str(output),
+        "adapter": str(adapter_folder),
         "onto": onto,
         "files": list(checkpoint.shards.headers),
         "files_written": written,

@@ -6,7 +6,7 @@ from __future__ import annotations
 def describe_merge(report: dict) -> str:
     """What was written and how exact it is, in sentences."""
     kind = "as training on the quantized base saw it" if report["onto"] == "quantized" else "as it is"
-    lines = [f"{report['output']}: {report['values']:,} values merged onto the base {kind}"]
+    lines = [f"{report['output']}: {report['values']:,} values of {report['adapter']} merged onto the base {kind}"]
     if report["repaired"]:
         others = "Q(W), what quantization left of it" if report["onto"] == "quantized" else "W"
         lines.append(

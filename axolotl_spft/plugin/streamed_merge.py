@@ -11,7 +11,7 @@ import torch
 import yaml
 from axolotl.utils.logging import get_logger
 
-from axolotl_spft.checkpoint.adapter import read_json_object
+from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, read_json_object
 from axolotl_spft.checkpoint.base import check_unquantized
 from axolotl_spft.checkpoint.companions import CONFIG
 from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
@@ -42,7 +42,7 @@ def merge_arguments(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
         )
     if not cfg.get("base_model"):
         raise SpftFileError(f"{source}: `base_model` is missing: name the model that was trained")
-    folder = cfg.get("lora_model_dir") or cfg.get("output_dir")
+    folder = _adapter_of(cfg)
     if not folder:
         raise SpftFileError(f"{source}: neither `lora_model_dir` nor `output_dir` says where the adapter is")
     saved = config_of(str(cfg["base_model"])).get("quantization_config")
@@ -60,6 +60,14 @@ def merge_arguments(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
         "revision": None if unquantized else cfg.get("revision_of_model"),
         "trust_remote_code": bool(cfg.get("trust_remote_code")),
     }
+
+
+def _adapter_of(cfg: Mapping[str, Any]) -> str | None:
+    """The folder of the adapter that the run has trained; before it has, of the one that it goes on from."""
+    own, first = cfg.get("output_dir"), cfg.get("lora_model_dir")
+    # the configuration alone is there as soon as training begins
+    trained = own and all(Path(own, name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
+    return own if trained else first or own
 
 
 def _quantization(cfg: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -107,6 +115,10 @@ def merge_instead(cfg: Any) -> bool:
     put_off = {"load_in_4bit": bool(cfg.get("_original_load_in_4bit"))}
     put_off["load_in_8bit"] = not put_off["load_in_4bit"] and _file_of(cfg).get("load_in_8bit") is True
     arguments = merge_arguments({**cfg, **put_off}, "the configuration")
+    if cfg.lora_model_dir != _file_of(cfg).get("lora_model_dir"):
+        # named for this merge, or put there by Axolotl because the file names none
+        arguments["adapter_folder"] = cfg.lora_model_dir
+    cfg.lora_model_dir = arguments["adapter_folder"]
     try:
         check_unquantized(Shards(find_checkpoint(arguments["base"], arguments["revision"])))
     except SpftFileError as error:

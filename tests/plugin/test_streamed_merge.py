@@ -6,11 +6,14 @@ import pytest
 import torch
 import yaml
 from axolotl.utils.dict import DictDefault
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from axolotl_spft.checkpoint.adapter import WEIGHTS_FILE
 from axolotl_spft.checkpoint.base import BaseCheckpoint
 from axolotl_spft.checkpoint.merge import merge
 from axolotl_spft.plugin.streamed_merge import merge_arguments, merge_instead
+from axolotl_spft.tools.cli import spft
 from axolotl_spft.tuner.state import spft_layers
 from tests.checkpoint.saved import contents, save_adapter, save_base
 from tests.checkpoint.test_merge import _NF4, save_repaired
@@ -53,3 +56,28 @@ def test_what_repairs_a_base_that_was_saved_quantized_is_merged_onto_the_unquant
         delta, _ = layer._make_delta(("default",))
         with layer.effective_weight(layer.values("default"), delta) as weight:
             assert torch.equal(merged.read_matrix(name), weight.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_of_a_run_that_went_on_from_an_adapter_its_own_is_merged_once_it_has_one(tmp_path, finished):
+    base = save_base(tmp_path / "base", tiny_llama)
+    first, own = (save_adapter(tmp_path / name, base, seed) for name, seed in (("first", 0), ("own", 5)))
+    if not finished:
+        # Axolotl writes the other file before training
+        (own / WEIGHTS_FILE).unlink()
+    run = {"adapter": "spft", "base_model": str(base), "lora_model_dir": str(first), "output_dir": str(own)}
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(run))
+    result = CliRunner().invoke(spft, ["merge", str(path)])
+    trained = own if finished else first
+    assert f" values of {trained} merged" in result.stdout, result.output
+    by_command = contents(own / "merged")
+    merge(trained, tmp_path / "expected", base)
+    assert by_command == contents(tmp_path / "expected")
+    cfg = DictDefault(run | {"axolotl_config_path": str(path)})
+    assert merge_instead(cfg) and contents(own / "merged") == by_command and cfg.lora_model_dir == str(trained)
+    # `--lora-model-dir` of merge-lora, which the file does not say
+    third = save_adapter(tmp_path / "third", base, 7)
+    assert merge_instead(DictDefault({**cfg, "lora_model_dir": str(third)}))
+    merge(third, tmp_path / "expected", base)
+    assert contents(own / "merged") == contents(tmp_path / "expected")
