@@ -13,6 +13,7 @@ from axolotl_spft.checkpoint.adapter_config import config_of
 from axolotl_spft.checkpoint.largest import taken, threshold_of
 from axolotl_spft.errors import SpftFileError, listed
 from axolotl_spft.ops.mask.csr import mask_from_positions, positions
+from axolotl_spft.tuner.trained_on import common
 
 METHODS = ("linear", "ties")
 
@@ -84,6 +85,7 @@ def combine(
         config["base_shapes"] = first.get("base_shapes")
     # of another mask than the first one's the config tells where it is from
     record = adapters[0].record if len(adapters) == 1 and density is None else _ties(deltas, adapters)
+    record = {**record, "trained_on": common(adapter.record.get("trained_on", {}) for adapter in adapters)}
     return SavedAdapter(config, deltas, adapters[0].others, record, known, adapters[0].biases), {
         "values": sum(delta.mask.nnz for delta in deltas.values()),
         "modules": table,

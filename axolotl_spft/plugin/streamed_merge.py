@@ -15,23 +15,23 @@ from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, read_json
 from axolotl_spft.checkpoint.base import check_unquantized
 from axolotl_spft.checkpoint.companions import CONFIG
 from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
+from axolotl_spft.checkpoint.trained_base import recorded_base
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.plugin.args import ADAPTER
 from axolotl_spft.plugin.quantization import make_exceptions, request_quantization
 from axolotl_spft.plugin.salience_rules import config_of
+from axolotl_spft.tuner.trained_on import SETTINGS
 
 LOG = get_logger(__name__)
-# of a saved quantization, what bears on the weights
-_SETTINGS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
-             "bnb_4bit_quant_storage", "llm_int8_skip_modules")  # fmt: skip
 
 
-def merge_arguments(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
+def merge_arguments(cfg: Mapping[str, Any], source: str, adapter: str | None = None) -> dict[str, Any]:
     """The arguments of `axolotl_spft.checkpoint.merge.merge` for the adapter that a run has trained.
 
     Args:
         cfg: an Axolotl configuration, as its file has it.
         source: how to name it in an error.
+        adapter: the adapter's folder, where it is not to be found by the configuration.
 
     Raises:
         SpftFileError: it is that of no sparse fine-tuning, or does not say the adapter's folder or the base model.
@@ -42,21 +42,18 @@ def merge_arguments(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
         )
     if not cfg.get("base_model"):
         raise SpftFileError(f"{source}: `base_model` is missing: name the model that was trained")
-    folder = _adapter_of(cfg)
+    folder = adapter or _adapter_of(cfg)
     if not folder:
         raise SpftFileError(f"{source}: neither `lora_model_dir` nor `output_dir` says where the adapter is")
     saved = config_of(str(cfg["base_model"])).get("quantization_config")
     saved = saved if isinstance(saved, Mapping) and saved.get("quant_method") == "bitsandbytes" else None
-    # transformers loads a model that was saved quantized as it is, whatever is asked for
-    quantization = _quantization(cfg) if saved is None else {key: saved[key] for key in saved if key in _SETTINGS}
     # what an adapter repairs is told by the unquantized weights
     unquantized = saved and (cfg.get("spft") or {}).get("repair_from")
     return {
         "adapter_folder": folder,
         "output": Path(cfg.get("output_dir") or folder) / "merged",
         "base": unquantized or cfg["base_model"],
-        "quantization": quantization,
-        "dtype": _dtype(cfg) if quantization else None,
+        **({} if _is_recorded(folder) else _base_of(cfg, saved)),
         "revision": None if unquantized else cfg.get("revision_of_model"),
         "trust_remote_code": bool(cfg.get("trust_remote_code")),
     }
@@ -70,13 +67,25 @@ def _adapter_of(cfg: Mapping[str, Any]) -> str | None:
     return own if trained else first or own
 
 
-def _quantization(cfg: Mapping[str, Any]) -> dict[str, Any] | None:
+def _is_recorded(folder: str) -> bool:
+    """Whether the adapter itself tells what it was trained on, which a configuration may have been changed since."""
+    return Path(folder, WEIGHTS_FILE).is_file() and bool(recorded_base(folder))
+
+
+def _base_of(cfg: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the configuration tells of the base in training, and ``saved`` of one that was saved quantized."""
+    # transformers loads a model that was saved quantized as it is, whatever is asked for
+    quantization = _quantization(cfg) if saved is None else {key: saved[key] for key in saved if key in SETTINGS}
+    return {"quantization": quantization, "dtype": _dtype(cfg) if quantization else None}
+
+
+def _quantization(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the plugin asks transformers for; see `request_quantization`."""
     asked = dict(cfg)
     request_quantization(asked)
     settings = (asked.get("model_kwargs") or {}).get("quantization_config")
     if not settings:
-        return None
+        return {}
     settings = dict(settings)
     base = read_json_object(find_checkpoint(cfg["base_model"], cfg.get("revision_of_model")) / CONFIG, "copy it again")
     make_exceptions(
@@ -114,10 +123,9 @@ def merge_instead(cfg: Any) -> bool:
     # Axolotl has put both off for its merge in memory, and remembers one
     put_off = {"load_in_4bit": bool(cfg.get("_original_load_in_4bit"))}
     put_off["load_in_8bit"] = not put_off["load_in_4bit"] and _file_of(cfg).get("load_in_8bit") is True
-    arguments = merge_arguments({**cfg, **put_off}, "the configuration")
-    if cfg.lora_model_dir != _file_of(cfg).get("lora_model_dir"):
-        # named for this merge, or put there by Axolotl because the file names none
-        arguments["adapter_folder"] = cfg.lora_model_dir
+    # named for this merge, or put there by Axolotl because the file names none
+    named = cfg.lora_model_dir if cfg.lora_model_dir != _file_of(cfg).get("lora_model_dir") else None
+    arguments = merge_arguments({**cfg, **put_off}, "the configuration", named)
     cfg.lora_model_dir = arguments["adapter_folder"]
     try:
         check_unquantized(Shards(find_checkpoint(arguments["base"], arguments["revision"])))

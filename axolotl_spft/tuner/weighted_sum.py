@@ -13,8 +13,9 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 from axolotl_spft.config import RECORDED
 from axolotl_spft.errors import SpftError
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
-from axolotl_spft.tuner.load import record_mask
+from axolotl_spft.tuner.load import record_mask, recorded_base
 from axolotl_spft.tuner.state import spft_layers
+from axolotl_spft.tuner.trained_on import common
 
 _COMBINATIONS = {
     "linear": task_arithmetic,
@@ -81,7 +82,8 @@ def add_weighted_adapter(
     replacing = [layer for layer in layers.values() if adapter_name in layer.spft_originals]
     if replacing:
         options["repaired"] = sum(layer.mask(adapter_name).nnz for layer in replacing)
-    record_mask(model, adapter_name, {"sum of": summed} | options)
+    base = common(recorded_base(model, name) for name in summed)
+    record_mask(model, adapter_name, {"sum of": summed} | options, base)
 
 
 def _problem_of(

@@ -15,7 +15,7 @@ from axolotl_spft.checkpoint.merge import merge
 from axolotl_spft.plugin.streamed_merge import merge_arguments, merge_instead
 from axolotl_spft.tools.cli import spft
 from axolotl_spft.tuner.state import spft_layers
-from tests.checkpoint.saved import contents, save_adapter, save_base
+from tests.checkpoint.saved import contents, make_older, save_adapter, save_base
 from tests.checkpoint.test_merge import _NF4, save_repaired
 from tests.models import tiny_llama
 
@@ -23,7 +23,7 @@ from tests.models import tiny_llama
 @pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit", None])
 def test_the_base_is_the_one_of_the_training_although_axolotl_puts_its_quantization_off(tmp_path, key):
     base = save_base(tmp_path / "base", tiny_llama)
-    save_adapter(tmp_path / "run", base)
+    make_older(save_adapter(tmp_path / "run", base))
     run = {"adapter": "spft", "base_model": str(base), "output_dir": str(tmp_path / "run"), "bf16": True}
     run |= {key: True} if key else {}
     path = tmp_path / "config.yml"
@@ -39,6 +39,15 @@ def test_the_base_is_the_one_of_the_training_although_axolotl_puts_its_quantizat
     plain, expected = (BaseCheckpoint(tmp_path / name, tiny_llama()) for name in ("plain", "expected"))
     module = "model.layers.0.self_attn.q_proj"
     assert torch.equal(plain.read_matrix(module), expected.read_matrix(module)) == (key is None)
+
+
+def test_a_configuration_that_was_changed_since_does_not_change_what_was_trained(tmp_path):
+    base = save_base(tmp_path / "base", tiny_llama)
+    run = {"adapter": "spft", "base_model": str(base), "output_dir": str(tmp_path / "run"), "load_in_4bit": True}
+    save_adapter(tmp_path / "run", base)
+    assert merge(**merge_arguments(run, "config.yml"))["onto"] == "base"
+    make_older(tmp_path / "run")
+    assert merge(**merge_arguments(run, "config.yml"))["onto"] == "quantized"
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -61,7 +61,7 @@ def test_a_configuration_tells_how_training_saw_the_base(tmp_path):
     arguments = merge_arguments(cfg | {"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}, "config.yml")
     assert arguments["quantization"]["bnb_4bit_quant_type"] == "fp4"
     assert arguments["quantization"]["bnb_4bit_use_double_quant"] and arguments["dtype"] == torch.bfloat16
-    assert merge_arguments(cfg | {"load_in_4bit": False}, "config.yml")["quantization"] is None
+    assert merge_arguments(cfg | {"load_in_4bit": False}, "config.yml")["quantization"] == {}
     for changed, message in (
         ({"adapter": "lora"}, "config.yml: `adapter: lora` must be spft"),
         ({"base_model": None}, "`base_model` is missing"),
