@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
@@ -99,6 +100,8 @@ def _problem_of(
         return f"`adapters: {list(adapters)}` must name adapters of this model, which are {list(model.peft_config)}"
     if len(weights) != len(adapters):
         return f"there are {len(adapters)} adapters, but {len(weights)} weights: give one for each"
+    if not all(isfinite(weight) for weight in weights):
+        return f"`weights: {list(weights)}` must be finite numbers"
     if combination_type not in _COMBINATIONS:
         return f"`combination_type: {combination_type}` must be one of {', '.join(_COMBINATIONS)}"
     if density is not None and not (combination_type != "linear" and 0 < density <= 1):
