@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import yaml
 from axolotl.utils.logging import get_logger
 
@@ -18,9 +17,9 @@ from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
 from axolotl_spft.checkpoint.trained_base import recorded_base
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.plugin.args import ADAPTER
-from axolotl_spft.plugin.quantization import make_exceptions, request_quantization
+from axolotl_spft.plugin.quantization import make_exceptions, request_quantization, run_dtype
 from axolotl_spft.plugin.salience_rules import config_of
-from axolotl_spft.tuner.trained_on import SETTINGS
+from axolotl_spft.tuner.trained_on import DTYPES, SETTINGS
 
 LOG = get_logger(__name__)
 
@@ -76,7 +75,9 @@ def _base_of(cfg: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[st
     """What the configuration tells of the base in training, and ``saved`` of one that was saved quantized."""
     # transformers loads a model that was saved quantized as it is, whatever is asked for
     quantization = _quantization(cfg) if saved is None else {key: saved[key] for key in saved if key in SETTINGS}
-    return {"quantization": quantization, "dtype": _dtype(cfg) if quantization else None}
+    # quantized bases are trained on GPUs that compute in bfloat16, wherever they are merged
+    dtype = DTYPES[run_dtype(cfg, computes_bf16=True)]
+    return {"quantization": quantization, "dtype": dtype if quantization else None}
 
 
 def _quantization(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,17 +101,6 @@ def _quantization(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _dtype(cfg: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that the run loaded its base in; `bf16: auto` is true on the GPUs that 4-bit training runs on."""
-    if cfg.get("bfloat16") or cfg.get("bf16", "auto") in (True, "full"):
-        return torch.bfloat16
-    if cfg.get("fp16") or cfg.get("float16"):
-        return torch.float16
-    if cfg.get("bf16", "auto") == "auto":
-        return torch.bfloat16
-    return torch.float32
-
-
 def merge_instead(cfg: Any) -> bool:
     """Do the merge of ``axolotl merge-lora`` as ``axolotl spft merge`` does, before any model loads.
 
@@ -125,7 +115,7 @@ def merge_instead(cfg: Any) -> bool:
     put_off["load_in_8bit"] = not put_off["load_in_4bit"] and _file_of(cfg).get("load_in_8bit") is True
     # named for this merge, or put there by Axolotl because the file names none
     named = cfg.lora_model_dir if cfg.lora_model_dir != _file_of(cfg).get("lora_model_dir") else None
-    arguments = merge_arguments({**cfg, **put_off}, "the configuration", named)
+    arguments = merge_arguments({**cfg, **put_off}, "the configuration", adapter=named)
     cfg.lora_model_dir = arguments["adapter_folder"]
     try:
         check_unquantized(Shards(find_checkpoint(arguments["base"], arguments["revision"])))
