@@ -18,8 +18,8 @@ from axolotl_spft.checkpoint.trained_base import recorded_base
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.plugin.args import ADAPTER
 from axolotl_spft.plugin.quantization import make_exceptions, request_quantization, run_dtype
-from axolotl_spft.plugin.salience_rules import config_of
-from axolotl_spft.tuner.trained_on import DTYPES, SETTINGS
+from axolotl_spft.plugin.salience_rules import asked_quantization, config_of
+from axolotl_spft.tuner.trained_on import DTYPES, SETTINGS, bits_of
 
 LOG = get_logger(__name__)
 
@@ -52,7 +52,7 @@ def merge_arguments(cfg: Mapping[str, Any], source: str, adapter: str | None = N
         "adapter_folder": folder,
         "output": Path(cfg.get("output_dir") or folder) / "merged",
         "base": unquantized or cfg["base_model"],
-        **({} if _is_recorded(folder) else _base_of(cfg, saved)),
+        **_base_of(cfg, source, folder, saved),
         "revision": None if unquantized else cfg.get("revision_of_model"),
         "trust_remote_code": bool(cfg.get("trust_remote_code")),
     }
@@ -66,13 +66,18 @@ def _adapter_of(cfg: Mapping[str, Any]) -> str | None:
     return own if trained else first or own
 
 
-def _is_recorded(folder: str) -> bool:
-    """Whether the adapter itself tells what it was trained on, which a configuration may have been changed since."""
-    return Path(folder, WEIGHTS_FILE).is_file() and bool(recorded_base(folder))
+def _base_of(cfg: Mapping[str, Any], source: str, folder: str, saved: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the configuration tells of the base in training, if the adapter does not tell it itself.
 
-
-def _base_of(cfg: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the configuration tells of the base in training, and ``saved`` of one that was saved quantized."""
+    Args:
+        saved: how the base was quantized when it was saved.
+    """
+    recorded = recorded_base(folder) if Path(folder, WEIGHTS_FILE).is_file() else {}
+    if recorded:
+        # which may have been changed since
+        if bits_of(saved or asked_quantization(cfg) or cfg) != bits_of(recorded["quantization"]):
+            LOG.warning("%s quantizes otherwise than %s records of its training, which counts", source, folder)
+        return {}
     # transformers loads a model that was saved quantized as it is, whatever is asked for
     quantization = _quantization(cfg) if saved is None else {key: saved[key] for key in saved if key in SETTINGS}
     # quantized bases are trained on GPUs that compute in bfloat16, wherever they are merged

@@ -41,11 +41,15 @@ def test_the_base_is_the_one_of_the_training_although_axolotl_puts_its_quantizat
     assert torch.equal(plain.read_matrix(module), expected.read_matrix(module)) == (key is None)
 
 
-def test_a_configuration_that_was_changed_since_does_not_change_what_was_trained(tmp_path):
+def test_a_configuration_that_was_changed_since_does_not_change_what_was_trained(tmp_path, caplog):
     base = save_base(tmp_path / "base", tiny_llama)
     run = {"adapter": "spft", "base_model": str(base), "output_dir": str(tmp_path / "run"), "load_in_4bit": True}
     save_adapter(tmp_path / "run", base)
-    assert merge(**merge_arguments(run, "config.yml"))["onto"] == "base"
+    for changed in (True, False):
+        caplog.clear()
+        arguments = merge_arguments(run | {"load_in_4bit": changed}, "config.yml")
+        assert merge(**arguments)["onto"] == "base"
+        assert ("config.yml quantizes otherwise than" in caplog.text) == changed
     make_older(tmp_path / "run")
     assert merge(**merge_arguments(run, "config.yml"))["onto"] == "quantized"
 
