@@ -190,8 +190,15 @@ def write_adapter(folder: str | os.PathLike, adapter: SavedAdapter) -> None:
     """Write an adapter that PEFT loads. Both of its files appear complete or, on any error, neither.
 
     Raises:
-        SpftFileError: they cannot be written.
+        SpftFileError: it is none that `read_adapter` would read again, or cannot be written.
     """
+    problems = [
+        f"{name}: {problem}"
+        for name, delta in adapter.deltas.items()
+        for problem in problems_of(delta.mask, delta.values, *delta.shape)
+    ]
+    if problems:
+        raise SpftFileError(f"{folder}: {first_of(problems, '; ')}: nothing was written")
     tensors = {_PREFIX + name: tensor for name, tensor in adapter.others.items()}
     tensors |= {BIASES + name.replace(".", "/"): tensor for name, tensor in adapter.biases.items()}
     for name, delta in adapter.deltas.items():

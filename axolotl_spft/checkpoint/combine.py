@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from axolotl_spft.checkpoint.adapter_config import config_of
 from axolotl_spft.checkpoint.largest import taken, threshold_of
 from axolotl_spft.errors import SpftFileError, listed
 from axolotl_spft.ops.mask.csr import mask_from_positions, positions
+from axolotl_spft.tuner.trained_on import common, dtype_name
 
 METHODS = ("linear", "ties")
 
@@ -30,7 +32,7 @@ def combine(
     the masks stand).
 
     Args:
-        weights: one of each; 1 by default.
+        weights: one of each, finite; 1 by default.
         density: share of each matrix that is kept, the largest |S|; by default all of the union.
 
     Returns:
@@ -38,7 +40,7 @@ def combine(
         several the signs of w_i S_i differ.
 
     Raises:
-        SpftFileError: they cannot be combined.
+        SpftFileError: they cannot be combined, or a value of S is not finite in the dtype of theirs.
     """
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     _check(adapters, weights, density, method)
@@ -64,7 +66,12 @@ def combine(
         dtype = given[0][0].values.dtype
         for delta, _ in given[1:]:
             dtype = torch.promote_types(dtype, delta.values.dtype)
-        deltas[module] = SavedDelta(values.to(dtype), mask_from_positions(at, *shape), shape, originals)
+        values = values.to(dtype)
+        if not torch.isfinite(values).all():
+            raise SpftFileError(
+                f"{module}: a value of the sum does not fit into {dtype_name(dtype)}: take smaller `weights`"
+            )
+        deltas[module] = SavedDelta(values, mask_from_positions(at, *shape), shape, originals)
     known = all(any(a.has_shapes for a in adapters if module in a.deltas) for module in modules)
     first = adapters[0].config
     source = {"sum of": [a.mask_source for a in adapters], "weights": weights, "method": method}
@@ -84,6 +91,7 @@ def combine(
         config["base_shapes"] = first.get("base_shapes")
     # of another mask than the first one's the config tells where it is from
     record = adapters[0].record if len(adapters) == 1 and density is None else _ties(deltas, adapters)
+    record = {**record, "trained_on": common(adapter.record.get("trained_on", {}) for adapter in adapters)}
     return SavedAdapter(config, deltas, adapters[0].others, record, known, adapters[0].biases), {
         "values": sum(delta.mask.nnz for delta in deltas.values()),
         "modules": table,
@@ -93,6 +101,8 @@ def combine(
 def _check(adapters: Sequence[SavedAdapter], weights: Sequence[float], density: float | None, method: str) -> None:
     if len(weights) != len(adapters):
         raise SpftFileError(f"there are {len(adapters)} adapters, but {len(weights)} weights: give one for each")
+    if not all(isfinite(weight) for weight in weights):
+        raise SpftFileError(f"`weights {', '.join(map(str, weights))}` must be finite numbers: correct them")
     if method not in METHODS:
         raise SpftFileError(f"`method {method}` must be one of {', '.join(METHODS)}")
     if density is not None and not 0 < density <= 1:

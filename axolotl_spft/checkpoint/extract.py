@@ -20,6 +20,7 @@ from axolotl_spft.checkpoint.skeleton import linear_shapes, skeleton
 from axolotl_spft.errors import SpftFileError, first_of
 from axolotl_spft.ops.mask.csr import mask_from_positions
 from axolotl_spft.ops.weight.scatter import rounded_sum
+from axolotl_spft.tuner.trained_on import base_of
 
 
 def extract(
@@ -93,7 +94,9 @@ def extract(
         "modules_kept_whole": whole,
         "parameters_not_kept": not_kept,
     }
-    return SavedAdapter(config, deltas, others), report
+    # the sum is that of the base as it is
+    record = {"trained_on": base_of(first.read_matrix(next(iter(modules))).dtype)}
+    return SavedAdapter(config, deltas, others, record), report
 
 
 def values_between(before: Tensor, after: Tensor) -> Tensor:

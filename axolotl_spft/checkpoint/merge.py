@@ -23,8 +23,9 @@ from axolotl_spft.checkpoint.quantized import Quantizer
 from axolotl_spft.checkpoint.shard_writer import is_written, write_shard
 from axolotl_spft.checkpoint.shards import INDEX_FILE, NAMES, Shards, find_checkpoint, size_bytes
 from axolotl_spft.checkpoint.skeleton import module_shapes, skeleton
+from axolotl_spft.checkpoint.trained_base import choose_onto, trained_base
 from axolotl_spft.errors import SpftFileError
-from axolotl_spft.files import check_safetensors, count_entries
+from axolotl_spft.files import count_entries
 from axolotl_spft.tuner.state import ORIGINALS
 
 _THREADS, _PIECE_BYTES, _PIECES = 4, 4096, 64
@@ -48,9 +49,10 @@ def merge(
         output: the folder of the merged model. An earlier merge there stays as it is until the new one is complete.
         base: the unquantized base model, a folder or a name of the hub; by default the one that the adapter records.
         onto: ``base``: W + S, in the dtype of the base. ``quantized``: Q(W) + S, what training on a quantized base
-            computed with, stored in the dtype of the base. By default ``quantized`` where ``quantization`` is given.
-        quantization: settings of the ``BitsAndBytesConfig`` that the base had in training.
-        dtype: that the base was loaded in for training, where that is not its own.
+            computed with, stored in the dtype of the base. By default ``quantized`` where the base of the training was.
+        quantization: settings of the ``BitsAndBytesConfig`` that the base had in training, empty for none; by default
+            those that the adapter records.
+        dtype: that a base that was quantized was loaded in; see `trained_base`.
         overwrite: whether the merged model may replace another one in ``output``, which is no earlier merge.
 
     Returns:
@@ -65,17 +67,10 @@ def merge(
     if not base_name:
         raise SpftFileError(f"{adapter_folder / CONFIG_FILE} does not say its base model: add `--base`")
     target.check({"base model": Path(base_name).expanduser(), "adapter": adapter_folder})
-    check_safetensors(adapter_folder / WEIGHTS_FILE)
-    if onto is None and (quantization or not count_entries(adapter_folder / WEIGHTS_FILE, f".{ORIGINALS}")):
-        onto = "quantized" if quantization else "base"
-    if quantization is None and onto != "base":
-        told = "`--onto quantized` needs to know how the base was quantized"
-        if onto is None:
-            told = f"{adapter_folder} repairs a quantized base, of which nothing here tells the settings"
-        raise SpftFileError(
-            f"{told}: name the run's configuration file instead of the adapter, or add `--quantization nf4`"
-            + (", or `--onto base`" if onto is None else "")
-        )
+    trained = trained_base(adapter_folder, quantization, dtype)
+    quantization, dtype = trained.quantization, trained.dtype
+    repairs = count_entries(adapter_folder / WEIGHTS_FILE, f".{ORIGINALS}") > 0
+    onto = choose_onto(onto, trained, repairs, adapter_folder)
     base_folder = find_checkpoint(base_name, revision, companions=True)
     target.check({"base model": base_folder})
     adapter, model = read_for(adapter_folder, base_folder, trust_remote_code)
@@ -88,12 +83,14 @@ def merge(
     exactness = merged.exactness
     return {
         "output": str(output),
+        "adapter": str(adapter_folder),
         "onto": onto,
         "files": list(checkpoint.shards.headers),
         "files_written": written,
         "matrices": len(adapter.deltas),
         "matrices_measured": len(exactness),
-        "trained_on_quantized": quantization is not None,
+        "trained_on_quantized": bool(quantization),
+        "trained_on": trained.summary(),
         "repaired": adapter.repaired,
         **total(exactness).summary(),
     }
@@ -182,10 +179,11 @@ def _index(shards: Shards, merged: MergedWeights) -> dict:
 
 
 def _fingerprint(
-    adapter_folder: Path, shards: Shards, onto: str, quantization: Mapping | None, dtype: torch.dtype | None
+    adapter_folder: Path, shards: Shards, onto: str, quantization: Mapping, dtype: torch.dtype | None
 ) -> str:
     """SHA-256 over all that a merge depends on; of the base, the headers and samples of the data."""
-    digest = hashlib.sha256(json.dumps([1, onto, str(dtype), _plain(quantization)]).encode())
+    settings = sorted((key, str(value)) for key, value in quantization.items())
+    digest = hashlib.sha256(json.dumps([1, onto, str(dtype), settings]).encode())
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         with (adapter_folder / name).open("rb") as file:
             while piece := file.read(2**20):
@@ -199,7 +197,3 @@ def _fingerprint(
                 file.seek(max(0, (size - _PIECE_BYTES) * part // _PIECES))
                 digest.update(file.read(_PIECE_BYTES))
     return digest.hexdigest()
-
-
-def _plain(settings: Mapping | None) -> Any:
-    return None if settings is None else sorted((key, str(value)) for key, value in settings.items())

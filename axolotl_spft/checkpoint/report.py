@@ -6,7 +6,7 @@ from __future__ import annotations
 def describe_merge(report: dict) -> str:
     """What was written and how exact it is, in sentences."""
     kind = "as training on the quantized base saw it" if report["onto"] == "quantized" else "as it is"
-    lines = [f"{report['output']}: {report['values']:,} values merged onto the base {kind}"]
+    lines = [f"{report['output']}: {report['values']:,} values of {report['adapter']} merged onto the base {kind}"]
     if report["repaired"]:
         others = "Q(W), what quantization left of it" if report["onto"] == "quantized" else "W"
         lines.append(
@@ -23,10 +23,45 @@ def describe_merge(report: dict) -> str:
         )
         if report["trained_on_quantized"]:
             lines.append(
-                f"Difference from the weights that training computed with: {report['difference_from_trained']:.3%}"
+                f"Difference from {_computed_with(report['trained_on'])}: {report['difference_from_trained']:.3%}"
                 + (", the quantization error of the base" if report["onto"] == "base" else "")
             )
+    lines += _not_known(report["trained_on"])
     return "\n".join(lines)
+
+
+def _computed_with(trained_on: dict) -> str:
+    """The weights that a merge is compared with, which are those of the training only where that is recorded."""
+    if trained_on["told_by"] == "record":
+        return "the weights that training computed with"
+    return f"Q(W) + S of the base in {_kind(trained_on)}"
+
+
+def _not_known(trained_on: dict) -> list[str]:
+    """What a merge does not know, or has taken for granted, of the base that was trained on."""
+    recorded, told_by, dtype = trained_on["recorded"], trained_on["told_by"], trained_on["dtype"]
+    lines = []
+    if told_by == "nothing":
+        lines.append("The adapter does not record how its base was quantized: not at all is assumed")
+    elif told_by == "record":
+        if method := (recorded["quantization"] or {}).get("quant_method"):
+            lines.append(f"Not known is the difference from a base quantized by {method}, which was trained on")
+    elif recorded:
+        lines.append(f"The adapter records another base, {_kind(recorded)}")
+    if trained_on["assumed_dtype"]:
+        lines.append(f"Nothing tells what the base was loaded in: {dtype} is assumed (`--dtype` tells)")
+    return lines
+
+
+def _kind(base: dict) -> str:
+    """How a base was quantized, in a few words."""
+    settings = base["quantization"] or {}
+    if "quant_method" in settings:
+        return f"{settings['quant_method']} of {base['dtype']}"
+    if settings.get("load_in_4bit"):
+        double = " with double quantization" if settings.get("bnb_4bit_use_double_quant") else ""
+        return f"{settings.get('bnb_4bit_quant_type', 'fp4')} of {base['dtype']}{double}"
+    return f"int8 of {base['dtype']}" if settings else f"{base['dtype']}, not quantized"
 
 
 def describe_extract(output: str, report: dict) -> str:

@@ -23,14 +23,16 @@ class Change(NamedTuple):
 
 
 def alternatives(shape: ModelShape, run: Settings, gpu_bytes: int) -> dict[str, dict[int, Estimate | None]]:
-    """The run under every engine and with every precision of its base; None where that is not supported."""
+    """The run under every engine and with every precision of its base; None where that cannot be."""
     table: dict[str, dict[int, Estimate | None]] = {}
     for engine in ENGINES:
         if engine != "single" and run.gpus == 1:
             continue
         changed = _under(run, engine)
         table[engine] = {
-            bits: None if (engine, bits) == ("zero3", 8) else estimate(shape, changed._replace(bits=bits), gpu_bytes)
+            bits: None
+            if (engine, bits) == ("zero3", 8) or (run.bits_are_fixed and bits != run.bits)
+            else estimate(shape, changed._replace(bits=bits), gpu_bytes)
             for bits in BITS
         }
     return table
@@ -66,9 +68,9 @@ def _changes(run: Settings) -> Iterator[tuple[str, Callable[[Settings], Settings
         yield "optimizer: sparse_adamw_8bit", lambda each: each._replace(state_bits=8)
     if run.gpus > 1 and run.engine != "zero3" and run.bits != 8:
         yield "deepspeed: integration/deepspeed/zero3.json", lambda each: _under(each, "zero3")
-    if run.bits > 8 and run.engine != "zero3" and run.gpus == 1:
+    if run.bits > 8 and not run.bits_are_fixed and run.engine != "zero3" and run.gpus == 1:
         yield "load_in_8bit: true", lambda each: each._replace(bits=8)
-    if run.bits > 4:
+    if run.bits > 4 and not run.bits_are_fixed:
         yield "load_in_4bit: true", lambda each: each._replace(bits=4)
     yield "half the `sequence_len`", lambda each: each._replace(sequence_len=each.sequence_len // 2)
 

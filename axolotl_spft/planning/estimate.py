@@ -78,7 +78,7 @@ def estimate(shape: ModelShape, run: Settings, gpu_bytes: int) -> Estimate:
     # an unquantized entry for each value
     repaired_bytes = 2 if run.options.get("repair") and run.bits < 16 else 0
     metric = load_metric(run.options.get("salience", "gradient"))
-    accumulators = 0 if run.options.get("mask_path") else accumulators_of(metric.needs)
+    accumulators = accumulators_of(metric.needs) if run.chooses_mask else 0
     parts = memory_per_rank(
         base_bytes=base_bytes(shape, run),
         shapes=shape.targets,

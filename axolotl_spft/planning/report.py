@@ -20,6 +20,8 @@ _PARTS = {
     "salience": "accumulators of the salience pass",
     "salience_peak": "peak of the salience pass",
 }
+# of the settings, what JSON has elsewhere, or not at all
+_APART = ("base_model", "options", "remarks")
 
 
 class Plan(NamedTuple):
@@ -74,7 +76,7 @@ def as_text(plan: Plan) -> str:
         lines.append("  " + ENGINES[engine].ljust(14) + "".join(cell.rjust(14) for cell in cells))
     if shape.experts:
         lines.append("Activations of a mixture of experts are estimated as if the tokens were spread evenly.")
-    return "\n".join(head + lines)
+    return "\n".join([*head, *lines, *run.remarks, *shape.remarks])
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -89,8 +91,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "source": source,
         "matrices": len(shape.targets),
         "gpu_bytes": gpu_bytes,
-        "run": {name: value for name, value in run._asdict().items() if name not in ("base_model", "options")},
+        "run": {name: value for name, value in run._asdict().items() if name not in _APART},
         "estimate": row(found),
+        "remarks": [*run.remarks, *shape.remarks],
         "changes": [{"change": each.text, **row(each.estimate)} for each in changes],
         "alternatives": {
             engine: {str(bits): each and row(each) for bits, each in by_bits.items()}

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from axolotl_spft.errors import SpftConfigError, SpftError
+from axolotl_spft.planning.bits import bits_of, method_of
 from axolotl_spft.plugin.args import ADAPTER, check_run
 from axolotl_spft.plugin.deepspeed_json import read_deepspeed_json, zero_stage
 from axolotl_spft.plugin.quantization import run_dtype
+from axolotl_spft.plugin.salience_rules import asked_quantization, has_its_mask
 from axolotl_spft.trainer.prepare import OPTIMIZERS
 
 # keys and plugins with which the logits of a whole batch never exist
@@ -27,6 +29,10 @@ class Settings(NamedTuple):
         base_model: the name or folder of the base model.
         options: the block ``spft``.
         bits: of the base's linear weights: 16 (the run's dtype), 8 or 4.
+        bits_are_fixed: whether the keys ``load_in_4bit`` and ``load_in_8bit`` change nothing about them.
+        chooses_mask: whether a salience pass runs before training.
+        trust_remote_code: whether code that the base model brings may run.
+        remarks: sentences on what is not as in a run.
         dtype_bytes: of a number in the run's dtype.
         value_bytes: of a trained value in the forward pass of one process.
         engine: of `axolotl_spft.engine.kind.engine_of`.
@@ -63,6 +69,10 @@ class Settings(NamedTuple):
     reused: int
     offload_optimizer: bool
     offload_base: bool
+    bits_are_fixed: bool = False
+    chooses_mask: bool = True
+    trust_remote_code: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 def read_settings(path: Path, gpus: int | None) -> Settings:
@@ -99,16 +109,14 @@ def settings_of(cfg: Mapping[str, Any], gpus: int | None) -> Settings:
         zero = (settings.get("zero_optimization") or {}) if zero_stage(settings) else {}
     gpus = gpus or (8 if cfg.get("deepspeed") else 1)
     engine = f"zero{zero['stage']}" if zero else "ddp" if gpus > 1 else "single"
-    # without a GPU here `auto` would mean float32, but the run will have one
-    dtype_bytes = 4 if run_dtype({**cfg, "bf16": True if cfg.get("bf16", "auto") == "auto" else cfg["bf16"]}) == (
-        "float32"
-    ) else 2  # fmt: skip
+    dtype_bytes = 4 if run_dtype(cfg, computes_bf16=True) == "float32" else 2
     keeps_dtype = cfg.get("peft_autocast_adapter_dtype") is False
+    options = dict(cfg.get("spft") or {})
     paired = cfg.get("rl") in _PAIRED
-    return Settings(
+    run = Settings(
         base_model=str(cfg["base_model"]),
-        options=dict(cfg.get("spft") or {}),
-        bits=4 if cfg.get("load_in_4bit") else 8 if cfg.get("load_in_8bit") else 16,
+        options=options,
+        bits=4 if cfg.get("load_in_4bit") or cfg.get("gptq") else 8 if cfg.get("load_in_8bit") else 16,
         dtype_bytes=dtype_bytes,
         value_bytes=dtype_bytes if keeps_dtype else 4,
         engine=engine,
@@ -127,7 +135,27 @@ def settings_of(cfg: Mapping[str, Any], gpus: int | None) -> Settings:
         else 0,
         offload_optimizer=bool(zero.get("offload_optimizer")),
         offload_base=bool(zero.get("offload_param")),
+        chooses_mask=not has_its_mask(cfg, options),
+        trust_remote_code=bool(cfg.get("trust_remote_code")),
     )
+    return quantized(run, asked_quantization(cfg))
+
+
+def quantized(run: Settings, settings: Any) -> Settings:
+    """The run on a base with these settings of a quantization, which the keys ``load_in_*bit`` do not change.
+
+    Args:
+        settings: ``quantization_config``, of the key ``model_kwargs`` or of the config.json of a base that was saved
+            quantized, which is loaded as it is; None: there is none, and the run is as it was.
+    """
+    if settings is None:
+        return run
+    settings = settings if isinstance(settings, Mapping) else settings.to_dict()
+    bits, remarks = bits_of(settings), run.remarks
+    if bits is None:
+        told = f"How many bits the base has, quantized by {method_of(settings)}, is not known: planned are "
+        remarks = (*remarks, f"{told}{8 * run.dtype_bytes}.")
+    return run._replace(bits=bits or 16, bits_are_fixed=True, remarks=remarks)
 
 
 def _elements(zero: Mapping[str, Any], key: str, default: int) -> int:

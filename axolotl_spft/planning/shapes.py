@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
+    from axolotl_spft.tuner.sparse_layer import SparseLayer
+
 _QWEN = {"vocab_size": 152064, "tie_word_embeddings": False, "max_position_embeddings": 32768}
 # name: (model_type, what its configuration says otherwise than by default)
 SHAPES = {
@@ -43,6 +45,8 @@ _HUB_NAMES = {
     "mistralai/Mixtral-8x7B-v0.1": "mixtral-8x7b",
 }
 
+_TRUST = ": write `trust_remote_code: true` in the configuration if the code that the model brings may run"
+
 
 class ModelShape(NamedTuple):
     """What memory depends on.
@@ -66,6 +70,9 @@ class ModelShape(NamedTuple):
             none is targeted.
         expert_inputs: numbers that the targeted experts' products keep of each token in one block for backward.
         collected: numbers that a re-selection keeps of each token: what targets read, once, and their output gradients.
+        remarks: of `axolotl_spft.planning.model.Model`: what is counted of a model that sees.
+
+    All but the matrices and the entries is that of the text model, through which a token goes.
     """
 
     names: list[str]
@@ -89,14 +96,16 @@ class ModelShape(NamedTuple):
     expert_entries: int = 0
     expert_inputs: int = 0
     collected: int = 0
+    remarks: tuple[str, ...] = ()
 
 
-def find_config(base_model: str, shape: str | None) -> tuple[PretrainedConfig, str]:
+def find_config(base_model: str, shape: str | None, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str]:
     """The configuration of a base model, and where it came from.
 
     Args:
         base_model: a folder, or a name on the hub.
         shape: a name of `SHAPES`, or a ``config.json`` (the file or its folder), to be taken instead.
+        trust_remote_code: whether code that comes with it may run.
 
     Raises:
         SpftError: there is none.
@@ -109,19 +118,25 @@ def find_config(base_model: str, shape: str | None) -> tuple[PretrainedConfig, s
         if not Path(shape).exists():
             raise SpftError(f"`--shape {shape}` is neither a file nor one of {', '.join(SHAPES)}: name one of them")
         try:
-            return AutoConfig.from_pretrained(shape), shape
+            return AutoConfig.from_pretrained(shape, trust_remote_code=trust_remote_code), shape
         except (OSError, ValueError) as error:
-            raise SpftError(f"`--shape {shape}` is no model's config.json ({_first_line(error)})") from error
+            told = f"`--shape {shape}` is no model's config.json ({_first_line(error)})"
+            raise SpftError(told + (_TRUST if _is_of_code(error) else "")) from error
     try:
-        return AutoConfig.from_pretrained(base_model), f"config.json of {base_model}"
+        found = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+        return found, f"config.json of {base_model}"
     except (OSError, ValueError) as error:
         if base_model in _HUB_NAMES:
             name = _HUB_NAMES[base_model]
             return _named(name), f"shape {name}, as {base_model}'s config.json cannot be had here"
-        raise SpftError(
-            f"`base_model: {base_model}`: its config.json cannot be had ({_first_line(error)}): pass `--shape` with "
-            f"the path of that file, or one of {', '.join(SHAPES)}"
-        ) from error
+        told = f"`base_model: {base_model}`: its config.json cannot be had ({_first_line(error)})"
+        if _is_of_code(error):
+            raise SpftError(f"{told}{_TRUST}, or pass `--shape` with one of {', '.join(SHAPES)}") from error
+        raise SpftError(f"{told}: pass `--shape` with the path of that file, or one of {', '.join(SHAPES)}") from error
+
+
+def _is_of_code(error: Exception) -> bool:
+    return "trust_remote_code" in str(error)
 
 
 def _first_line(error: Exception) -> str:
@@ -135,22 +150,23 @@ def _named(name: str) -> PretrainedConfig:
     return CONFIG_MAPPING[model_type](**options)
 
 
-def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelShape:
+def read_shape(config: PretrainedConfig, options: Mapping[str, Any], trust_remote_code: bool = False) -> ModelShape:
     """The shape of a model with a sparse adapter, made on the meta device.
 
     Args:
         options: of `SpftConfig`.
+        trust_remote_code: whether code that comes with the configuration may run.
 
     Raises:
+        SpftError: it is no language model, or cannot be made.
         SpftConfigError: ``target_modules`` names modules that are not there.
     """
-    import torch
     from peft import get_peft_model
     from torch import nn
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     from axolotl_spft.config import SpftConfig
+    from axolotl_spft.planning.model import make_model
     from axolotl_spft.plugin.module_names import check_module_names
     from axolotl_spft.salience.install import adapted_layers
     from axolotl_spft.tuner.expert_matrix import ExpertMatrix
@@ -158,11 +174,7 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
     from axolotl_spft.tuner.shared_input import group_by_input
     from axolotl_spft.tuner.state import shapes_of
 
-    text = config.get_text_config(decoder=True)
-    if type(text) not in AutoModelForCausalLM._model_mapping:
-        raise SpftError(f"the base model's configuration, a {type(text).__name__}, is not a causal language model's")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text)
+    model, part, text, remarks = make_model(config, trust_remote_code)
     head = model.get_output_embeddings()
     linear = {
         name: module
@@ -171,21 +183,23 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
     }
     quantizable = [tuple(module.weight.shape) for module in linear.values() if isinstance(module, nn.Linear)]
     entries = sum(parameter.numel() for parameter in model.parameters())
-    block_norms = _norms_of_a_block(model)
+    block_norms = _norms_of_a_block(part)
     check_module_names(options, model)
     config_of_adapter = SpftConfig(task_type="CAUSAL_LM", **{**options, "init_weights": True, "mask_path": None})
     adapted = get_peft_model(model, config_of_adapter)
     layers = adapted_layers(adapted)
-    widths = {name: layer.in_features for name, layer in layers.items() if isinstance(layer, SpftLinear)}
+    part_modules = {*part.modules(), adapted.get_output_embeddings()}
+    of_text = {name: layer for name, layer in layers.items() if layer in part_modules}
+    widths = {name: layer.in_features for name, layer in of_text.items() if isinstance(layer, SpftLinear)}
     saved = [
         p
         for name, p in adapted.named_parameters()
         if ".modules_to_save." in name or ("bias" in name and p.requires_grad)
     ]
-    of_experts = [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
+    of_experts = [layer for layer in of_text.values() if isinstance(layer, ExpertMatrix)]
     heads = text.num_attention_heads
     experts = getattr(text, "num_experts_per_tok", None)
-    intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    intermediate = _most(text, "intermediate_size") or getattr(text, "n_inner", None) or 4 * text.hidden_size
     if experts:
         intermediate = experts * (getattr(text, "moe_intermediate_size", None) or intermediate)
         intermediate += getattr(text, "shared_expert_intermediate_size", None) or 0
@@ -195,12 +209,10 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
         # by how the field calls them: projections out of attention and out of the feed-forward network
         kept_targets=[
             layer.in_features
-            for name, layer in layers.items()
+            for name, layer in of_text.items()
             if _reads_no_norm(name) and not isinstance(layer, ExpertMatrix)
         ],
-        dense_inputs=[
-            layers[names[0]].in_features for names in group_by_input(widths) if not _reads_attention(names[0])
-        ],
+        dense_inputs=[widths[names[0]] for names in group_by_input(widths) if not _reads_attention(names[0])],
         quantizable=quantizable,
         other_entries=entries - sum(rows * columns for rows, columns in quantizable),
         head_entries=head.weight.numel() if head is not None else 0,
@@ -211,34 +223,42 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any]) -> ModelSha
         intermediate=intermediate,
         vocabulary=text.vocab_size,
         heads=heads,
-        key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        key_value_heads=_most(text, "num_key_value_heads") or heads,
+        head_dim=_most(text, "head_dim") or text.hidden_size // heads,
         capped_logits=bool(getattr(text, "final_logit_softcapping", None)),
         experts=bool(experts),
         expert_entries=max((layer.out_features * layer.in_features for layer in of_experts), default=0),
         expert_inputs=sum(layer.in_features for layer in of_experts) * (experts or 1) // text.num_hidden_layers,
-        collected=_collected(adapted, group_by_input(widths), text.hidden_size),
+        collected=_collected(part, of_text, group_by_input(widths), text.hidden_size),
+        remarks=remarks,
     )
 
 
-def _collected(model: nn.Module, groups: list[list[str]], hidden: int) -> int:
+def _most(config: PretrainedConfig, name: str) -> int | None:
+    """A size of the configuration; the largest, where its layers differ, of which it then tells none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return max(getattr(each, name) for each in config.per_layer_config)
+
+
+def _collected(part: nn.Module, layers: Mapping[str, SparseLayer], groups: list[list[str]], hidden: int) -> int:
     """What `axolotl_spft.dynamic.collect.Collector` keeps of each token.
 
     Args:
+        part: of the model, that a token goes through, and its ``layers``.
         groups: names of the linear targets, those together that read one tensor.
         hidden: the width of what experts read and give.
     """
-    from axolotl_spft.salience.install import adapted_layers
     from axolotl_spft.tuner.embedding import SpftEmbedding
     from axolotl_spft.tuner.experts import SpftExperts
 
-    layers = adapted_layers(model)
     count = sum(layers[names[0]].in_features + sum(layers[name].out_features for name in names) for names in groups)
     for layer in layers.values():
         if isinstance(layer, SpftEmbedding):
             # of its tokens nothing counts beside the gradient of their rows; a tied head reads what it multiplies
             count += layer.in_features + len(layer.readers) * (layer.in_features + layer.out_features)
-    return count + 2 * hidden * sum(isinstance(module, SpftExperts) for module in model.modules())
+    return count + 2 * hidden * sum(isinstance(module, SpftExperts) for module in part.modules())
 
 
 def _reads_no_norm(name: str) -> bool:

@@ -57,17 +57,21 @@ def make_exceptions(cfg: Any) -> None:
         settings["bnb_4bit_quant_storage"] = "float32"
 
 
-def run_dtype(cfg: Mapping[str, Any]) -> str:
-    """The dtype that Axolotl will choose from the same raw keys."""
+def run_dtype(cfg: Mapping[str, Any], computes_bf16: bool | None = None) -> str:
+    """The dtype that Axolotl will choose from the same raw keys.
+
+    Args:
+        computes_bf16: whether the GPUs of the run compute in bfloat16; by default those of this machine are asked.
+    """
     from transformers.utils import is_torch_bf16_gpu_available
 
     bf16, fp16, float16 = cfg.get("bf16", "auto"), cfg.get("fp16"), cfg.get("float16")
     if bf16 == "auto":
-        bf16 = not fp16 and is_torch_bf16_gpu_available()
+        bf16 = not fp16 and (is_torch_bf16_gpu_available() if computes_bf16 is None else computes_bf16)
         fp16 = fp16 or (not bf16 and fp16 is None and not float16)
     if bf16 or cfg.get("bfloat16"):
         return "bfloat16"
-    return "float16" if fp16 or float16 else "float32"
+    return "float16" if fp16 or float16 or cfg.get("load_in_8bit") else "float32"
 
 
 def check_quantized(model: nn.Module, load_in_4bit: bool, load_in_8bit: bool) -> None:

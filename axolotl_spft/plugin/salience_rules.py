@@ -22,7 +22,7 @@ def problems_of_salience(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> 
         cfg: the Axolotl configuration.
         options: its block ``spft``, each key of which keeps its own rule.
     """
-    if _has_its_mask(cfg, options):
+    if has_its_mask(cfg, options):
         return []
     try:
         metric = load_metric(options.get("salience") or "gradient")
@@ -57,7 +57,8 @@ def problems_of_salience(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> 
     return problems
 
 
-def _has_its_mask(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+def has_its_mask(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether a run finds its mask in a file, so that no salience pass runs; see `problems_of_salience`."""
     mask = options.get("mask_path")
     saved = any(cfg.get(key) for key in ("lora_model_dir", "inference", "merge_lora", "resume_from_checkpoint"))
     return saved or (mask is not None and Path(mask).expanduser().is_file())
@@ -76,9 +77,13 @@ def kind_of_base(cfg: Mapping[str, Any]) -> str | None:
     """How the base is quantized, as far as the keys and a config.json on this machine tell."""
     if cfg.get("gptq"):
         return "gptq"
-    asked = (cfg.get("model_kwargs") or cfg.get("overrides_of_model_kwargs") or {}).get("quantization_config")
-    found = asked or config_of(str(cfg.get("base_model") or "")).get("quantization_config")
+    found = asked_quantization(cfg) or config_of(str(cfg.get("base_model") or "")).get("quantization_config")
     return str(found.get("quant_method")).lower() if isinstance(found, Mapping) else None
+
+
+def asked_quantization(cfg: Mapping[str, Any]) -> Any:
+    """The settings that the model is loaded with, by Axolotl's general keys; None where it is not told."""
+    return (cfg.get("model_kwargs") or cfg.get("overrides_of_model_kwargs") or {}).get("quantization_config")
 
 
 def config_of(base_model: str) -> Mapping[str, Any]:

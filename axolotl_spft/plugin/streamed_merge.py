@@ -8,32 +8,33 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import yaml
 from axolotl.utils.logging import get_logger
 
-from axolotl_spft.checkpoint.adapter import read_json_object
+from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, read_json_object
 from axolotl_spft.checkpoint.base import check_unquantized
 from axolotl_spft.checkpoint.companions import CONFIG
 from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
+from axolotl_spft.checkpoint.trained_base import recorded_base
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.plugin.args import ADAPTER
 from axolotl_spft.plugin.key_types import problems_of_kinds
-from axolotl_spft.plugin.quantization import make_exceptions, request_quantization
-from axolotl_spft.plugin.salience_rules import config_of
+from axolotl_spft.plugin.quantization import make_exceptions, request_quantization, run_dtype
+from axolotl_spft.plugin.salience_rules import asked_quantization, config_of
+from axolotl_spft.tuner.trained_on import DTYPES, SETTINGS, bits_of
 
 LOG = get_logger(__name__)
-# of a saved quantization, what bears on the weights
-_SETTINGS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
-             "bnb_4bit_quant_storage", "llm_int8_skip_modules")  # fmt: skip
 
 
-def merge_arguments(cfg: Mapping[str, Any], source: str, base: str | os.PathLike | None = None) -> dict[str, Any]:
+def merge_arguments(
+    cfg: Mapping[str, Any], source: str, adapter: str | None = None, base: str | os.PathLike | None = None
+) -> dict[str, Any]:
     """The arguments of `axolotl_spft.checkpoint.merge.merge` for the adapter that a run has trained.
 
     Args:
         cfg: an Axolotl configuration, as its file has it.
         source: how to name it in an error.
+        adapter: the adapter's folder, where it is not to be found by the configuration.
         base: the unquantized base model, where it is not to be the one that ``cfg`` names.
 
     Raises:
@@ -49,33 +50,60 @@ def merge_arguments(cfg: Mapping[str, Any], source: str, base: str | os.PathLike
         raise SpftFileError(f"{source}: {'; '.join(wrong)}")
     if not cfg.get("base_model"):
         raise SpftFileError(f"{source}: `base_model` is missing: name the model that was trained")
-    folder = cfg.get("lora_model_dir") or cfg.get("output_dir")
+    folder = adapter or _adapter_of(cfg)
     if not folder:
         raise SpftFileError(f"{source}: neither `lora_model_dir` nor `output_dir` says where the adapter is")
     saved = config_of(str(cfg["base_model"])).get("quantization_config")
     saved = saved if isinstance(saved, Mapping) and saved.get("quant_method") == "bitsandbytes" else None
-    # transformers loads a model that was saved quantized as it is, whatever is asked for
-    quantization = _quantization(cfg, base) if saved is None else {key: saved[key] for key in saved if key in _SETTINGS}
     # what an adapter repairs is told by the unquantized weights
     unquantized = base or (saved and (cfg.get("spft") or {}).get("repair_from"))
     return {
         "adapter_folder": folder,
         "output": Path(cfg.get("output_dir") or folder) / "merged",
         "base": unquantized or cfg["base_model"],
-        "quantization": quantization,
-        "dtype": _dtype(cfg) if quantization else None,
+        **_base_of(cfg, source, folder, saved, base),
         "revision": None if unquantized else cfg.get("revision_of_model"),
         "trust_remote_code": bool(cfg.get("trust_remote_code")),
     }
 
 
-def _quantization(cfg: Mapping[str, Any], base: str | os.PathLike | None) -> dict[str, Any] | None:
+def _adapter_of(cfg: Mapping[str, Any]) -> str | None:
+    """The folder of the adapter that the run has trained; before it has, of the one that it goes on from."""
+    own, first = cfg.get("output_dir"), cfg.get("lora_model_dir")
+    # the configuration alone is there as soon as training begins
+    trained = own and all(Path(own, name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
+    return own if trained else first or own
+
+
+def _base_of(
+    cfg: Mapping[str, Any], source: str, folder: str, saved: Mapping[str, Any] | None, base: str | os.PathLike | None
+) -> dict[str, Any]:
+    """What the configuration tells of the base in training, if the adapter does not tell it itself.
+
+    Args:
+        saved: how the base was quantized when it was saved.
+        base: the unquantized base model, where it is not to be the one that ``cfg`` names.
+    """
+    recorded = recorded_base(folder) if Path(folder, WEIGHTS_FILE).is_file() else {}
+    if recorded:
+        # which may have been changed since
+        if bits_of(saved or asked_quantization(cfg) or cfg) != bits_of(recorded["quantization"]):
+            LOG.warning("%s quantizes otherwise than %s records of its training, which counts", source, folder)
+        return {}
+    # transformers loads a model that was saved quantized as it is, whatever is asked for
+    quantization = _quantization(cfg, base) if saved is None else {key: saved[key] for key in saved if key in SETTINGS}
+    # quantized bases are trained on GPUs that compute in bfloat16, wherever they are merged
+    dtype = DTYPES[run_dtype(cfg, computes_bf16=True)]
+    return {"quantization": quantization, "dtype": dtype if quantization else None}
+
+
+def _quantization(cfg: Mapping[str, Any], base: str | os.PathLike | None) -> dict[str, Any]:
     """The settings that the plugin asks transformers for; see `request_quantization`."""
     asked = dict(cfg)
     request_quantization(asked)
     settings = (asked.get("model_kwargs") or {}).get("quantization_config")
     if not settings:
-        return None
+        return {}
     settings = dict(settings)
     folder = find_checkpoint(base or cfg["base_model"], None if base else cfg.get("revision_of_model"), weights=False)
     model_config = read_json_object(folder / CONFIG, "copy it again")
@@ -91,17 +119,6 @@ def _quantization(cfg: Mapping[str, Any], base: str | os.PathLike | None) -> dic
     return settings
 
 
-def _dtype(cfg: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that the run loaded its base in; `bf16: auto` is true on the GPUs that 4-bit training runs on."""
-    if cfg.get("bfloat16") or cfg.get("bf16", "auto") in (True, "full"):
-        return torch.bfloat16
-    if cfg.get("fp16") or cfg.get("float16"):
-        return torch.float16
-    if cfg.get("bf16", "auto") == "auto":
-        return torch.bfloat16
-    return torch.float32
-
-
 def merge_instead(cfg: Any) -> bool:
     """Do the merge of ``axolotl merge-lora`` as ``axolotl spft merge`` does, before any model loads.
 
@@ -114,7 +131,10 @@ def merge_instead(cfg: Any) -> bool:
     # Axolotl has put both off for its merge in memory, and remembers one
     put_off = {"load_in_4bit": bool(cfg.get("_original_load_in_4bit"))}
     put_off["load_in_8bit"] = not put_off["load_in_4bit"] and _file_of(cfg).get("load_in_8bit") is True
-    arguments = merge_arguments({**cfg, **put_off}, "the configuration")
+    # named for this merge, or put there by Axolotl because the file names none
+    named = cfg.lora_model_dir if cfg.lora_model_dir != _file_of(cfg).get("lora_model_dir") else None
+    arguments = merge_arguments({**cfg, **put_off}, "the configuration", adapter=named)
+    cfg.lora_model_dir = arguments["adapter_folder"]
     try:
         check_unquantized(Shards(find_checkpoint(arguments["base"], arguments["revision"])))
     except SpftFileError as error:

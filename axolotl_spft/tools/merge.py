@@ -14,6 +14,7 @@ from axolotl_spft.tools.options import json_option
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
@@ -33,7 +34,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 @click.option(
     "--quantization",
     type=click.Choice(list(_SETTINGS)),
-    help="How training quantized the base, where CONFIG_OR_ADAPTER is an adapter, which does not say it.",
+    help="How training quantized the base, if the adapter does not record it, as older ones do not.",
 )
 @click.option(
     "--double-quantization/--no-double-quantization",
@@ -41,11 +42,16 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     show_default=True,
     help="Whether `--quantization nf4` or fp4 quantized the scales too, as Axolotl does.",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="What the base was loaded in before it was quantized, if the adapter does not record it; bfloat16 by default.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a model in the output folder that is no earlier merge.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that the base model brings.")
 @json_option
 def command(
-    source, base, output, onto, quantization, double_quantization, overwrite, trust_remote_code, as_json
+    source, base, output, onto, quantization, double_quantization, dtype, overwrite, trust_remote_code, as_json
 ) -> None:
     """Merge an adapter into its base model, file by file.
 
@@ -56,18 +62,24 @@ def command(
     \b
       axolotl spft merge config.yml
       axolotl spft merge outputs/run --base models/base --output outputs/merged
-      axolotl spft merge outputs/run --quantization nf4 --onto base
+      axolotl spft merge outputs/old --quantization nf4 --dtype bfloat16
     """
     with redirect_stdout(sys.stderr):
         from axolotl_spft.checkpoint.merge import merge
         from axolotl_spft.checkpoint.report import describe_merge
+        from axolotl_spft.tuner.trained_on import DTYPES
 
         arguments = (
             {"adapter_folder": source, "output": source / "merged"} if source.is_dir() else _of_run(source, base)
         )
         if quantization:
-            double = {"bnb_4bit_use_double_quant": double_quantization} if quantization != "int8" else {}
-            arguments["quantization"] = _SETTINGS[quantization] | double
+            settings = _SETTINGS[quantization]
+            double = {"bnb_4bit_use_double_quant": double_quantization} if "load_in_4bit" in settings else {}
+            arguments["quantization"] = settings | double
+            if not settings:
+                arguments.pop("dtype", None)
+        if dtype:
+            arguments["dtype"] = DTYPES[dtype]
         arguments["trust_remote_code"] = trust_remote_code or arguments.get("trust_remote_code", False)
         arguments["overwrite"] = overwrite
         given = {"base": base, "output": output, "onto": onto}
@@ -87,4 +99,4 @@ def _of_run(path: Path, base: str | None) -> dict:
         raise SpftFileError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(cfg, dict):
         raise SpftFileError(f"{path} must be an Axolotl configuration, or name the folder of an adapter")
-    return merge_arguments(cfg, str(path), base)
+    return merge_arguments(cfg, str(path), base=base)

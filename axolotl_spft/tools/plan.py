@@ -35,12 +35,14 @@ def command(config: Path, gpus: int | None, gpu_memory: float, shape: str | None
     from axolotl_spft.planning import report
     from axolotl_spft.planning.advice import alternatives, changes_that_help
     from axolotl_spft.planning.estimate import GIB, estimate
-    from axolotl_spft.planning.settings import read_settings
+    from axolotl_spft.planning.settings import quantized, read_settings
     from axolotl_spft.planning.shapes import find_config, read_shape
 
     run = read_settings(config, gpus)
-    model_config, source = find_config(run.base_model, shape)
-    found_shape, gpu_bytes = read_shape(model_config, run.options), round(gpu_memory * GIB)
+    model_config, source = find_config(run.base_model, shape, run.trust_remote_code)
+    run = quantized(run, getattr(model_config, "quantization_config", None))
+    found_shape = read_shape(model_config, run.options, run.trust_remote_code)
+    gpu_bytes = round(gpu_memory * GIB)
     found = estimate(found_shape, run, gpu_bytes)
     plan = report.Plan(
         source, found_shape, run, found, alternatives(found_shape, run, gpu_bytes),

@@ -104,6 +104,13 @@ class BaseWeight:
         return getattr(self.get_base_layer(), self.parameter_name)
 
     @property
+    def loaded_dtype(self) -> torch.dtype | None:
+        """The dtype of the weight, or the one that it had before it was quantized; None where it does not tell."""
+        if self.quantization_backend is None:
+            return self.stored_weight.dtype
+        return getattr(self._quant_state, "dtype", None)
+
+    @property
     def weight_device(self) -> torch.device:
         """Where the weight is multiplied."""
         return execution_device(self.get_base_layer()) or self.stored_weight.device

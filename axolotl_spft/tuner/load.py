@@ -18,14 +18,18 @@ from axolotl_spft.tuner.record import NAME, make_record, record_from_tensor, rec
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 from axolotl_spft.tuner.state import TENSORS, base_shapes_of, check_state, shapes_of, spft_layers
 from axolotl_spft.tuner.tied import check_ties, tied_names
+from axolotl_spft.tuner.trained_on import trained_on
 
 
-def record_mask(tuner: nn.Module, adapter_name: str, source: Mapping | None) -> None:
+def record_mask(
+    tuner: nn.Module, adapter_name: str, source: Mapping | None, base: Mapping[str, Any] | None = None
+) -> None:
     """Record the mask that an adapter holds now, in its config and in the tensor that its file will carry.
 
     Args:
         tuner: the `SpftModel`.
         source: salience, scope, samples read and seed that made it; None where nothing is known of it.
+        base: what its values were trained on, by default this model; empty where it is not known.
     """
     layers, config = _layers_of(tuner, adapter_name), tuner.peft_config[adapter_name]
     config.nnz = sum(layer.mask(adapter_name).nnz for layer in layers.values())
@@ -33,9 +37,16 @@ def record_mask(tuner: nn.Module, adapter_name: str, source: Mapping | None) -> 
     config.mask_source = None if source is None else dict(source)
     config.awaited = None
     tied = {name: others for name, others in tied_names(tuner.model).items() if name in layers}
-    record = record_to_tensor(make_record(config, shapes_of(layers), source, tied))
+    base = trained_on(tuner.model, adapter_name) if base is None else base
+    record = record_to_tensor(make_record(config, shapes_of(layers), source, tied, base))
     device = next((layer.spft_columns[adapter_name].device for layer in layers.values()), None)
     tuner.spft_record[adapter_name] = record.to(device)
+
+
+def recorded_base(tuner: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """What is recorded of the base that an adapter's values were trained on; empty where nothing is."""
+    record = record_from_tensor(tuner.spft_record[adapter_name]) if adapter_name in tuner.spft_record else {}
+    return record.get("trained_on", {})
 
 
 def take_state(tuner: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, assign: bool) -> None:
@@ -101,7 +112,9 @@ def _take_adapter(
         # an older file, which says nothing of its mask, over an adapter whose mask came from elsewhere
         source = None
     if any(layer.mask(adapter_name).nnz for layer in layers.values()):
-        record_mask(tuner, adapter_name, source)
+        # an adapter that is only read may have been trained on another base
+        base_of_file = (record or {}).get("trained_on", {})
+        record_mask(tuner, adapter_name, source, base_of_file if config.inference_mode else None)
     _keep_own_record(tuner, adapter_name, state_dict, record_key)
 
 

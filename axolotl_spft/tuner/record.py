@@ -1,4 +1,4 @@
-"""The record of a mask that travels in the adapter's file, beside its tensors.
+"""The record of a mask and its values that travels in the adapter's file, beside its tensors.
 
 It is one tensor, the bytes of a JSON object: a state dict, a checkpoint of any engine and a safetensors file all carry
 it, and whatever installs the mask finds with it where the mask came from.
@@ -18,6 +18,7 @@ from torch import Tensor
 from axolotl_spft.config import SpftConfig, mask_option_names
 from axolotl_spft.config_rules import check_options
 from axolotl_spft.errors import SpftFileError
+from axolotl_spft.tuner.trained_on import is_possible
 
 NAME = "spft_record"
 # in an adapter's file, which names no adapter
@@ -29,23 +30,27 @@ def make_record(
     shapes: Mapping[str, tuple[int, int]],
     source: Mapping | None,
     tied: Mapping[str, Sequence[str]],
+    trained_on: Mapping[str, Any] = {},
 ) -> dict[str, Any]:
-    """What is to be known of a mask.
+    """What is to be known of a mask and its values.
 
     Args:
         config: the adapter's, whose options made the mask.
         shapes: (out_features, in_features) of each targeted module, in module order.
         source: salience, scope, samples read and seed; None where nothing is known of it.
         tied: the modules that compute with the delta of another one, by the name of that one.
+        trained_on: what the values are added to, as `axolotl_spft.tuner.trained_on` tells it; empty where it is not
+            known.
 
     Returns:
-        ``mask_source``, ``options`` (those of `mask_option_names`), ``shapes`` and ``tied``.
+        ``mask_source``, ``options`` (those of `mask_option_names`), ``shapes``, ``tied`` and ``trained_on``.
     """
     return {
         "mask_source": None if source is None else dict(source),
         "options": {name: getattr(config, name) for name in mask_option_names()},
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "tied": {name: list(others) for name, others in tied.items()},
+        "trained_on": dict(trained_on),
     }
 
 
@@ -67,6 +72,7 @@ def record_from_tensor(tensor: Tensor) -> dict[str, Any]:
         whole = all(len(shape) == 2 and all(isinstance(size, int) for size in shape) for shape in shapes.values())
         for names in record.get("tied", {}).values():
             whole &= isinstance(names, list) and all(isinstance(name, str) for name in names)
+        whole &= is_possible(record.get("trained_on", {}))
         if not whole or not isinstance(source, (dict, type(None))) or check_options(known):
             raise ValueError
     except (ValueError, TypeError, AttributeError) as error:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
@@ -13,8 +14,9 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 from axolotl_spft.config import RECORDED
 from axolotl_spft.errors import SpftError
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
-from axolotl_spft.tuner.load import record_mask
+from axolotl_spft.tuner.load import record_mask, recorded_base
 from axolotl_spft.tuner.state import spft_layers
+from axolotl_spft.tuner.trained_on import common
 
 _COMBINATIONS = {
     "linear": task_arithmetic,
@@ -81,7 +83,8 @@ def add_weighted_adapter(
     replacing = [layer for layer in layers.values() if adapter_name in layer.spft_originals]
     if replacing:
         options["repaired"] = sum(layer.mask(adapter_name).nnz for layer in replacing)
-    record_mask(model, adapter_name, {"sum of": summed} | options)
+    base = common(recorded_base(model, name) for name in summed)
+    record_mask(model, adapter_name, {"sum of": summed} | options, base)
 
 
 def _problem_of(
@@ -97,6 +100,8 @@ def _problem_of(
         return f"`adapters: {list(adapters)}` must name adapters of this model, which are {list(model.peft_config)}"
     if len(weights) != len(adapters):
         return f"there are {len(adapters)} adapters, but {len(weights)} weights: give one for each"
+    if not all(isfinite(weight) for weight in weights):
+        return f"`weights: {list(weights)}` must be finite numbers"
     if combination_type not in _COMBINATIONS:
         return f"`combination_type: {combination_type}` must be one of {', '.join(_COMBINATIONS)}"
     if density is not None and not (combination_type != "linear" and 0 < density <= 1):

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from axolotl_spft.checkpoint.adapter import WEIGHTS_FILE
+from axolotl_spft.tuner.record import FILE_KEY, record_of, record_to_tensor
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_moe, with_adapter
 
 _SMALL = {"num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
@@ -64,6 +67,14 @@ def save_adapter(folder: Path, base: Path, seed: int = 0, scale: float = 0.05, *
             if "spft_values" in name:
                 parameter.mul_(scale)
     model.save_pretrained(folder)
+    return folder
+
+
+def make_older(folder: Path) -> Path:
+    """Take out of an adapter's file what earlier versions did not record: what it was trained on."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    record = {key: value for key, value in record_of(tensors).items() if key != "trained_on"}
+    save_file(tensors | {FILE_KEY: record_to_tensor(record)}, folder / WEIGHTS_FILE)
     return folder
 
 

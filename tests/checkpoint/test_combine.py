@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from axolotl_spft.checkpoint.combine import combine
 from axolotl_spft.checkpoint.conversion import convert
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.tools.cli import spft
-from tests.checkpoint.saved import save_adapter, save_base, tied_llama
+from tests.checkpoint.saved import contents, save_adapter, save_base, tied_llama
 from tests.models import logits, tiny_gpt2, tiny_llama
 
 
@@ -118,10 +119,33 @@ def test_what_cannot_be_combined_is_one_clear_error(folders, base, tmp_path):
         ((adapters, None, 2.0), "`density 2.0` must be in"),
         ((adapters, None, None, "dare"), "`method dare` must be one of linear, ties"),
         (([adapters[0], whole],), "modules_to_save"),
+        ((adapters, [1.0, float("nan"), 1.0]), r"`weights 1.0, nan, 1.0` must be finite numbers"),
+        ((adapters, [1.0, float("inf"), 1.0]), r"`weights 1.0, inf, 1.0` must be finite numbers"),
+        ((adapters, [1.0, 1e40, 1.0]), r"up_proj: a value of the sum does not fit into float32: take smaller"),
+        ((adapters, [1e40, 1.0, 1.0], None, "ties"), r"q_proj: a value of the sum does not fit into float32"),
     ):
         with pytest.raises(SpftFileError, match=message):
             combine(*arguments)
     assert combine([whole])[0].others.keys() == whole.others.keys()
+
+
+@pytest.mark.parametrize("weights", ["nan,1", "1e40,1"])
+def test_a_sum_that_is_no_number_leaves_the_adapter_in_its_output_as_it_was(folders, tmp_path, weights):
+    output = shutil.copytree(folders[0], tmp_path / "output")
+    before = contents(output)
+    command = ["combine", str(output), str(folders[1]), f"--weights={weights}", "--output", str(output)]
+    result = CliRunner().invoke(spft, command)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and contents(output) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_what_could_not_be_read_is_not_written(folders, tmp_path, value):
+    adapter = read_adapter(folders[0])
+    module = next(iter(adapter.deltas))
+    adapter.deltas[module].values[-1] = value
+    with pytest.raises(SpftFileError, match=rf"{module}: a value is NaN or infinite: nothing was written"):
+        write_adapter(tmp_path / "output", adapter)
+    assert not (tmp_path / "output").exists()
 
 
 def test_shira_is_converted_to_ours_and_back(base, tmp_path):

@@ -28,7 +28,7 @@ from axolotl_spft.errors import SpftFileError
 from axolotl_spft.ops.mask.csr import positions
 from axolotl_spft.tuner.load import record_mask
 from axolotl_spft.tuner.state import spft_layers
-from tests.checkpoint.saved import BASES, contents, merged_in_memory, save_adapter, save_base
+from tests.checkpoint.saved import BASES, contents, make_older, merged_in_memory, save_adapter, save_base
 from tests.models import tiny_gpt2, tiny_llama, with_adapter
 
 
@@ -175,6 +175,8 @@ def test_a_repaired_adapter_has_its_entries_from_the_unquantized_weights_on_both
     base = save_base(tmp_path / "base", tiny_llama)
     model = save_repaired(tmp_path / "adapter", base)
     adapter = tmp_path / "adapter"
+    merge(adapter, tmp_path / "by-its-record", base)
+    make_older(adapter)
     with pytest.raises(SpftFileError, match=r"repairs a quantized base.*--quantization nf4`, or `--onto base`"):
         merge(adapter, tmp_path / "merged", base)
     reports = {
@@ -182,7 +184,7 @@ def test_a_repaired_adapter_has_its_entries_from_the_unquantized_weights_on_both
         for onto in ("base", "quantized")
     }
     merge(adapter, tmp_path / "without", base, "base")
-    folders = {"quantized": "onto-quantized", "base": "onto-base", "without": "without"}
+    folders = {"recorded": "by-its-record", "quantized": "onto-quantized", "base": "onto-base", "without": "without"}
     merged = {name: BaseCheckpoint(tmp_path / folder, tiny_llama()) for name, folder in folders.items()}
     original = BaseCheckpoint(base, tiny_llama())
     for name, layer in spft_layers(model.base_model.model).items():
@@ -191,6 +193,7 @@ def test_a_repaired_adapter_has_its_entries_from_the_unquantized_weights_on_both
             trained = weight.to(torch.bfloat16)
         inside = torch.zeros(trained.shape, dtype=torch.bool)
         inside.view(-1)[positions(layer.mask("default"), layer.in_features)] = True
+        assert torch.equal(merged["recorded"].read_matrix(name), trained)
         assert torch.equal(merged["quantized"].read_matrix(name), trained)
         onto_base = torch.where(inside, trained, original.read_matrix(name))
         assert torch.equal(merged["base"].read_matrix(name), onto_base)
@@ -369,7 +372,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
         ({"base": "nowhere"}, "neither a folder nor a model"),
         ({"output": "base"}, "is the folder of the base model"),
         ({"output": "adapter"}, "is the folder of the adapter"),
-        ({"onto": "quantized"}, "needs to know how the base was quantized"),
+        ({"onto": "quantized"}, "records that its base was not quantized: leave the option out"),
         ({"adapter_folder": "base"}, "adapter_config.json"),
     ],
 )

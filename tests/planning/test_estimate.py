@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma2Config,
+    LlamaConfig,
+    Qwen2Config,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from axolotl_spft import DynamicMask, SpftConfig, select_mask
 from axolotl_spft.bench.kept import kept_for_backward
 from axolotl_spft.planning.activations import activations
 from axolotl_spft.planning.advice import alternatives, changes_that_help
 from axolotl_spft.planning.estimate import GIB, base_bytes, estimate
+from axolotl_spft.planning.model import model_class
 from axolotl_spft.planning.settings import Settings
 from axolotl_spft.planning.shapes import ModelShape, find_config, read_shape
 from axolotl_spft.salience.install import adapted_layers
@@ -71,6 +82,24 @@ def test_the_peak_is_within_a_tenth_of_the_recorded_one(name):
     assert found.indices == pytest.approx(parts["masks"] + parts["originals"], rel=1e-3)
     if row["file_bytes"]:
         assert found.file == pytest.approx(row["file_bytes"], rel=1e-3)
+
+
+def test_models_that_see_are_of_the_class_that_axolotl_loads():
+    """Of all kinds in its table, whose other names no configuration has."""
+    from axolotl.loaders.constants import MULTIMODAL_AUTO_MODEL_MAPPING
+
+    for name in set(MULTIMODAL_AUTO_MODEL_MAPPING) & set(CONFIG_MAPPING_NAMES):
+        found, expected = model_class(SimpleNamespace(model_type=name)), MULTIMODAL_AUTO_MODEL_MAPPING[name]
+        assert found is (AutoModelForImageTextToText if isinstance(expected, str) else expected), name
+    assert model_class(LlamaConfig()) is None
+
+
+def test_a_model_whose_layers_differ_is_planned_by_the_widest():
+    config = getattr(transformers, "Gemma4TextConfig", None)
+    if config is None:
+        pytest.skip("a later transformers has models whose layers differ in size")
+    shape = read_shape(config(num_hidden_layers=6, vocab_size=512, vocab_size_per_layer_input=512), {})
+    assert (shape.head_dim, len(shape.targets) > 6 * 7) == (512, True)
 
 
 KEPT = ["gpu-8b-bf16", "gpu-70b-4bit", "cpu-amx-methods", "cpu-fp32-methods", "cpu-fp32-4bit"]

@@ -37,16 +37,18 @@ def test_four_bit_as_on_axolotls_qlora_path(keys, dtype):
 @pytest.mark.parametrize("has_bf16", [True, False])
 @pytest.mark.parametrize("fp16", [None, False, True])
 @pytest.mark.parametrize("bf16", ["auto", True, False])
-def test_the_runs_dtype_is_the_one_that_axolotl_resolves(monkeypatch, bf16, fp16, has_bf16):
+@pytest.mark.parametrize("bits", [{}, {"load_in_8bit": True}, {"load_in_4bit": True}])
+def test_the_runs_dtype_is_the_one_that_axolotl_resolves(monkeypatch, bits, bf16, fp16, has_bf16):
     import axolotl.utils.config
     from axolotl.utils.dict import DictDefault
 
     for module in ("axolotl.utils.config", "transformers.utils"):
         monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: has_bf16)
-    keys = {"bf16": bf16} if fp16 is None else {"bf16": bf16, "fp16": fp16}
+    keys = bits | ({"bf16": bf16} if fp16 is None else {"bf16": bf16, "fp16": fp16})
     resolved = DictDefault(keys)
     axolotl.utils.config.resolve_dtype(resolved)
-    assert run_dtype(keys) == str(resolved.torch_dtype).removeprefix("torch.")
+    expected = str(resolved.torch_dtype).removeprefix("torch.")
+    assert run_dtype(keys) == expected == run_dtype(keys, computes_bf16=has_bf16)
 
 
 def test_eight_bit_and_neither():

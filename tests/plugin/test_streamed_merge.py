@@ -6,13 +6,16 @@ import pytest
 import torch
 import yaml
 from axolotl.utils.dict import DictDefault
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from axolotl_spft.checkpoint.adapter import WEIGHTS_FILE
 from axolotl_spft.checkpoint.base import BaseCheckpoint
 from axolotl_spft.checkpoint.merge import merge
 from axolotl_spft.plugin.streamed_merge import merge_arguments, merge_instead
+from axolotl_spft.tools.cli import spft
 from axolotl_spft.tuner.state import spft_layers
-from tests.checkpoint.saved import contents, save_adapter, save_base
+from tests.checkpoint.saved import contents, make_older, save_adapter, save_base
 from tests.checkpoint.test_merge import _NF4, save_repaired
 from tests.models import tiny_llama
 
@@ -20,7 +23,7 @@ from tests.models import tiny_llama
 @pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit", None])
 def test_the_base_is_the_one_of_the_training_although_axolotl_puts_its_quantization_off(tmp_path, key):
     base = save_base(tmp_path / "base", tiny_llama)
-    save_adapter(tmp_path / "run", base)
+    make_older(save_adapter(tmp_path / "run", base))
     run = {"adapter": "spft", "base_model": str(base), "output_dir": str(tmp_path / "run"), "bf16": True}
     run |= {key: True} if key else {}
     path = tmp_path / "config.yml"
@@ -48,6 +51,19 @@ def test_merge_lora_writes_over_what_axolotl_merged_in_memory_before(tmp_path):
     assert contents(tmp_path / "run/merged") == contents(tmp_path / "expected")
 
 
+def test_a_configuration_that_was_changed_since_does_not_change_what_was_trained(tmp_path, caplog):
+    base = save_base(tmp_path / "base", tiny_llama)
+    run = {"adapter": "spft", "base_model": str(base), "output_dir": str(tmp_path / "run"), "load_in_4bit": True}
+    save_adapter(tmp_path / "run", base)
+    for changed in (True, False):
+        caplog.clear()
+        arguments = merge_arguments(run | {"load_in_4bit": changed}, "config.yml")
+        assert merge(**arguments)["onto"] == "base"
+        assert ("config.yml quantizes otherwise than" in caplog.text) == changed
+    make_older(tmp_path / "run")
+    assert merge(**merge_arguments(run, "config.yml"))["onto"] == "quantized"
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_what_repairs_a_base_that_was_saved_quantized_is_merged_onto_the_unquantized_one(tmp_path, asked):
     base = save_base(tmp_path / "base", tiny_llama)
@@ -63,3 +79,28 @@ def test_what_repairs_a_base_that_was_saved_quantized_is_merged_onto_the_unquant
         delta, _ = layer._make_delta(("default",))
         with layer.effective_weight(layer.values("default"), delta) as weight:
             assert torch.equal(merged.read_matrix(name), weight.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_of_a_run_that_went_on_from_an_adapter_its_own_is_merged_once_it_has_one(tmp_path, finished):
+    base = save_base(tmp_path / "base", tiny_llama)
+    first, own = (save_adapter(tmp_path / name, base, seed) for name, seed in (("first", 0), ("own", 5)))
+    if not finished:
+        # Axolotl writes the other file before training
+        (own / WEIGHTS_FILE).unlink()
+    run = {"adapter": "spft", "base_model": str(base), "lora_model_dir": str(first), "output_dir": str(own)}
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(run))
+    result = CliRunner().invoke(spft, ["merge", str(path)])
+    trained = own if finished else first
+    assert f" values of {trained} merged" in result.stdout, result.output
+    by_command = contents(own / "merged")
+    merge(trained, tmp_path / "expected", base)
+    assert by_command == contents(tmp_path / "expected")
+    cfg = DictDefault(run | {"axolotl_config_path": str(path)})
+    assert merge_instead(cfg) and contents(own / "merged") == by_command and cfg.lora_model_dir == str(trained)
+    # `--lora-model-dir` of merge-lora, which the file does not say
+    third = save_adapter(tmp_path / "third", base, 7)
+    assert merge_instead(DictDefault({**cfg, "lora_model_dir": str(third)}))
+    merge(third, tmp_path / "expected", base)
+    assert contents(own / "merged") == contents(tmp_path / "expected")

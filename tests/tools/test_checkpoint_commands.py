@@ -25,7 +25,8 @@ def test_every_command_does_its_work_and_prints_json_alone(tmp_path):
     config = tmp_path / "config.yml"
     config.write_text(f"base_model: {base}\nadapter: spft\noutput_dir: {adapter}\nbf16: true\n")
     by_config, by_adapter = _run("merge", config), _run("merge", adapter, "--base", base, "--output", tmp_path / "two")
-    assert by_config.exit_code == 0 and "values merged onto the base as it is" in by_config.stdout, by_config.output
+    told = f"values of {adapter} merged onto the base as it is"
+    assert by_config.exit_code == 0 and told in by_config.stdout, by_config.output
     assert contents(adapter / "merged") == contents(tmp_path / "two") and by_adapter.exit_code == 0
     quantized = ("--quantization", "nf4", "--output", tmp_path / "four", "--json")
     report = json.loads(_run("merge", adapter, "--base", base, *quantized).stdout)
@@ -70,7 +71,7 @@ def test_a_configuration_tells_how_training_saw_the_base(tmp_path):
     arguments = merge_arguments(cfg | {"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}, "config.yml")
     assert arguments["quantization"]["bnb_4bit_quant_type"] == "fp4"
     assert arguments["quantization"]["bnb_4bit_use_double_quant"] and arguments["dtype"] == torch.bfloat16
-    assert merge_arguments(cfg | {"load_in_4bit": False}, "config.yml")["quantization"] is None
+    assert merge_arguments(cfg | {"load_in_4bit": False}, "config.yml")["quantization"] == {}
     for changed, message in (
         ({"adapter": "lora"}, "config.yml: `adapter: lora` must be spft"),
         ({"base_model": None}, "`base_model` is missing"),
@@ -156,5 +157,5 @@ def test_a_base_named_beside_the_configuration_stands_for_its_own(tmp_path, key)
         result = _run("merge", tmp_path / f"{name}.yml", *given, "--output", tmp_path / name)
         assert result.exit_code == 0, result.output
     assert contents(tmp_path / "here") == contents(tmp_path / "elsewhere")
-    arguments = merge_arguments(run | {"base_model": "a/b", "revision_of_model": "v2"}, "config.yml", base)
+    arguments = merge_arguments(run | {"base_model": "a/b", "revision_of_model": "v2"}, "config.yml", base=base)
     assert (arguments["base"], arguments["revision"]) == (base, None)

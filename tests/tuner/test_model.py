@@ -268,6 +268,7 @@ def test_a_weighted_sum_is_saved_and_loaded(tmp_path):
     [
         ((["a", "c"], [1, 1], "sum"), "must name adapters of this model, which are ['a', 'b']"),
         ((["a", "b"], [1], "sum"), "2 adapters, but 1 weights"),
+        ((["a"], [float("nan")], "sum"), "`weights: [nan]` must be finite numbers"),
         ((["a"], [1], "sum", "svd"), "`combination_type: svd` must be one of linear, ties, dare_linear"),
         ((["a"], [1], "sum", "linear", 0.5), "`density: 0.5` must be"),
         ((["a"], [1], "sum", "ties", 0), "`density: 0` must be a number in (0, 1]"),

@@ -40,6 +40,9 @@ def test_a_file_without_one_has_an_empty_one():
         b'{"options": {"density": 7}, "shapes": {}, "mask_source": null}',
         b'{"options": {}, "shapes": {}, "mask_source": "x"}',
         b'{"options": {}, "shapes": {}, "mask_source": null, "tied": {"a": "b"}}',
+        b'{"options": {}, "shapes": {}, "mask_source": null, "trained_on": {"dtype": "uint8", "quantization": null}}',
+        b'{"options": {}, "shapes": {}, "mask_source": null, "trained_on": {"dtype": "float32", "quantization": 4}}',
+        b'{"options": {}, "shapes": {}, "mask_source": null, "trained_on": null}',
     ],
 )
 def test_a_damaged_record_is_one_clear_error(bad):

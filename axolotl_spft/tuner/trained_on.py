@@ -1,0 +1,81 @@
+"""What the values of an adapter are added to while they are trained: the dtype of the base, and how it is quantized."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from axolotl_spft.tuner.state import spft_layers
+
+# of a quantization by bitsandbytes, what bears on the weights
+SETTINGS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+            "bnb_4bit_quant_storage", "llm_int8_skip_modules")  # fmt: skip
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32,
+                                                                 torch.float64)}  # fmt: skip
+
+
+def trained_on(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """What an adapter's values are added to in a model.
+
+    Returns:
+        ``dtype``: the name of the one that the targeted weights have, or had before they were quantized;
+        ``quantization``: those of `SETTINGS` that are set, of another method than bitsandbytes ``quant_method`` alone,
+        None of a base that is not quantized. Empty where the layers do not tell it.
+    """
+    layers = [layer for layer in spft_layers(model).values() if adapter_name in layer.spft_values]
+    quantized = [layer for layer in layers if layer.quantization_backend is not None]
+    config = getattr(model, "config", None)
+    settings = getattr(config, "quantization_config", None)
+    if quantized and settings is None:
+        return {}
+    # of 8 bits a weight does not tell it
+    dtypes = Counter(layer.loaded_dtype or getattr(config, "dtype", None) for layer in quantized or layers)
+    return base_of(next((each for each, _ in dtypes.most_common(1)), None), _plain(settings))
+
+
+def base_of(dtype: torch.dtype | None, quantization: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """These as `trained_on` tells them; empty of a dtype that is none of `DTYPES`."""
+    name = dtype_name(dtype)
+    return {"dtype": name, "quantization": quantization} if name in DTYPES else {}
+
+
+def common(found: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several adapters were trained on, if that is the same for all; else empty."""
+    first, *others = found
+    return dict(first) if all(each == first for each in others) else {}
+
+
+def is_possible(recorded: object) -> bool:
+    """Whether this can be what `trained_on` has told."""
+    if not isinstance(recorded, Mapping):
+        return False
+    return not recorded or (
+        recorded.get("dtype") in DTYPES and isinstance(recorded.get("quantization"), (Mapping, type(None)))
+    )
+
+
+def bits_of(quantization: Mapping[str, Any] | None) -> int | None:
+    """4 or 8, of settings with which the weights can be quantized again; else None."""
+    quantization = quantization or {}
+    return 4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else None
+
+
+def _plain(settings: Any) -> dict[str, Any] | None:
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, Mapping) else settings.to_dict()
+    method = settings.get("quant_method")
+    method = str(getattr(method, "value", method)).lower()
+    if method != "bitsandbytes":
+        return {"quant_method": method}
+    plain = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
+    return {key: dtype_name(value) if isinstance(value, torch.dtype) else value for key, value in plain.items()}
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """As in `DTYPES`."""
+    return str(dtype).removeprefix("torch.")
