@@ -158,7 +158,7 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any], trust_remot
         trust_remote_code: whether code that comes with the configuration may run.
 
     Raises:
-        SpftError: it is no language model, or cannot be made.
+        SpftError: it is no language model, cannot be made, or has targets that cannot be adapted.
         SpftConfigError: ``target_modules`` names modules that are not there.
     """
     from peft import get_peft_model
@@ -186,7 +186,11 @@ def read_shape(config: PretrainedConfig, options: Mapping[str, Any], trust_remot
     block_norms = _norms_of_a_block(part)
     check_module_names(options, model)
     config_of_adapter = SpftConfig(task_type="CAUSAL_LM", **{**options, "init_weights": True, "mask_path": None})
-    adapted = get_peft_model(model, config_of_adapter)
+    try:
+        adapted = get_peft_model(model, config_of_adapter)
+    except TypeError as error:
+        # of a module that cannot be adapted, which training would end with too
+        raise SpftError(str(error)) from error
     layers = adapted_layers(adapted)
     part_modules = {*part.modules(), adapted.get_output_embeddings()}
     of_text = {name: layer for name, layer in layers.items() if layer in part_modules}

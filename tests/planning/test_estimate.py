@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma2Config,
+    Llama4TextConfig,
     LlamaConfig,
     Qwen2Config,
 )
@@ -22,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from axolotl_spft import DynamicMask, SpftConfig, select_mask
 from axolotl_spft.bench.kept import kept_for_backward
+from axolotl_spft.errors import SpftError
 from axolotl_spft.planning.activations import activations
 from axolotl_spft.planning.advice import alternatives, changes_that_help
 from axolotl_spft.planning.estimate import GIB, base_bytes, estimate
@@ -100,6 +102,13 @@ def test_a_model_whose_layers_differ_is_planned_by_the_widest():
         pytest.skip("a later transformers has models whose layers differ in size")
     shape = read_shape(config(num_hidden_layers=6, vocab_size=512, vocab_size_per_layer_input=512), {})
     assert (shape.head_dim, len(shape.targets) > 6 * 7) == (512, True)
+
+
+def test_a_target_that_cannot_be_adapted_is_one_sentence_and_its_remedy_helps():
+    config = Llama4TextConfig(num_hidden_layers=2, vocab_size=512, hidden_size=64, intermediate_size=64)
+    with pytest.raises(SpftError, match=r"router` is a Llama4Router, which is not supported.*exclude_modules"):
+        read_shape(config, {})
+    assert read_shape(config, {"exclude_modules": ["router"]}).targets
 
 
 KEPT = ["gpu-8b-bf16", "gpu-70b-4bit", "cpu-amx-methods", "cpu-fp32-methods", "cpu-fp32-4bit"]
