@@ -147,12 +147,9 @@ def peft_model_of(trainer: Any) -> nn.Module:
 
 
 def has_mask(model: nn.Module) -> bool:
-    """Whether the active adapter holds any value already."""
+    """Whether the active adapter has a mask already."""
     from axolotl_spft.salience.install import adapted_layers
 
     return any(
-        layer.spft_values[name].numel()
-        for layer in adapted_layers(model).values()
-        for name in layer.active_adapters
-        if name in layer.spft_values
+        layer.has_values(name) for layer in adapted_layers(model).values() for name in layer.active_adapters
     )

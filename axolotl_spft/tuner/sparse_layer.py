@@ -171,7 +171,12 @@ class SparseLayer(nn.Module, BaseTunerLayer, Deltas, MergedWeight):
         """Give an adapter new positions, with the given values (nnz) or zeros; see `hold_values`.
 
         ``originals`` (nnz) are what a quantized weight was at these positions, for an adapter that repairs it.
+
+        Raises:
+            SpftError: the values are not as many as the mask's entries, or the adapter cannot have another mask now.
         """
+        if values is not None and values.numel() != mask.nnz:
+            raise SpftError(f"adapter `{adapter_name}`: {values.numel()} values for a mask of {mask.nnz}: give as many")
         if self.merged:
             raise SpftError("the mask cannot change while an adapter is merged: call unmerge_adapter() first")
         self.refuse_to_forget_originals(adapter_name, originals)
