@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -17,7 +19,7 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
 from axolotl_spft.trainer.checkpoints import RunRecord
-from axolotl_spft.trainer.learning_rate import settle_learning_rate
+from axolotl_spft.trainer.learning_rate import absolute_learning_rate
 from axolotl_spft.trainer.memory import memory_of_run
 from axolotl_spft.trainer.model_card import keep_section_of_card
 from axolotl_spft.trainer.reselection import add_reselections, check_reselect
@@ -39,11 +41,14 @@ from axolotl_spft.tuner.tied import TiedLayer
 # name: precision of the moments
 OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}
 
+_prepared: weakref.WeakSet[Any] = weakref.WeakSet()
+
 
 def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say: Callable[[str], None]) -> None:
     """Give the trainer's adapter its mask, and the trainer the optimizer for it, before it trains.
 
-    The mask is the checkpoint's, or the one that the adapter has, or is chosen by `select_mask_with_trainer`.
+    The mask is the checkpoint's, or the one that the adapter has, or is chosen by `select_mask_with_trainer`. Where
+    that fails, or is interrupted, the trainer and its arguments are as before, and it can be tried again.
 
     Args:
         trainer: a `transformers.Trainer` of a `PeftModel`.
@@ -75,18 +80,22 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     say(str(memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(optimizer or "", 32))))
     layers = adapted_layers(model)
     squares = squares_of_weights(layers, show=ranks.rank == 0)
-    settle_learning_rate(trainer, model.peft_config[model.active_adapter], layers, squares, say)
+    rate = absolute_learning_rate(trainer, model.peft_config[model.active_adapter], layers, squares, say)
     if checkpoint:
         say(f"Sparse mask: the one of the checkpoint {checkpoint}")
     elif is_saved:
         retire_empty_values(model)
         say("Sparse mask: the one of the adapter that was loaded")
     else:
-        say(str(select_mask_with_trainer(trainer, model)))
+        say(str(select_mask_with_trainer(trainer, model, rate)))
         compare_with_repaired_start(trainer, model)
     say(f"Sparse mask: checksum {check_same_mask(model, ranks)[:16]} on all {ranks.world} ranks")
     if engine == "zero3":
         gather_what_layers_read(model)
+    if rate != trainer.args.learning_rate:
+        # of its own: other trainers may have been given the same ones
+        trainer.args = copy.copy(trainer.args)
+        trainer.args.learning_rate = rate
     trainer.add_callback(RunRecord(ranks.world, engine, reselect))
     if optimizer in OPTIMIZERS:
         slots = slots_of(layers, model.active_adapter)
@@ -95,6 +104,12 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     if reselect:
         add_reselections(trainer, model, checkpoint, say)
     keep_section_of_card(trainer)
+    _prepared.add(trainer)
+
+
+def is_prepared(trainer: Any) -> bool:
+    """Whether `prepare_run` has been here, which a trainer wants once, however often it trains."""
+    return trainer in _prepared
 
 
 def _check_tied(model: nn.Module) -> None:
