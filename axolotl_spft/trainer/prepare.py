@@ -25,11 +25,12 @@ from axolotl_spft.trainer.model_card import keep_section_of_card
 from axolotl_spft.trainer.reselection import add_reselections, check_reselect
 from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of, select_mask_with_trainer
 from axolotl_spft.trainer.saved_adapter import (
+    check_reference,
     compare_with_repaired_start,
+    compares_with_a_copy,
     copy_to_reference,
     has_reference,
     install_checkpoint_mask,
-    refuse_trained_reference,
 )
 from axolotl_spft.trainer.watch import watch_training
 from axolotl_spft.tuner.experts import SpftExperts
@@ -63,12 +64,12 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
     if engine == "zero3":
         _check_tied(model)
-    refuse_trained_reference(trainer, model.peft_config[model.active_adapter])
+    check_reference(trainer, model)
     is_saved = has_mask(model)
     reselect = model.peft_config[model.active_adapter].reselect is not None
     if reselect:
         check_reselect(trainer, model.peft_config[model.active_adapter], engine, optimizer in OPTIMIZERS)
-    if has_reference(model) and is_saved:
+    if is_saved and compares_with_a_copy(trainer, model):
         copy_to_reference(model)
     if checkpoint:
         install_checkpoint_mask(model, checkpoint)
