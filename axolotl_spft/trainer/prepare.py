@@ -19,6 +19,7 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
 from axolotl_spft.trainer.checkpoints import RunRecord
+from axolotl_spft.trainer.fused_loss import refuse_fused_loss
 from axolotl_spft.trainer.learning_rate import absolute_learning_rate
 from axolotl_spft.trainer.memory import memory_of_run
 from axolotl_spft.trainer.model_card import keep_section_of_card
@@ -64,6 +65,7 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
     if engine == "zero3":
         _check_tied(model)
+    refuse_fused_loss(trainer, model)
     check_reference(trainer, model)
     is_saved = has_mask(model)
     reselect = model.peft_config[model.active_adapter].reselect is not None
