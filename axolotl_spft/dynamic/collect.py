@@ -23,7 +23,7 @@ class Collector:
     Of a layer dW = sum of dY^T X over these passes, and over the modules that compute with it (a tied embedding and
     head); of an embedding the sum of dY over the tokens of each row. What is kept takes (in_features + out_features)
     numbers a token and layer, with layers that read one x counted once: on a GPU as long as half of its free memory
-    holds them, then on the host.
+    holds them, then on the host. Gradient checkpointing goes on as it is: nothing is kept before the backward pass.
 
     Of experts that are one parameter the inputs and the output gradient of their module are kept, see `ExpertPasses`.
 

@@ -39,6 +39,18 @@ def adamw_(
     )  # fmt: skip
 
 
+def follow_values_(master: Tensor, values: Tensor) -> None:
+    """Make every value that its master does not round to the master itself.
+
+    The step rounds masters to values, so something else has set such a value since: a loaded state, an average.
+
+    Args:
+        master: float32; changed in place.
+        values: of the same shape.
+    """
+    master.copy_(torch.where(master.to(values.dtype) == values, master, values))
+
+
 def adamw_low_precision_(
     values: Tensor,
     grad: Tensor,
@@ -55,6 +67,8 @@ def adamw_low_precision_(
 ) -> None:
     """One step of `adamw_` on the float32 ``master`` of ``values``, and its rounding to ``values``.
 
+    The master follows values that were set since the last step, see `follow_values_`.
+
     Args:
         values, grad: (n) bfloat16, float16 or float32; the values are changed in place.
         master, exp_avg, exp_avg_sq: (n) float32; changed in place.
@@ -69,6 +83,7 @@ def adamw_low_precision_(
 
         adamw_one_pass_(values, grad, master, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, into)
         return
+    follow_values_(master, values)
     grads = [grad.to(torch.float32)]
     adamw_([master], grads, [exp_avg], [exp_avg_sq], [step], lr, betas, eps, weight_decay)
     values.copy_(master)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftConfigError, SpftError, SpftFileError
 from axolotl_spft.ops.backends.dispatch import use_triton
-from axolotl_spft.optim.adamw import adamw_, adamw_low_precision_
+from axolotl_spft.optim.adamw import adamw_, adamw_low_precision_, follow_values_
 from axolotl_spft.optim.adamw_8bit import adamw_8bit_
 from axolotl_spft.optim.mask_changes import Slot, change_of, changes_made
 from axolotl_spft.optim.moments import BLOCK, MOMENTS, absmax_name, zero_moments
@@ -82,6 +82,9 @@ class SparseAdamW(torch.optim.Optimizer):
                 trained = [p for p in trained if not (p.is_cuda and self._step_in_one_pass(p, group))]
             states = [self._state_of(parameter, group["state_bits"]) for parameter in trained]
             targets = [state.get("master", parameter) for parameter, state in zip(trained, states)]
+            for target, parameter in zip(targets, trained):
+                if target is not parameter:
+                    follow_values_(target, parameter)
             grads = [parameter.grad.to(torch.float32) for parameter in trained]
             if group["state_bits"] == 8:
                 if trained:

@@ -1,6 +1,6 @@
 """Triton kernel of `axolotl_spft.optim.adamw`: moments, master, values and weight in one pass over the values.
 
-Every number is read and written once, so memory sets the time and there is nothing to tune.
+Every number is read and written once at most, so memory sets the time and there is nothing to tune.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def adamw_kernel(
     g = tl.load(grads + at, mask=exists, other=0.0).to(tl.float32)
     m = beta1 * tl.load(exp_avg + at, mask=exists, other=0.0) + rest1 * g
     v = beta2 * tl.load(exp_avg_sq + at, mask=exists, other=0.0) + rest2 * g * g
-    w = keep * tl.load(master + at, mask=exists, other=0.0)
+    w = tl.load(master + at, mask=exists, other=0.0)
+    value = tl.load(values + at, mask=exists, other=0.0)
+    # something else has set the others
+    w = keep * tl.where(w.to(values.dtype.element_ty) == value, w, value.to(tl.float32))
     w -= tl.div_rn(lr, correction1) * tl.div_rn(m, tl.sqrt_rn(tl.div_rn(v, correction2)) + eps)
     tl.store(exp_avg + at, m, mask=exists)
     tl.store(exp_avg_sq + at, v, mask=exists)

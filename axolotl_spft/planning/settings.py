@@ -14,9 +14,10 @@ from axolotl_spft.plugin.args import ADAPTER, check_run
 from axolotl_spft.plugin.deepspeed_json import read_deepspeed_json, zero_stage
 from axolotl_spft.plugin.quantization import run_dtype
 from axolotl_spft.plugin.salience_rules import asked_quantization, has_its_mask
+from axolotl_spft.plugin.target_rules import has_cut_cross_entropy
 from axolotl_spft.trainer.prepare import OPTIMIZERS
 
-# keys and plugins with which the logits of a whole batch never exist
+# keys with which the logits of a whole batch never exist
 _FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
 # kinds of preference training whose batch holds two answers to each prompt
 _PAIRED = ("dpo", "ipo", "orpo", "simpo")
@@ -125,7 +126,7 @@ def settings_of(cfg: Mapping[str, Any], gpus: int | None) -> Settings:
         sequence_len=int(cfg.get("sequence_len") or 512),
         accumulates=int(cfg.get("gradient_accumulation_steps") or 1) > 1,
         checkpointing=bool(cfg.get("gradient_checkpointing")),
-        fused_loss=any(cfg.get(key) for key in _FUSED_LOSSES) or _has_plugin(cfg, "CutCrossEntropy"),
+        fused_loss=any(cfg.get(key) for key in _FUSED_LOSSES) or has_cut_cross_entropy(cfg),
         eager=(cfg.get("attn_implementation") or ("eager" if cfg.get("eager_attention") else "")) == "eager",
         state_bits=OPTIMIZERS.get(str(cfg.get("optimizer"))),
         prefetched=_elements(zero, "stage3_prefetch_bucket_size", 50_000_000) if engine == "zero3" else 0,
@@ -162,8 +163,3 @@ def _elements(zero: Mapping[str, Any], key: str, default: int) -> int:
     # "auto" becomes known when the engine is made: transformers makes it the square of the hidden size
     found = zero.get(key, default)
     return int(found) if isinstance(found, (int, float)) else 0
-
-
-def _has_plugin(cfg: Mapping[str, Any], name: str) -> bool:
-    # this one is on unless its key says otherwise
-    return cfg.get("cut_cross_entropy") is not False and any(name in str(each) for each in cfg.get("plugins") or ())

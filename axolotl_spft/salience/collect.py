@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_spft.engine.ranks import Ranks
+from axolotl_spft.ops.gradient.saved_hooks import save
 from axolotl_spft.salience.adders import SquaresAdder, adder_of, adder_of_experts, embedding_of
 from axolotl_spft.salience.examples import Tokens
 from axolotl_spft.salience.metrics.statistics import GRADIENT, INPUT_SQUARES
@@ -237,12 +238,13 @@ def _gathering_hook(adders: Sequence[Callable[[Tensor, Tensor], None]], squares:
     def forward_hook(_, args: tuple, y: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        x = args[0].detach()
         # now: until the backward pass the model may have been called with another batch
-        counted = None if squares is None else squares.tokens.counted(x)
+        counted = None if squares is None else squares.tokens.counted(args[0])
+        kept = save(args[0].detach())
 
         def gather(grad_y: Tensor) -> None:
             with torch.no_grad():
+                x = kept()
                 inputs = x.to(grad_y.dtype) if x.is_floating_point() else x
                 for add in adders:
                     add(grad_y, inputs)

@@ -103,7 +103,8 @@ def notes_on(unreached: Iterable[str], frozen: Iterable[str]) -> list[str]:
             (
                 lambda name: not _is_expert(name) and not _is_tower(name),
                 "name modules whose weights are read without calling them (nn.MultiheadAttention's out_proj, Mamba's "
-                "dt_proj), and those whose output nothing reads (a pooler), in `exclude_modules`",
+                "dt_proj, a head under a fused loss), and those whose output nothing reads (a pooler), in "
+                "`exclude_modules`",
             ),
         )
         remedies = [remedy for is_kind, remedy in kinds if any(map(is_kind, unreached))]

@@ -89,13 +89,14 @@ def warmed_up(
     """Within the block the model is what ``config.score_after`` optimizer steps have made of it.
 
     They train the values of a ``random`` mask of the config's own budget with `SparseAdamW` and the mean of the ranks'
-    gradients; a step is over after ``batches.batches_per_step`` batches (1 where there is no such attribute). At the
-    end the adapter is empty again, and random generators, gradients and flags are as before: bit for bit, since the
-    base weights are never changed.
+    gradients; a step is over after ``batches.batches_per_step`` batches (1 where there is no such attribute). These are
+    parameters of their own: however the block ends, the adapter has its own empty ones again, and random generators,
+    gradients and flags are as before, bit for bit, since the base weights are never changed.
     """
     before = {name: (layer.mask(adapter_name), layer.spft_values[adapter_name]) for name, layer in layers.items()}
-    flags = {name: values.requires_grad for name, (_, values) in before.items()}
     try:
+        for name, (_, own) in before.items():
+            layers[name].spft_values[adapter_name] = nn.Parameter(torch.empty_like(own), own.requires_grad)
         with untouched_rng():
             score_of = scorer(load_metric("random"), layers, {}, ranks, config.seed or 0)
             shapes = shapes_of(layers)
@@ -113,9 +114,10 @@ def warmed_up(
         yield
     finally:
         for name, layer in layers.items():
-            mask, empty = before[name]
-            layer.set_mask(adapter_name, mask, empty.data)
-            layer.spft_values[adapter_name].requires_grad_(flags[name])
+            mask, own = before[name]
+            layer.spft_values[adapter_name] = own
+            layer.set_mask(adapter_name, mask, own.detach())
+            layer.spft_values[adapter_name].requires_grad_(own.requires_grad)
 
 
 def weight_with_values(layer: SparseLayer, adapter_name: str) -> Tensor:

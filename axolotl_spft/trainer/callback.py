@@ -17,7 +17,7 @@ from axolotl_spft.engine.ranks import Ranks
 from axolotl_spft.errors import SpftConfigError, SpftError
 from axolotl_spft.trainer.checkpoints import ADAPTER_FILE, check_checkpoint
 from axolotl_spft.trainer.ending import describe_adapter
-from axolotl_spft.trainer.prepare import OPTIMIZERS, prepare_run
+from axolotl_spft.trainer.prepare import OPTIMIZERS, is_prepared, prepare_run
 from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of
 
 _REMEDY = (
@@ -35,7 +35,8 @@ class SpftCallback(TrainerCallback):
         trainer.train()
 
     With ``trainer.train(resume_from_checkpoint=...)`` the mask is the checkpoint's; an adapter that has one keeps it.
-    It also adds the figures of `axolotl_spft.trainer.watch.Watch` to the trainer's logs.
+    It also adds the figures of `axolotl_spft.trainer.watch.Watch` to the trainer's logs. One callback may serve several
+    trainers, one after the other, of one model or of several.
 
     Args:
         optimizer: ``sparse_adamw``, ``sparse_adamw_8bit``, or None for the one that the trainer's ``optim`` names.
@@ -50,18 +51,16 @@ class SpftCallback(TrainerCallback):
                 ]
             )
         self.optimizer = optimizer
-        self.prepared = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        trainer = _trainer_that_is_made()
+        trainer = _trainer_that_calls()
         train = trainer.train
 
         # not an event: the trainer makes the optimizer, and under DeepSpeed divides the parameters, before the first
         @functools.wraps(train)
         def train_with_mask(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-            if not self.prepared:
+            if not is_prepared(trainer):
                 self._prepare(trainer, resume_from_checkpoint)
-                self.prepared = True
             return train(resume_from_checkpoint, *args, **kwargs)
 
         trainer.train = train_with_mask
@@ -69,7 +68,7 @@ class SpftCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.prepared:
+        if not is_prepared(_trainer_that_calls()):
             raise SpftError(
                 "SpftCallback came too late to choose the mask: pass it when the trainer is made, "
                 "`callbacks=[SpftCallback()]`, instead of `add_callback`"
@@ -115,8 +114,8 @@ def _check_trainer(trainer: Trainer, model: Any) -> None:
         )
 
 
-def _trainer_that_is_made() -> Trainer:
-    """The trainer whose constructor is running: transformers gives its callbacks everything of it but itself."""
+def _trainer_that_calls() -> Trainer:
+    """The trainer whose event is handled: transformers gives its callbacks everything of it but itself."""
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")

@@ -13,20 +13,22 @@ from axolotl_spft.tuner.step_unit import unit_of
 _FORMULA = "rms(W) (0.005 / density)^0.75"
 
 
-def settle_learning_rate(
+def absolute_learning_rate(
     trainer: Any,
     config: SpftConfig,
     layers: Mapping[str, SparseLayer],
     squares: Mapping[str, float],
     say: Callable[[str], None],
-) -> None:
-    """Say what the learning rate is in units of `step_unit`; with ``relative_step`` make it that many of them.
+) -> float:
+    """The rate that the optimizer is to have: ``args.learning_rate``, with ``relative_step`` times `step_unit`.
+
+    The trainer's arguments stay as they are, since a run may fail before it has its mask, and others may have them too.
 
     Args:
-        trainer: whose ``args.learning_rate`` becomes the absolute rate, which its logs then have.
+        trainer: a `transformers.Trainer`.
         layers: of the model.
         squares: of the layers, from `axolotl_spft.tuner.step_unit.squares_of_weights`.
-        say: takes the announcement.
+        say: takes the announcement, which has the rate in units of `step_unit` in any case.
 
     Raises:
         SpftError: the option is set, and the trainer has an optimizer with a rate of its own, or no weight can be read.
@@ -36,7 +38,7 @@ def settle_learning_rate(
         if squares and args.learning_rate:
             unit = unit_of(layers, config, squares)
             say(f"Learning rate: {args.learning_rate:g} = {args.learning_rate / unit:.2g} x {unit:g} ({_FORMULA})")
-        return
+        return args.learning_rate
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     if deepspeed is not None and deepspeed.get_value("scheduler") is not None:
         raise SpftError(
@@ -50,5 +52,6 @@ def settle_learning_rate(
             "axolotl_spft.step_unit(model)"
         )
     unit = unit_of(layers, config, squares)
-    args.learning_rate, share = args.learning_rate * unit, args.learning_rate
-    say(f"Learning rate: {share:g} x {unit:g} ({_FORMULA}) = {args.learning_rate:.4g}")
+    rate = args.learning_rate * unit
+    say(f"Learning rate: {args.learning_rate:g} x {unit:g} ({_FORMULA}) = {rate:.4g}")
+    return rate

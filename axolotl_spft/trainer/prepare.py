@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -17,17 +19,19 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.optim import SparseAdamW
 from axolotl_spft.salience.install import adapted_layers, check_same_mask, retire_empty_values
 from axolotl_spft.trainer.checkpoints import RunRecord
-from axolotl_spft.trainer.learning_rate import settle_learning_rate
+from axolotl_spft.trainer.fused_loss import refuse_fused_loss
+from axolotl_spft.trainer.learning_rate import absolute_learning_rate
 from axolotl_spft.trainer.memory import memory_of_run
 from axolotl_spft.trainer.model_card import keep_section_of_card
 from axolotl_spft.trainer.reselection import add_reselections, check_reselect
 from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of, select_mask_with_trainer
 from axolotl_spft.trainer.saved_adapter import (
+    check_reference,
     compare_with_repaired_start,
+    compares_with_a_copy,
     copy_to_reference,
     has_reference,
     install_checkpoint_mask,
-    refuse_trained_reference,
 )
 from axolotl_spft.trainer.watch import watch_training
 from axolotl_spft.tuner.experts import SpftExperts
@@ -39,11 +43,14 @@ from axolotl_spft.tuner.tied import TiedLayer
 # name: precision of the moments
 OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}
 
+_prepared: weakref.WeakSet[Any] = weakref.WeakSet()
+
 
 def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say: Callable[[str], None]) -> None:
     """Give the trainer's adapter its mask, and the trainer the optimizer for it, before it trains.
 
-    The mask is the checkpoint's, or the one that the adapter has, or is chosen by `select_mask_with_trainer`.
+    The mask is the checkpoint's, or the one that the adapter has, or is chosen by `select_mask_with_trainer`. Where
+    that fails, or is interrupted, the trainer and its arguments are as before, and it can be tried again.
 
     Args:
         trainer: a `transformers.Trainer` of a `PeftModel`.
@@ -58,12 +65,13 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     model, ranks, engine = peft_model_of(trainer), Ranks.current(), engine_of(trainer.accelerator)
     if engine == "zero3":
         _check_tied(model)
-    refuse_trained_reference(trainer, model.peft_config[model.active_adapter])
+    refuse_fused_loss(trainer, model)
+    check_reference(trainer, model)
     is_saved = has_mask(model)
     reselect = model.peft_config[model.active_adapter].reselect is not None
     if reselect:
         check_reselect(trainer, model.peft_config[model.active_adapter], engine, optimizer in OPTIMIZERS)
-    if has_reference(model) and is_saved:
+    if is_saved and compares_with_a_copy(trainer, model):
         copy_to_reference(model)
     if checkpoint:
         install_checkpoint_mask(model, checkpoint)
@@ -75,18 +83,22 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     say(str(memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(optimizer or "", 32))))
     layers = adapted_layers(model)
     squares = squares_of_weights(layers, show=ranks.rank == 0)
-    settle_learning_rate(trainer, model.peft_config[model.active_adapter], layers, squares, say)
+    rate = absolute_learning_rate(trainer, model.peft_config[model.active_adapter], layers, squares, say)
     if checkpoint:
         say(f"Sparse mask: the one of the checkpoint {checkpoint}")
     elif is_saved:
         retire_empty_values(model)
         say("Sparse mask: the one of the adapter that was loaded")
     else:
-        say(str(select_mask_with_trainer(trainer, model)))
+        say(str(select_mask_with_trainer(trainer, model, rate)))
         compare_with_repaired_start(trainer, model)
     say(f"Sparse mask: checksum {check_same_mask(model, ranks)[:16]} on all {ranks.world} ranks")
     if engine == "zero3":
         gather_what_layers_read(model)
+    if rate != trainer.args.learning_rate:
+        # of its own: other trainers may have been given the same ones
+        trainer.args = copy.copy(trainer.args)
+        trainer.args.learning_rate = rate
     trainer.add_callback(RunRecord(ranks.world, engine, reselect))
     if optimizer in OPTIMIZERS:
         slots = slots_of(layers, model.active_adapter)
@@ -95,6 +107,12 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     if reselect:
         add_reselections(trainer, model, checkpoint, say)
     keep_section_of_card(trainer)
+    _prepared.add(trainer)
+
+
+def is_prepared(trainer: Any) -> bool:
+    """Whether `prepare_run` has been here, which a trainer wants once, however often it trains."""
+    return trainer in _prepared
 
 
 def _check_tied(model: nn.Module) -> None:

@@ -19,21 +19,23 @@ from axolotl_spft.salience.untouched import untouched_rng
 _FLOAT16_LOSS_SCALE = 2.0**10
 
 
-def select_mask_with_trainer(trainer: Any, model: nn.Module) -> MaskReport:
+def select_mask_with_trainer(trainer: Any, model: nn.Module, learning_rate: float | None = None) -> MaskReport:
     """`select_mask` on the training set of a `transformers.Trainer` that has not started yet.
 
     Args:
         trainer: its dataloader, collator, batch counting, autocast and ``compute_loss`` are used.
         model: the trainer's `PeftModel`.
+        learning_rate: that the run will have, by default the one of the trainer's arguments.
 
     Raises:
         SpftMemoryError: there is no room for a batch; with ``auto_find_batch_size`` not even for one row.
     """
     rows = trainer._train_batch_size
+    rate = trainer.args.learning_rate if learning_rate is None else learning_rate
     while True:
         try:
             with _rows_per_batch(trainer, rows):
-                return _select_mask(trainer, model)
+                return _select_mask(trainer, model, rate)
         except SpftMemoryError:
             if not trainer.args.auto_find_batch_size or rows == 1:
                 raise
@@ -46,10 +48,10 @@ def select_mask_with_trainer(trainer: Any, model: nn.Module) -> MaskReport:
         )
 
 
-def _select_mask(trainer: Any, model: nn.Module) -> MaskReport:
+def _select_mask(trainer: Any, model: nn.Module, learning_rate: float) -> MaskReport:
     sample = _TrainerSample(trainer)
     with untouched_rng(), _untouched_trainer(trainer), _training_mode(trainer, model):
-        return select_mask(model, sample, sample.loss, learning_rate=trainer.args.learning_rate)
+        return select_mask(model, sample, sample.loss, learning_rate=learning_rate)
 
 
 @contextmanager
@@ -147,12 +149,7 @@ def peft_model_of(trainer: Any) -> nn.Module:
 
 
 def has_mask(model: nn.Module) -> bool:
-    """Whether the active adapter holds any value already."""
+    """Whether the active adapter has a mask already."""
     from axolotl_spft.salience.install import adapted_layers
 
-    return any(
-        layer.spft_values[name].numel()
-        for layer in adapted_layers(model).values()
-        for name in layer.active_adapters
-        if name in layer.spft_values
-    )
+    return any(layer.has_values(name) for layer in adapted_layers(model).values() for name in layer.active_adapters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ MASK_OPTIONS = ("salience", "scope", "density_pattern", "min_density", "max_dens
                 "samples", "score_after", "repair", "seed")  # fmt: skip
 # as TRL names it
 _REFERENCE = "ref"
+# models whose reference is a copy that was made here
+_copied: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _ANEW = "leave `resume_from_checkpoint` out and set another `output_dir` to start anew"
 
 
@@ -39,22 +42,36 @@ def copy_to_reference(model: nn.Module) -> None:
         values = layer.spft_values[trained].detach().clone()
         layer.set_mask(_REFERENCE, layer.mask(trained), values, layer.originals(trained))
     record_mask(model.base_model, _REFERENCE, model.peft_config[trained].mask_source)
+    _copied.add(model)
 
 
-def refuse_trained_reference(trainer: Any, config: SpftConfig) -> None:
-    """Refuse a trainer of TRL's whose reference, the base without the adapter, would be trained beside it.
+def compares_with_a_copy(trainer: Any, model: nn.Module) -> bool:
+    """Whether the adapter to compare with is TRL's: trainers of other losses leave one of that name alone."""
+    return has_reference(model) and _compares_with_its_base(trainer)
+
+
+def check_reference(trainer: Any, model: nn.Module) -> None:
+    """Check that what a trainer of TRL's compares with is what TRL means, before anything is changed.
 
     Raises:
-        SpftError: the biases of the base are trained in place, and the reference is asked while they are.
+        SpftError: the reference is the base without the adapter, whose biases are trained in place while it is asked;
+            or the model has another adapter of the reference's name, which the copy would overwrite.
     """
-    if (
-        config.bias != "none"
-        and _compares_with_its_base(trainer)
-        and not getattr(trainer.args, "precompute_ref_log_probs", False)
-    ):
+    if not _compares_with_its_base(trainer):
+        return
+    config = model.peft_config[model.active_adapter]
+    if config.bias != "none" and not getattr(trainer.args, "precompute_ref_log_probs", False):
         raise SpftError(
             f"`bias: {config.bias}` trains the base model's own biases, and a {type(trainer).__name__} compares with "
             "that base, which would change as they do: leave `bias` out, or set `precompute_ref_log_probs: true`"
+        )
+    # TRL's own is empty, but where a config asks for random values
+    filled = any(layer.has_values(_REFERENCE) for layer in adapted_layers(model).values())
+    if filled and model not in _copied and model.peft_config[_REFERENCE].init_weights:
+        raise SpftError(
+            f"the model has an adapter `{_REFERENCE}` of its own, and a {type(trainer).__name__} gives that name to "
+            f"the copy of `{model.active_adapter}` that it compares with: save it, take it out by "
+            f'`model.delete_adapter("{_REFERENCE}")`, and load it under another name'
         )
 
 
@@ -94,7 +111,7 @@ def compare_with_repaired_start(trainer: Any, model: nn.Module) -> None:
 
 
 def has_reference(model: nn.Module) -> bool:
-    """Whether TRL's trainer has added an adapter to compare with."""
+    """Whether the model has an adapter of the name that TRL's trainers give the one to compare with."""
     return _REFERENCE in model.peft_config
 
 

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from axolotl_spft.config import RECORDED, SpftConfig
 from axolotl_spft.errors import SpftError
+from axolotl_spft.tuner.adapter_names import check_adapter_names
 from axolotl_spft.tuner.biases import hold_biases, let_go_of_biases, named_bias
 from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
@@ -115,6 +116,7 @@ class SpftModel(BaseTuner):
         config.awaited = {name: getattr(config, name) for name in RECORDED} if config.is_saved else None
         for name in RECORDED:
             setattr(config, name, None)
+        check_adapter_names(self.peft_config, model)
         settle_targets(config, model)
         self._tied = tied_modules(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -17,6 +17,7 @@ from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.linear import Delta, register_owner
 from axolotl_spft.ops.mask.csr import Mask, empty_mask
 from axolotl_spft.ops.reference import dense_delta
+from axolotl_spft.tuner.called import CalledLayer
 from axolotl_spft.tuner.deltas import Deltas
 from axolotl_spft.tuner.held_values import hold_values, note_deletion
 from axolotl_spft.tuner.merged_weight import MergedWeight
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from axolotl_spft.tuner.tied import TiedLayer
 
 
-class SparseLayer(nn.Module, BaseTunerLayer, Deltas, MergedWeight):
+class SparseLayer(nn.Module, CalledLayer, Deltas, MergedWeight):
     """A frozen W (out_features, in_features) and one sparse S of the same shape per adapter.
 
     A kind of layer adds its first adapter at the end of its ``__init__`` and has the forward pass.
@@ -171,7 +172,12 @@ class SparseLayer(nn.Module, BaseTunerLayer, Deltas, MergedWeight):
         """Give an adapter new positions, with the given values (nnz) or zeros; see `hold_values`.
 
         ``originals`` (nnz) are what a quantized weight was at these positions, for an adapter that repairs it.
+
+        Raises:
+            SpftError: the values are not as many as the mask's entries, or the adapter cannot have another mask now.
         """
+        if values is not None and values.numel() != mask.nnz:
+            raise SpftError(f"adapter `{adapter_name}`: {values.numel()} values for a mask of {mask.nnz}: give as many")
         if self.merged:
             raise SpftError("the mask cannot change while an adapter is merged: call unmerge_adapter() first")
         self.refuse_to_forget_originals(adapter_name, originals)
@@ -180,8 +186,7 @@ class SparseLayer(nn.Module, BaseTunerLayer, Deltas, MergedWeight):
             keep_resident(part)
         old = self.spft_values.get(adapter_name)
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if values is None:
-            values = torch.zeros(mask.nnz, dtype=old.dtype)
+        values = torch.zeros(mask.nnz, dtype=old.dtype) if values is None else values
         hold_values(self, adapter_name, values.to(device))
         mask = Mask(*(tensor.to(device) for tensor in mask))
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftError, SpftFileError, listed
+from axolotl_spft.tuner.called import CalledLayer
 from axolotl_spft.tuner.layer import multiply
 from axolotl_spft.tuner.mixed_batch import add_branches_, look_up_by_row_
 from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded
@@ -33,7 +33,7 @@ def no_longer_tied(names: Iterable[str], where: str) -> str:
     )
 
 
-class TiedLayer(nn.Module, BaseTunerLayer):
+class TiedLayer(nn.Module, CalledLayer):
     """A linear layer or an embedding that holds the W of another sparse layer, and computes with that one's S.
 
     It has no adapters of its own: they are chosen, merged, saved and deleted with the owner's.

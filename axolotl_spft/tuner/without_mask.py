@@ -34,6 +34,11 @@ def choosing_a_mask() -> Iterator[None]:
         _choosing = before
 
 
+def is_choosing() -> bool:
+    """Whether a pass runs that chooses a mask."""
+    return _choosing
+
+
 def refuse_training_without_mask(module: nn.Module, *_: Any) -> None:
     """A forward pre-hook of a model with sparse layers.
 

@@ -122,6 +122,15 @@ class WriteAhead:
             self._find_layers()
         return [layer for _, _, layer in self._places]
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a pass through the model runs."""
+        return bool(self._running)
+
+    def name_of(self, layer: nn.Module) -> str:
+        """Of a layer, in the model."""
+        return next((name for name, module in self._model.named_modules() if module is layer), "")
+
     def _find_layers(self) -> None:
         self._made = owners_made()
         self._places = [

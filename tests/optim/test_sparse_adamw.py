@@ -58,6 +58,29 @@ def test_low_precision_values_keep_a_float32_master():
     assert set(optimizers[1].state[full]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_values_that_something_else_sets_between_steps_stay_set(dtype, state_bits, transposed):
+    low = nn.Parameter(torch.ones(3, 4, dtype=dtype).t() if transposed else torch.ones(4, 3, dtype=dtype))
+    optimizer = SparseAdamW([low], lr=0.1, state_bits=state_bits)
+    for _ in range(3):
+        low.grad = torch.full_like(low, 0.5)
+        optimizer.step()
+    kept = optimizer.state[low]["master"].clone()
+    with torch.no_grad():
+        low[1].fill_(7)  # as a loaded state dict
+    low.data[2].mul_(-2)  # as averages do, which autograd does not see
+    wanted = low.detach().clone()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(low.detach(), wanted)
+    master = optimizer.state[low]["master"]
+    assert torch.equal(master[1:3], wanted[1:3].float())
+    # of the others it has more digits still
+    assert torch.equal(master[::3], kept[::3]) and not torch.equal(kept, kept.to(dtype).float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_loaded_state_continues_bit_for_bit(dtype, tmp_path):
     def run(parameter, optimizer, steps):

@@ -59,6 +59,24 @@ def test_steps_equal_the_reference_within_rounding(dtype, n, betas, into):
         assert torch.equal(weight.view(-1)[at.to(torch.int64)], (originals.float() + values.float()).to(weight.dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_that_something_else_set_are_their_own_master_from_then_on(dtype):
+    settings = 0.1, (0.9, 0.99), 1e-8, 0.2
+    found = []
+    for backend, device in (("triton", DEVICE), ("torch", "cpu")):
+        values, master, moments, step, _ = start(1500, dtype, False, device)
+        grad = torch.linspace(-1, 1, 1500, device=device).to(dtype)
+        adamw_low_precision_(values, grad, master, *moments, step, *settings, backend=backend)
+        before = master.clone()
+        values[5:1200:3] = 7
+        adamw_low_precision_(values, grad, master, *moments, step, 0.0, *settings[1:], backend=backend)
+        before[5:1200:3] = 7
+        assert torch.equal(master, before) and not torch.equal(master, master.to(dtype).float())
+        assert torch.equal(values, master.to(dtype))
+        found.append(master.cpu())
+    torch.testing.assert_close(*found, rtol=2e-6, atol=1e-8)
+
+
 def test_float32_values_are_their_own_master():
     values, _, moments, step, _ = start(77, torch.float32, False)
     expected, master, other, other_step, _ = start(77, torch.float32, False, "cpu")

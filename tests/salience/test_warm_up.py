@@ -64,12 +64,36 @@ def test_nothing_of_it_stays():
     assert same_weights(model.unload(), before[1])
 
 
-def test_an_error_in_it_leaves_an_empty_adapter():
-    model = get_peft_model(tiny_llama(), SpftConfig(score_after=3, samples=2))
-    with pytest.raises(SpftError, match="gave no loss"):
-        select_mask(model, [BATCHES[0], {"input_ids": BATCHES[0]["input_ids"]}], learning_rate=RATE)
-    assert all(layer.spft_values["default"].requires_grad for layer in adapted_layers(model).values())
+def failing(call: int, error: BaseException):
+    """A loss that ends in ``error`` at its so-many-th call."""
+    calls = iter(range(1, call + 1))
+
+    def loss(model, batch):
+        if next(calls) == call:
+            raise error
+        return model(**batch).loss
+
+    return loss
+
+
+@pytest.mark.parametrize("call", [2, 4], ids=["in the warm-up", "in the pass after it"])
+@pytest.mark.parametrize("error", [RuntimeError("no loss"), KeyboardInterrupt("stop")], ids=["error", "interrupt"])
+def test_an_error_leaves_an_empty_adapter_that_can_be_filled_again(call, error):
+    options = {"density": 0.05, "score_after": 2, "samples": 4}
+    model = get_peft_model(tiny_llama(), SpftConfig(**options))
+    layers = adapted_layers(model).values()
+    before = [layer.spft_values["default"] for layer in layers]
+    with pytest.raises(type(error), match=str(error)):
+        select_mask(model, BATCHES, failing(call, error), learning_rate=RATE)
+    assert all(layer.mask("default").nnz == 0 == layer.spft_values["default"].numel() for layer in layers)
+    # an optimizer that was made before the mask trains them still
+    assert all(layer.spft_values["default"] is values for layer, values in zip(layers, before))
+    assert all(values.requires_grad for values in before)
     select_mask(model, BATCHES, learning_rate=RATE)
+    undisturbed = get_peft_model(tiny_llama(), SpftConfig(**options))
+    select_mask(undisturbed, BATCHES, learning_rate=RATE)
+    assert chosen(model) == chosen(undisturbed)
+    assert all(layer.spft_values["default"] is values for layer, values in zip(layers, before) if values.numel())
 
 
 def test_an_iterator_is_read_again_from_its_first_batch():

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from axolotl_spft import SparseAdamW, SpftCallback, SpftConfig, select_mask
+from axolotl_spft import SparseAdamW, SpftCallback, SpftConfig, select_mask, step_unit
 from axolotl_spft.errors import SpftConfigError, SpftError
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of
@@ -127,6 +127,27 @@ def test_an_adapter_with_a_mask_keeps_it_and_eight_bits_and_foreign_optimizers_a
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
     assert figures(trainer)[2].any()
+
+
+def test_one_callback_prepares_every_trainer_and_two_prepare_one_once(tmp_path, capsys):
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.05, samples=4, relative_step=True))
+    callback, rates = SpftCallback(), []
+    for callbacks in ([callback], [callback], [callback, SpftCallback()]):
+        trainer = plain(tmp_path, model, callbacks)
+        trainer.args.learning_rate = 0.25
+        trainer.train()
+        assert type(trainer.optimizer.optimizer) is SparseAdamW
+        assert "RunRecord" in trainer.state.stateful_callbacks
+        logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        assert "spft/values_norm" in logged
+        rates.append(logged["learning_rate"])
+        trainer.train()  # once more: it is prepared already
+    assert rates == [pytest.approx(0.25 * step_unit(model))] * 3
+    assert capsys.readouterr().out.count("Memory per rank") == 3
+    late = plain(tmp_path, model, [])
+    late.add_callback(callback)
+    with pytest.raises(SpftError, match="came too late"):
+        late.train()
 
 
 def test_what_cannot_work_is_refused_in_a_sentence(tmp_path):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import Trainer
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from axolotl_spft import SpftCallback, SpftConfig, SpftError, select_mask, step_unit
 from axolotl_spft.salience.install import adapted_layers
-from axolotl_spft.trainer.learning_rate import settle_learning_rate
+from axolotl_spft.trainer.learning_rate import absolute_learning_rate
 from axolotl_spft.tuner.step_unit import squares_of_weights
 from tests.models import tiny_gpt2, tiny_llama
 from tests.trainer.test_callback import assert_same, figures, plain
@@ -52,6 +55,40 @@ def test_a_relative_rate_trains_as_the_absolute_one(tmp_path):
     assert rates[0] == pytest.approx(0.25 * unit)
 
 
+def first_rate(trainer) -> float:
+    return next(entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_arguments_of_one_run_serve_another(tmp_path):
+    arguments = plain(tmp_path).args
+    arguments.learning_rate = 0.25
+    for _ in range(2):
+        model = adapted(True, modules_to_save=["lm_head"])
+        trainer = plain(tmp_path, model)
+        trainer.args = arguments
+        trainer.train()
+        assert first_rate(trainer) == pytest.approx(0.25 * step_unit(model))
+    assert arguments.learning_rate == 0.25
+
+
+def test_a_pass_that_was_interrupted_has_not_changed_the_rate(tmp_path):
+    class Interrupted(Trainer):
+        calls = count(1)
+
+        def compute_loss(self, *args, **kwargs):
+            if next(self.calls) == 1:
+                raise KeyboardInterrupt
+            return super().compute_loss(*args, **kwargs)
+
+    model, other = adapted(True), plain(tmp_path)
+    trainer = Interrupted(model, other.args, train_dataset=other.train_dataset, callbacks=[SpftCallback()])
+    trainer.args.learning_rate = 0.25
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert first_rate(trainer) == pytest.approx(0.25 * step_unit(model))
+
+
 def test_the_warm_up_before_the_mask_has_the_relative_rate_too(tmp_path):
     # a rate of 0.25 instead of some 0.005 would move the weights out of all proportion
     trainers = []
@@ -85,7 +122,7 @@ def test_a_schedule_of_deepspeeds_file_has_a_rate_of_its_own(tmp_path):
     trainer.args.hf_deepspeed_config = HfTrainerDeepSpeedConfig({"scheduler": {"type": "WarmupLR"}})
     layers = adapted_layers(trainer.model)
     with pytest.raises(SpftError, match=r'the DeepSpeed file has a "scheduler" of its own'):
-        settle_learning_rate(
+        absolute_learning_rate(
             trainer, trainer.model.peft_config["default"], layers, squares_of_weights(layers), lambda _: None
         )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import weakref
 from contextlib import contextmanager
+from itertools import count
 
 import pytest
 import torch
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from axolotl_spft import SpftConfig, select_mask
+from axolotl_spft import SpftCallback, SpftConfig, select_mask
 from axolotl_spft.errors import SpftMemoryError
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of, select_mask_with_trainer
@@ -150,3 +151,25 @@ def test_out_of_memory_names_what_to_change(tmp_path, changes):
     assert not has_mask(model)
     memory.rows = 4
     select_mask_with_trainer(trainer, model)
+
+
+def test_an_interrupted_pass_after_a_warm_up_is_made_again(tmp_path):
+    class Interrupted(Trainer):
+        calls = count(1)
+
+        def compute_loss(self, *args, **kwargs):
+            if next(self.calls) == 5:  # 3 batches are the warm-up's step
+                raise KeyboardInterrupt
+            return super().compute_loss(*args, **kwargs)
+
+    plain = make_trainer(tmp_path)
+    config = SpftConfig(density=0.05, samples=12, score_after=1, modules_to_save=["lm_head"])
+    model = get_peft_model(tiny_llama(), config)
+    trainer = Interrupted(model, plain.args, train_dataset=rows(), callbacks=[SpftCallback()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not has_mask(model)
+    trainer.train()
+    layers = adapted_layers(model).values()
+    assert all(layer.mask("default").nnz == layer.values("default").numel() for layer in layers)
+    assert any(layer.values("default").any() for layer in layers)

@@ -15,7 +15,7 @@ from axolotl_spft.checkpoint.combine import combine
 from axolotl_spft.checkpoint.merge import merge
 from axolotl_spft.checkpoint.shira import write_shira
 from axolotl_spft.errors import SpftError, SpftFileError
-from axolotl_spft.trainer.saved_adapter import refuse_trained_reference
+from axolotl_spft.trainer.saved_adapter import check_reference
 from tests.checkpoint.saved import merged_in_memory
 from tests.models import logits, tiny_gpt2, tiny_llama, tiny_qwen2, token_batch, with_adapter
 
@@ -112,12 +112,13 @@ def test_rows_of_another_adapter_would_have_the_biases_too():
 
 def test_a_trainer_that_compares_with_the_base_is_refused():
     reference = SimpleNamespace(ref_model=None, beta=0.1, args=SimpleNamespace())
+    model = get_peft_model(tiny_qwen2(), SpftConfig(bias="all"))
     with pytest.raises(SpftError, match="`bias: all` trains the base model's own biases"):
-        refuse_trained_reference(reference, SpftConfig(bias="all"))
-    refuse_trained_reference(reference, SpftConfig())
-    refuse_trained_reference(SimpleNamespace(args=reference.args), SpftConfig(bias="all"))
+        check_reference(reference, model)
+    check_reference(reference, get_peft_model(tiny_qwen2(), SpftConfig()))
+    check_reference(SimpleNamespace(args=reference.args), model)
     reference.args.precompute_ref_log_probs = True
-    refuse_trained_reference(reference, SpftConfig(bias="all"))
+    check_reference(reference, model)
 
 
 def test_files_with_biases_are_merged_combined_and_not_converted(tmp_path):

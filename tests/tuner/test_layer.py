@@ -317,3 +317,11 @@ def test_loading_another_base_weight_moves_what_revert_puts_back():
     layer.load_state_dict({**copy.deepcopy(layer.state_dict()), "base_layer.weight": new})
     torch.testing.assert_close(layer(inputs()), reference(layer, inputs()))
     assert torch.equal(layer.get_base_weight(), new)
+
+
+def test_a_mask_with_another_number_of_values_is_refused():
+    layer = make_layer()
+    before = layer(inputs())
+    with pytest.raises(SpftError, match=r"adapter `default`: 3 values for a mask of 5"):
+        layer.set_mask("default", mask_from_positions(torch.arange(5), 7, 13), torch.ones(3))
+    assert torch.equal(layer(inputs()), before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,24 @@ def keeps_shapes_only() -> bool:
     hook = _checkpoint_hook()
     # selective checkpointing may count operations, which then must be those of the second pass
     return hook is not None and hook.startswith("_checkpoint_hook.") and not torch._C._len_torch_dispatch_stack()
+
+
+def checkpointed_pass() -> object | None:
+    """What stands for this pass of a checkpoint that is not reentrant, the first or the second; None outside of any."""
+    return _hooks()[0] if _checkpoint_hook() is not None else None
+
+
+def save(x: Tensor) -> Callable[[], Tensor]:
+    """Keep x for the backward pass, in which it is to be asked for once.
+
+    In a checkpoint that is not reentrant as autograd keeps it there: the first pass drops it, the second makes it
+    again, and must then save as many tensors as the first.
+    """
+    if checkpointed_pass() is None:
+        return lambda: x
+    pack, unpack = _hooks()
+    packed = pack(x)
+    return lambda: unpack(packed)
 
 
 def shape_only(x: Tensor, *shape: int) -> Tensor:
