@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 import torch
@@ -184,27 +184,30 @@ class BaseWeight:
                 return self._matrix_for_now(values, delta.mask)
         return nullcontext(self._oriented(self.stored_weight))
 
-    def plain_weight(self) -> Tensor:
-        """W as (out_features, in_features), to be read at once, of a weight that is made afresh for each use."""
-        return self._oriented(self._fresh_weight())
+    def plain_weight(self) -> AbstractContextManager[Tensor]:
+        """W as (out_features, in_features), to be read within the block; afterwards the weight is as before."""
+        if not self.in_place:
+            return nullcontext(self._oriented(self._fresh_weight()))
+        # within a backward pass that is also one of a forward pass with S, it holds that
+        return nullcontext(self._oriented(self.stored_weight)) if self._written is None else self._matrix_for_now()
 
     def _holds(self, values: Tensor, mask: Mask) -> bool:
         held = self._written
         return held is not None and _same(held.mask.columns, mask.columns) and _same(held.values, values)
 
     @contextmanager
-    def _matrix_for_now(self, values: Tensor, mask: Mask) -> Iterator[Tensor]:
-        with self._written_for_now(values, mask) as weight:
+    def _matrix_for_now(self, *delta: Any) -> Iterator[Tensor]:
+        with self._written_for_now(*delta) as weight:
             yield self._oriented(weight)
 
     @contextmanager
-    def _written_for_now(self, values: Tensor, mask: Mask) -> Iterator[Tensor]:
-        """Within the block the stored weight, which it yields, holds W + S."""
+    def _written_for_now(self, values: Tensor | None = None, mask: Mask | None = None) -> Iterator[Tensor]:
+        """Within the block the stored weight, which it yields, holds W + S, or W if no values are given."""
         with WRITING:
             held = self._written
             self.revert()
             try:
-                yield self._write(values.detach(), mask)
+                yield self.stored_weight.data if values is None else self._write(values.detach(), mask)
             finally:
                 self.revert()
                 if held is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -132,13 +132,12 @@ class ExpertMatrix(SparseLayer):
             What must be called in the backward pass before anything multiplies by the weight; None if nothing must.
         """
         names = self.adapters_to_apply()
-        if not names and not self._watchers:
-            yield None
-            return
         where, values = self.delta_of(names) if names else (None, None)
         if not names:
-            with self._given(values, where, self.stored_weight.detach(), one_by_one):
-                yield None
+            watched = bool(self._watchers)
+            with self._given(values, where, self.stored_weight.detach(), one_by_one) if watched else nullcontext():
+                # of another forward pass the same backward pass may have left W + S
+                yield self._revert_for_backward if self.in_place else None
         elif not self.in_place:
             with self._given(values, where, self._fresh_sum(values, where.mask), one_by_one):
                 yield None
@@ -186,6 +185,10 @@ class ExpertMatrix(SparseLayer):
             self._write(values, mask)
             written = self._written
         at_end_of_backward(lambda: self._revert_if(written))
+
+    def _revert_for_backward(self) -> None:
+        with WRITING:
+            self.revert()
 
     def _revert_if(self, written: object) -> None:
         with WRITING:

@@ -14,7 +14,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.linear import Delta, register_owner
+from axolotl_spft.ops.linear import Delta, owner_of, register_owner
 from axolotl_spft.ops.mask.csr import Mask, empty_mask
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.deltas import Deltas
@@ -326,9 +326,24 @@ class SparseLayer(nn.Module, BaseTunerLayer, Deltas, MergedWeight):
             refuse_layer_without_mask(self)
         return names
 
+    def reads_weight_again(self, x: Tensor) -> bool:
+        """Whether the backward pass of the base layer would read its weight, at a time when that may hold W + S.
+
+        Args:
+            x: what the base layer is to multiply.
+        """
+        return x.requires_grad and torch.is_grad_enabled() and may_hold_sum(self._owner)
+
     def extra_repr(self) -> str:
         counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())
         return ", ".join(filter(None, [quantization_extra_repr(self), f"nnz={{{counts}}}"]))
 
     def __repr__(self) -> str:
         return "spft." + super().__repr__()
+
+
+@torch.compiler.assume_constant_result
+def may_hold_sum(owner: int) -> bool:
+    """Whether the weight of a sparse layer holds W + S itself while any of its adapters computes."""
+    layer = owner_of(owner)
+    return layer.in_place and any(map(layer.has_values, layer.spft_columns))
