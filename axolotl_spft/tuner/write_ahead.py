@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from axolotl_spft.ops.linear import owners_made
 from axolotl_spft.ops.weight.sums import Sum, can_collect, collect_sums, restore_sums_, write_sums_
 from axolotl_spft.tuner.base_weight import WRITING, Written
+from axolotl_spft.tuner.deltas import MadeDelta
 from axolotl_spft.tuner.end_of_backward import at_end_of_backward
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 
@@ -25,7 +26,7 @@ class _Known(NamedTuple):
     layer: SparseLayer
     held: Written
     names: tuple[str, ...]
-    delta: tuple
+    delta: MadeDelta
     base_layer: nn.Module
     weights: dict[str, Tensor]
     weight_address: int
@@ -283,7 +284,7 @@ def _known(layer: SparseLayer) -> _Known | None:
     if len(names) != 1 or delta is None or not _may_be_written(layer, names):
         return None
     base_layer, weights = layer._modules["base_layer"], layer.get_base_layer()._parameters
-    parameters, mask = layer.spft_values._parameters, delta[0].mask
+    parameters, mask = layer.spft_values._parameters, delta.delta.mask
     values = parameters[names[0]].detach()
     if "weight" not in weights or not can_collect(weights["weight"], values):
         return None
