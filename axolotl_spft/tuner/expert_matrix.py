@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -141,7 +142,7 @@ class ExpertMatrix(SparseLayer):
         elif not self.in_place:
             with self._given(values, where, self._fresh_sum(values, where.mask), one_by_one):
                 yield None
-        elif self._holds(values, where.mask):
+        elif self._holds_for_this_pass(values, where.mask):
             # a part of the model that runs again in its backward pass
             with self._given(values, where, self.stored_weight.data, one_by_one):
                 yield partial(self._write_for_backward, values.detach(), where.mask, self.stored_weight.data_ptr())
@@ -182,7 +183,7 @@ class ExpertMatrix(SparseLayer):
                     "pass, which multiplies by what it held then: merge and move after backward()"
                 )
             self.revert()
-            self._write(values, mask)
+            self._write(values, mask, threads=(threading.get_ident(),))
             written = self._written
         at_end_of_backward(lambda: self._revert_if(written))
 
