@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -148,6 +149,15 @@ class WriteAhead:
             module.register_forward_hook(self._end_forward, always_call=True),
         ]
 
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """After the block no pass of the model runs in this thread: torch calls no hooks where an interrupt ends it."""
+        try:
+            yield
+        finally:
+            if _key(self._model) in self._running:
+                self._end(_key(self._model))
+
     def _begin_forward(self, module: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling():
             return
@@ -169,7 +179,8 @@ class WriteAhead:
         key = _key(owner)
         self._begin(key)
         try:
-            yield
+            with self.ended():
+                yield
         finally:
             self._end(key)
 
@@ -212,6 +223,8 @@ class WriteAhead:
         if self._paused:
             return
         with WRITING:
+            if self._running:
+                self._forget_dead_threads()
             outermost, thread = not self._running, threading.get_ident()
             self._running[key] = thread
             self._threads.add(thread)
@@ -239,6 +252,11 @@ class WriteAhead:
                 self._running.pop(key, None)
             self._threads.intersection_update(self._running.values())
 
+    def _forget_dead_threads(self) -> None:
+        """End forward passes of threads that an interrupt has ended."""
+        alive = sys._current_frames()
+        self._over([key for key, thread in self._running.items() if key[0] == thread and thread not in alive])
+
     def _deltas(self) -> int:
         return sum([len(layer._deltas) for _, _, layer in self._places])
 
@@ -264,6 +282,11 @@ class WriteAhead:
 
     def _keep(self, condition: Callable[[_Adapter], bool]) -> None:
         self._adapters = {names: adapter for names, adapter in self._adapters.items() if condition(adapter)}
+
+
+def passes_ended(ahead: WriteAhead | None) -> AbstractContextManager[None]:
+    """See `WriteAhead.ended`; nothing where nothing writes ahead, as in a model that torch compiles."""
+    return nullcontext() if ahead is None or torch.compiler.is_compiling() else ahead.ended()
 
 
 def _key(owner: object) -> tuple[int, int]:
