@@ -45,7 +45,7 @@ def _masks(modules: list[nn.Module], sparse: list[SparseLayer]) -> Iterator[Tens
 
 def _derived(sparse: list[SparseLayer]) -> Iterator[Tensor]:
     for layer in sparse:
-        for delta, places in layer._deltas.values():
+        for delta, places, *_ in layer._deltas.values():
             yield from (*delta.mask, *places)
             yield from (part for part in delta.plan if isinstance(part, Tensor))
 

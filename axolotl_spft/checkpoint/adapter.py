@@ -25,8 +25,9 @@ from axolotl_spft.files import atomic_path, check_safetensors
 from axolotl_spft.ops.mask.csr import Mask, problems_of
 from axolotl_spft.peft_type import SPFT
 from axolotl_spft.tuner.biases import FILE_PREFIX as BIASES
+from axolotl_spft.tuner.originals import problems_of_originals
 from axolotl_spft.tuner.record import FILE_KEY, read_record, record_to_tensor
-from axolotl_spft.tuner.state import ORIGINALS, problems_of_originals
+from axolotl_spft.tuner.state import ORIGINALS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

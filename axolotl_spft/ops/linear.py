@@ -54,9 +54,6 @@ class WeightOwner(Protocol):
     def effective_weight(self, values: Tensor, delta: Delta) -> AbstractContextManager[Tensor]:
         """W + S as (out_features, in_features), to be read within the block."""
 
-    def plain_weight(self) -> Tensor:
-        """W as (out_features, in_features), to be read at once."""
-
 
 _OWNERS: WeakValueDictionary[int, WeightOwner] = WeakValueDictionary()
 _numbers = itertools.count(1)
@@ -121,7 +118,8 @@ def _backward(
     return grad_x, grad_values
 
 
-def _bias_gradient(grad_y: Tensor) -> Tensor:
+def bias_gradient(grad_y: Tensor) -> Tensor:
+    """(features) of dY (..., features)."""
     return grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
 
 
@@ -154,29 +152,7 @@ class _EagerLinear(torch.autograd.Function):
         need_x, _, need_bias, need_values = ctx.needs_input_grad[:4]
         kept, values = ctx.saved_tensors
         grad_x, grad_values = _backward(grad_y, ctx.normed or kept, values, ctx.delta, ctx.owner, need_x, need_values)
-        return grad_x, None, _bias_gradient(grad_y) if need_bias else None, grad_values, None, None
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """A layer without any delta, which keeps nothing at all for backward."""
-
-    @staticmethod
-    def forward(ctx, x, bias, owner):
-        ctx.owner = owner
-        return linear(x, cast(owner.plain_weight(), x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y):
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = matmul(grad_y, cast(ctx.owner.plain_weight(), grad_y.dtype))
-        return grad_x, _bias_gradient(grad_y) if ctx.needs_input_grad[1] else None, None
-
-
-def frozen_linear(x: Tensor, bias: Tensor | None, owner: WeightOwner) -> Tensor:
-    """y = x W^T + b, asking ``owner`` for W again in the backward pass; shapes as in `sparse_linear`."""
-    return _FrozenLinear.apply(x, bias, owner)
+        return grad_x, None, bias_gradient(grad_y) if need_bias else None, grad_values, None, None
 
 
 # --- the same as custom ops, for torch.compile
@@ -255,7 +231,7 @@ def _op_gradients(ctx, grad_y: Tensor | None) -> tuple:
     return (
         grad_x if need_x else None,
         None,
-        _bias_gradient(grad_y) if need_bias else None,
+        bias_gradient(grad_y) if need_bias else None,
         grad_values if need_values else None,
         *others,
     )

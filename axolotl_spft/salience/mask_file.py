@@ -15,8 +15,9 @@ from torch import Tensor
 from axolotl_spft.errors import SpftFileError, first_of
 from axolotl_spft.files import atomic_path, check_safetensors, check_writable
 from axolotl_spft.ops.mask.csr import Mask, problems_of
+from axolotl_spft.tuner.originals import problems_of_originals
 from axolotl_spft.tuner.record import read_record
-from axolotl_spft.tuner.state import ORIGINALS, problems_of_originals
+from axolotl_spft.tuner.state import ORIGINALS
 
 _COLUMNS, _ROW_OFFSETS = ".spft_columns", ".spft_row_offsets"
 

@@ -10,9 +10,9 @@ for each use: dequantized or cloned, S added, dropped.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 import torch
@@ -35,11 +35,16 @@ WRITING = threading.RLock()
 
 
 class Written(NamedTuple):
-    """A sparse delta that a plain weight holds, and what stood at its entries before: each (nnz)."""
+    """A sparse delta that a plain weight holds, and what stood at its entries before: each (nnz).
+
+    Attributes:
+        threads: those for whose passes it is held until they are over; to any other thread it may be lost at once.
+    """
 
     values: Tensor
     mask: Mask
     originals: Tensor
+    threads: Collection[int] = ()
 
 
 class Writer(Protocol):
@@ -177,7 +182,7 @@ class BaseWeight:
             delta: where they stand. Between a forward pass and its backward pass another adapter may have been chosen,
                 or all disabled or merged.
         """
-        if not self._holds(values, delta.mask):
+        if not self._holds_for_this_pass(values, delta.mask):
             if self._undo_merge:
                 return nullcontext(self._oriented(self._sum_before_merges(values, delta.mask)))
             if not self.in_place:
@@ -185,42 +190,53 @@ class BaseWeight:
             writer = None if self._writer is None else self._writer()
             if writer is not None:
                 writer.write_for_backward()
-            if not self._holds(values, delta.mask):
+            if not self._holds_for_this_pass(values, delta.mask):
                 if writer is not None:
                     writer.tell_missing()
                 return self._matrix_for_now(values, delta.mask)
         return nullcontext(self._oriented(self.stored_weight))
 
-    def plain_weight(self) -> Tensor:
-        """W as (out_features, in_features), to be read at once, of a weight that is made afresh for each use."""
-        return self._oriented(self._fresh_weight())
+    def plain_weight(self) -> AbstractContextManager[Tensor]:
+        """W as (out_features, in_features), to be read within the block; afterwards the weight is as before."""
+        if not self.in_place:
+            return nullcontext(self._oriented(self._fresh_weight()))
+        # within a backward pass that is also one of a forward pass with S, it holds that
+        return nullcontext(self._oriented(self.stored_weight)) if self._written is None else self._matrix_for_now()
+
+    def _holds_for_this_pass(self, values: Tensor, mask: Mask) -> bool:
+        held = self._written
+        return held is not None and threading.get_ident() in held.threads and self._holds(values, mask)
 
     def _holds(self, values: Tensor, mask: Mask) -> bool:
+        """Whether the weight holds W + S: for as long as the caller has `WRITING`."""
         held = self._written
         return held is not None and _same(held.mask.columns, mask.columns) and _same(held.values, values)
 
     @contextmanager
-    def _matrix_for_now(self, values: Tensor, mask: Mask) -> Iterator[Tensor]:
-        with self._written_for_now(values, mask) as weight:
+    def _matrix_for_now(self, *delta: Any) -> Iterator[Tensor]:
+        with self._written_for_now(*delta) as weight:
             yield self._oriented(weight)
 
     @contextmanager
-    def _written_for_now(self, values: Tensor, mask: Mask) -> Iterator[Tensor]:
-        """Within the block the stored weight, which it yields, holds W + S."""
+    def _written_for_now(self, values: Tensor | None = None, mask: Mask | None = None) -> Iterator[Tensor]:
+        """Within the block the stored weight, which it yields, holds W + S, or W if no values are given."""
         with WRITING:
             held = self._written
+            if values is not None and self._holds(values, mask):
+                yield self.stored_weight.data
+                return
             self.revert()
             try:
-                yield self._write(values.detach(), mask)
+                yield self.stored_weight.data if values is None else self._write(values.detach(), mask)
             finally:
                 self.revert()
                 if held is not None:
                     self._write(held.values, held.mask, held)
 
-    def _write(self, values: Tensor, mask: Mask, again: Written | None = None) -> Tensor:
+    def _write(self, values: Tensor, mask: Mask, again: Written | None = None, threads: Collection[int] = ()) -> Tensor:
         # .data: autograd need not see a change that is gone before it looks; it sees one of the values by their version
         weight = self.stored_weight.data
-        written = again or Written(values, mask, weight.new_empty(values.numel()))
+        written = again or Written(values, mask, weight.new_empty(values.numel()), threads)
         write_sum_(weight, mask, written.originals, values, self.transposed)
         # past torch.nn.Module's own assignment, which takes as long as launching a kernel
         self.__dict__["_written"] = written

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,16 +14,36 @@ from axolotl_spft.ops.mask.plan import make_plan
 from axolotl_spft.tuner.originals import Originals
 
 
+class MadeDelta(NamedTuple):
+    """Where the values of some adapters together stand.
+
+    Attributes:
+        delta: of all.
+        places: for several adapters, where each one's values go in it.
+        sources: tensors of the masks that it was made from.
+        version: how often these had been changed in place then.
+    """
+
+    delta: Delta
+    places: tuple[Tensor, ...]
+    sources: Sequence[Tensor]
+    version: int
+
+    @property
+    def is_outdated(self) -> bool:
+        return _changes_in_place(self.sources) != self.version
+
+
 class Deltas(Originals):
     """Mixin of a tuner layer: one delta for any choice of its adapters, made when it is first asked for."""
 
     _owner: int
-    _deltas: dict[tuple[str, ...], tuple[Delta, tuple[Tensor, ...]]]
+    _deltas: dict[tuple[str, ...], MadeDelta]
 
     def delta_of(self, names: tuple[str, ...]) -> tuple[Delta, Tensor]:
         """Where the values of these adapters together stand, and the values: (nnz)."""
         have_delta(self._owner, names)
-        delta, places = self._deltas[names]
+        delta, places, *_ = self._deltas[names]
         if len(names) == 1:
             return delta, self.values(names[0])
         each = [self.values(name) for name in names]
@@ -53,8 +76,23 @@ class Deltas(Originals):
 
 @torch.compiler.assume_constant_result
 def have_delta(owner: int, names: tuple[str, ...]) -> None:
-    """Make the delta of these adapters if there is none yet: torch.compile runs this while it traces the layer."""
+    """Make the delta of these adapters if there is none yet, or their masks were changed in place.
+
+    torch.compile runs this while it traces the layer.
+    """
     # by its number: some versions of torch.compile take no module here
     layer = owner_of(owner)
-    if names not in layer._deltas:
-        layer._deltas[names] = layer._make_delta(names)
+    made = layer._deltas.get(names)
+    if made is not None and made.is_outdated:
+        # a kernel would read behind the end of what the plan of another mask has laid out
+        layer._forget_derived()
+        made = None
+    if made is None:
+        held = (part._buffers[name] for part in (layer.spft_columns, layer.spft_row_offsets) for name in names)
+        # torch does not count the changes of tensors that inference mode has made
+        sources = [tensor for tensor in held if not tensor.is_inference()]
+        layer._deltas[names] = MadeDelta(*layer._make_delta(names), sources, _changes_in_place(sources))
+
+
+def _changes_in_place(tensors: Sequence[Tensor]) -> int:
+    return sum([tensor._version for tensor in tensors])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -132,17 +133,16 @@ class ExpertMatrix(SparseLayer):
             What must be called in the backward pass before anything multiplies by the weight; None if nothing must.
         """
         names = self.adapters_to_apply()
-        if not names and not self._watchers:
-            yield None
-            return
         where, values = self.delta_of(names) if names else (None, None)
         if not names:
-            with self._given(values, where, self.stored_weight.detach(), one_by_one):
-                yield None
+            watched = bool(self._watchers)
+            with self._given(values, where, self.stored_weight.detach(), one_by_one) if watched else nullcontext():
+                # of another forward pass the same backward pass may have left W + S
+                yield self._revert_for_backward if self.in_place else None
         elif not self.in_place:
             with self._given(values, where, self._fresh_sum(values, where.mask), one_by_one):
                 yield None
-        elif self._holds(values, where.mask):
+        elif self._holds_for_this_pass(values, where.mask):
             # a part of the model that runs again in its backward pass
             with self._given(values, where, self.stored_weight.data, one_by_one):
                 yield partial(self._write_for_backward, values.detach(), where.mask, self.stored_weight.data_ptr())
@@ -183,9 +183,13 @@ class ExpertMatrix(SparseLayer):
                     "pass, which multiplies by what it held then: merge and move after backward()"
                 )
             self.revert()
-            self._write(values, mask)
+            self._write(values, mask, threads=(threading.get_ident(),))
             written = self._written
         at_end_of_backward(lambda: self._revert_if(written))
+
+    def _revert_for_backward(self) -> None:
+        with WRITING:
+            self.revert()
 
     def _revert_if(self, written: object) -> None:
         with WRITING:

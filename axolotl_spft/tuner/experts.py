@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -56,9 +57,13 @@ class SpftExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         matrices = self.matrices
         before_backward: list[Callable[[], None]] = []
+        thread = threading.get_ident()
         with ExitStack() as stack:
 
             def begin(module: nn.Module, _: Any) -> None:
+                if threading.get_ident() != thread:
+                    # the pass of another thread, which has a hook of its own
+                    return
                 if torch.is_grad_enabled() and any(matrix.is_used for matrix in matrices):
                     _check_implementation(module)
                 one_by_one = _takes_one_by_one(module)

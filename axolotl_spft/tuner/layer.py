@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from axolotl_spft.ops.backends.products import cast
 from axolotl_spft.ops.branch import add_sparse_branch
-from axolotl_spft.ops.linear import frozen_linear, sparse_linear
+from axolotl_spft.ops.frozen import frozen_linear
+from axolotl_spft.ops.linear import sparse_linear
 from axolotl_spft.tuner.base_weight import keep_dequantizable
 from axolotl_spft.tuner.mixed_batch import add_branches_
 from axolotl_spft.tuner.offloading import execution_device, is_offloaded
@@ -64,7 +65,7 @@ class SpftLinear(SparseLayer):
             self.revert()
             return add_branches_(self._base_output(x, *args, **kwargs), x, self, adapter_names)
         disabled, names = self._disable_adapters, self.adapters_to_apply()
-        if not names and (disabled or not self.keeps_gathered_weight):
+        if not names and (disabled or not self.keeps_gathered_weight) and not self.reads_weight_again(x):
             return self._base_output(x, *args, **kwargs)
         # the layer of another method inside multiplies W, and adds what is its own
         nested = isinstance(self._modules["base_layer"], BaseTunerLayer)
@@ -114,7 +115,7 @@ def multiply(
             kept = shared_input.keep(x, inputs, delta.plan)
         y = sparse_linear(inputs, kept, bias, values, delta, owner, owner._owner)
     else:
-        y = frozen_linear(inputs, bias, owner)
+        y = frozen_linear(inputs, bias, owner.out_features, owner, owner._owner)
     return y if autocast else cast(y, x.dtype)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from axolotl_spft.config import RECORDED, mask_option_names
 from axolotl_spft.engine.zero3 import is_partitioned
 from axolotl_spft.errors import SpftError, SpftFileError
-from axolotl_spft.optim.mask_changes import note_replacement
 from axolotl_spft.tuner.biases import take_biases
 from axolotl_spft.tuner.record import NAME, make_record, record_from_tensor, record_to_tensor
 from axolotl_spft.tuner.sparse_layer import SparseLayer
@@ -97,10 +96,6 @@ def _take_adapter(
         if not held:
             _remove(tuner, adapter_name)
         raise
-    if assign:
-        for layer in layers.values():
-            if layer.mask(adapter_name).nnz:
-                note_replacement(layer.spft_values[adapter_name], adapter_name)
     changed = [layer.take_mask(adapter_name, state_dict, f"{base}{name}.") for name, layer in layers.items()]
     source = expected["mask_source"]
     if record is not None and "mask_source" in record:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING, _get_submodules, get_quantization_kwargs
@@ -35,7 +36,7 @@ from axolotl_spft.tuner.targets import check_target, settle_targets, whole_names
 from axolotl_spft.tuner.tied import TiedLayer, mark_shared_weights, refuse_to_part, tied_modules
 from axolotl_spft.tuner.weighted_sum import add_weighted_adapter
 from axolotl_spft.tuner.without_mask import refuse_training_without_mask
-from axolotl_spft.tuner.write_ahead import WriteAhead
+from axolotl_spft.tuner.write_ahead import WriteAhead, passes_ended
 
 _SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.", ".spft_originals.")
 
@@ -189,13 +190,12 @@ class SpftModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # as PEFT has it since 0.21: the model's own hooks run whichever way leads to it
-        return self.model(*args, **kwargs)
+        with passes_ended(self._ahead):
+            return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, in which the weights are written once for all tokens."""
-        if self._ahead is None:
-            return self.model.generate(*args, **kwargs)
-        with self._ahead.running(self):
+        with nullcontext() if self._ahead is None else self._ahead.running(self):
             return self.model.generate(*args, **kwargs)
 
     def _write_ahead(self, model: nn.Module) -> None:
@@ -230,6 +230,8 @@ class SpftModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
         with ExitStack() as stack:
+            if not torch.compiler.is_compiling():
+                stack.enter_context(passes_ended(self._ahead))
             if adapter_names is not None:
                 stack.enter_context(adapters_by_row(self, spft_layers(self.model), adapter_names, args, kwargs))
                 if self._ahead is not None:

@@ -93,3 +93,10 @@ class Originals:
                 f"adapter `{replacing[0]}` repairs the quantized base and {self.merged_adapters} is merged already: "
                 "call unmerge_adapter() first, and merge all of them at once"
             )
+
+
+def problems_of_originals(originals: Tensor, nnz: int) -> list[str]:
+    """What makes the original weights of a repaired matrix unfit for ``nnz`` values; empty when nothing does."""
+    if not originals.is_floating_point() or tuple(originals.shape) != (nnz,):
+        return [f"original weights are {originals.dtype} {tuple(originals.shape)}, must be floating point ({nnz},)"]
+    return [] if torch.isfinite(originals).all() else ["an original weight is NaN or infinite"]

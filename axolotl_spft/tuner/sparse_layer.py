@@ -1,10 +1,10 @@
-"""What every sparse layer has: adapters' values and masks, state dicts, merging; the forward pass is its own."""
+"""What every sparse layer has: adapters' values and masks, merging; the forward pass is its own."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -14,21 +14,22 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftError
-from axolotl_spft.ops.linear import Delta, register_owner
+from axolotl_spft.ops.linear import owner_of, register_owner
 from axolotl_spft.ops.mask.csr import Mask, empty_mask
 from axolotl_spft.ops.reference import dense_delta
 from axolotl_spft.tuner.called import CalledLayer
-from axolotl_spft.tuner.deltas import Deltas
+from axolotl_spft.tuner.deltas import Deltas, MadeDelta
 from axolotl_spft.tuner.held_values import hold_values, note_deletion
+from axolotl_spft.tuner.layer_state import LayerState
 from axolotl_spft.tuner.merged_weight import MergedWeight
-from axolotl_spft.tuner.offloading import execution_device, fill_in, keep_resident, kept_quant_state, tensor_in
+from axolotl_spft.tuner.offloading import execution_device, keep_resident, kept_quant_state, tensor_in
 from axolotl_spft.tuner.without_mask import refuse_layer_without_mask
 
 if TYPE_CHECKING:
     from axolotl_spft.tuner.tied import TiedLayer
 
 
-class SparseLayer(nn.Module, CalledLayer, Deltas, MergedWeight):
+class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
     """A frozen W (out_features, in_features) and one sparse S of the same shape per adapter.
 
     A kind of layer adds its first adapter at the end of its ``__init__`` and has the forward pass.
@@ -100,22 +101,6 @@ class SparseLayer(nn.Module, CalledLayer, Deltas, MergedWeight):
         self._forget_derived()
         return super()._apply(fn, recurse)
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # before the base layer adds its weight: a state dict holds W and S, not W + S and S
-        self.revert()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """As torch's, with the tensors of an adapter that is offloaded as they are where they are kept."""
-        state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
-        for part in ("spft_values", "spft_columns", "spft_row_offsets", "spft_originals"):
-            fill_in(state_dict, f"{prefix}{part}.", self._modules[part])
-        return state_dict
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.revert()
-        super()._load_from_state_dict(*args, **kwargs)
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would cast the mask to the weight's dtype
         if adapter_name in self.spft_values:
@@ -139,7 +124,7 @@ class SparseLayer(nn.Module, CalledLayer, Deltas, MergedWeight):
         """Forget what was worked out from the masks and from where the tensors lie; called whenever one changes."""
         self._in_place = None
         # of the active adapters: where their values stand, and for several where each one's go in the union
-        self._deltas: dict[tuple[str, ...], tuple[Delta, tuple[Tensor, ...]]] = {}
+        self._deltas: dict[tuple[str, ...], MadeDelta] = {}
         for reader in self.readers:
             reader.forget()
 
@@ -221,24 +206,6 @@ class SparseLayer(nn.Module, CalledLayer, Deltas, MergedWeight):
             if isinstance(values, nn.Parameter) and not self.mask(adapter_name).nnz:
                 delattr(self.spft_values, adapter_name)
                 self.spft_values.register_buffer(adapter_name, values.detach())
-
-    def take_mask(self, adapter_name: str, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
-        """Install the mask of a checked ``state_dict`` where it differs from the adapter's own; whether it did."""
-        columns, row_offsets = (
-            state_dict[f"{prefix}{tensor}.{adapter_name}"] for tensor in ("spft_columns", "spft_row_offsets")
-        )
-        own = self.mask(adapter_name)
-        same = own.nnz == columns.numel() and all(
-            torch.equal(mine.to("cpu", torch.int64), new.to("cpu", torch.int64))
-            for mine, new in zip(own, (columns, row_offsets))
-        )
-        given = state_dict.get(f"{prefix}spft_originals.{adapter_name}")
-        if given is not None or adapter_name in self.spft_originals:
-            self.set_originals(adapter_name, None if given is None else given.clone())
-        if not same:
-            mask = Mask(columns.clone(), row_offsets.clone())
-            self.set_mask(adapter_name, mask, originals=self.originals(adapter_name))
-        return not same
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         # as PEFT's, past torch's look-ups and assignments: hundreds of layers do this when an adapter is chosen
@@ -331,9 +298,24 @@ class SparseLayer(nn.Module, CalledLayer, Deltas, MergedWeight):
             refuse_layer_without_mask(self)
         return names
 
+    def reads_weight_again(self, x: Tensor) -> bool:
+        """Whether the backward pass of the base layer would read its weight, at a time when that may hold W + S.
+
+        Args:
+            x: what the base layer is to multiply.
+        """
+        return x.requires_grad and torch.is_grad_enabled() and may_hold_sum(self._owner)
+
     def extra_repr(self) -> str:
         counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())
         return ", ".join(filter(None, [quantization_extra_repr(self), f"nnz={{{counts}}}"]))
 
     def __repr__(self) -> str:
         return "spft." + super().__repr__()
+
+
+@torch.compiler.assume_constant_result
+def may_hold_sum(owner: int) -> bool:
+    """Whether the weight of a sparse layer holds W + S itself while any of its adapters computes."""
+    layer = owner_of(owner)
+    return layer.in_place and any(map(layer.has_values, layer.spft_columns))

@@ -6,11 +6,11 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftFileError, first_of
 from axolotl_spft.ops.mask.csr import Mask, problems_of, slot_of
+from axolotl_spft.tuner.originals import problems_of_originals
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 
 TENSORS = ("spft_values", "spft_columns", "spft_row_offsets")
@@ -123,13 +123,6 @@ def check_state(
             f"{first_of(problems, '; ')}. Load it on the base model it was trained on, "
             "with an intact copy of the file"
         )
-
-
-def problems_of_originals(originals: Tensor, nnz: int) -> list[str]:
-    """What makes the original weights of a repaired matrix unfit for ``nnz`` values; empty when nothing does."""
-    if not originals.is_floating_point() or tuple(originals.shape) != (nnz,):
-        return [f"original weights are {originals.dtype} {tuple(originals.shape)}, must be floating point ({nnz},)"]
-    return [] if torch.isfinite(originals).all() else ["an original weight is NaN or infinite"]
 
 
 def _problems_of_shapes(recorded: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> list[str]:

@@ -98,7 +98,7 @@ class TiedLayer(nn.Module, CalledLayer):
                 return look_up_by_row_(y, x, owner, base_layer, adapter_names)
             return add_branches_(y, x, owner, adapter_names)
         names = owner.adapters_to_apply()
-        if not names:
+        if not names and not owner.reads_weight_again(x):
             return base_layer(x, *args, **kwargs)
         if isinstance(base_layer, nn.Embedding):
             return self.owner.look_up(x, base_layer, names)

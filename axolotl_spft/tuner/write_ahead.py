@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from axolotl_spft.ops.linear import owners_made
 from axolotl_spft.ops.weight.sums import Sum, can_collect, collect_sums, restore_sums_, write_sums_
 from axolotl_spft.tuner.base_weight import WRITING, Written
+from axolotl_spft.tuner.deltas import MadeDelta
 from axolotl_spft.tuner.end_of_backward import at_end_of_backward
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 
@@ -25,7 +27,7 @@ class _Known(NamedTuple):
     layer: SparseLayer
     held: Written
     names: tuple[str, ...]
-    delta: tuple
+    delta: MadeDelta
     base_layer: nn.Module
     weights: dict[str, Tensor]
     weight_address: int
@@ -110,9 +112,10 @@ class WriteAhead:
     def _forget(self) -> None:
         self._adapters: dict[tuple[tuple[str, ...], ...], _Adapter] = {}
         self._current: _Adapter | None = None
-        # forward passes by thread and module, backward passes by autograd's number
-        self._running: set[Hashable] = set()
-        self._last_backward = -1
+        # forward passes by thread and module, backward passes by thread and autograd's number: the thread of each
+        self._running: dict[tuple, int] = {}
+        # of these passes; what is written refers to it
+        self._threads: set[int] = set()
         self._missing = self._paused = False
 
     @property
@@ -155,13 +158,22 @@ class WriteAhead:
             module.register_forward_hook(self._end_forward, always_call=True),
         ]
 
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """After the block no pass of the model runs in this thread: torch calls no hooks where an interrupt ends it."""
+        try:
+            yield
+        finally:
+            if _key(self._model) in self._running:
+                self._end(_key(self._model))
+
     def _begin_forward(self, module: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        thread, key = threading.get_ident(), _key(module)
+        key = _key(module)
         if key in self._running:
             # an interrupt (Ctrl-C) has ended that pass without a call of the hook
-            self._running = {other for other in self._running if other[0] != thread}
+            self._over([each for each in self._running if each[0] == key[0]])
         self._begin(key)
 
     def _end_forward(self, module: nn.Module, *_: Any) -> None:
@@ -172,11 +184,12 @@ class WriteAhead:
     def running(self, owner: object) -> Iterator[None]:
         """Within the block, which may hold many forward passes, the weights are written once."""
         # the model within is not running yet: if it is listed, an interrupt has ended it
-        self._running.discard(_key(self._model))
+        self._over([_key(self._model)])
         key = _key(owner)
         self._begin(key)
         try:
-            yield
+            with self.ended():
+                yield
         finally:
             self._end(key)
 
@@ -195,10 +208,10 @@ class WriteAhead:
         number = torch._C._current_graph_task_id()
         if number == -1:
             return
+        key = ("backward", threading.get_ident(), number)
         with WRITING:
-            if number == self._last_backward or _is_captured():
+            if self._paused or key in self._running or _is_captured():
                 return
-            self._last_backward, key = number, ("backward", number)
             at_end_of_backward(lambda: self._end(key))
             self._begin(key)
 
@@ -215,21 +228,24 @@ class WriteAhead:
                 if known.layer._written is known.held:
                     known.layer.revert()
 
-    def _begin(self, key: Hashable) -> None:
+    def _begin(self, key: tuple) -> None:
         if self._paused:
             return
         with WRITING:
-            outermost = not self._running
-            self._running.add(key)
+            if self._running:
+                self._forget_dead_threads()
+            outermost, thread = not self._running, threading.get_ident()
+            self._running[key] = thread
+            self._threads.add(thread)
             if outermost or not self._is_held():
                 self.restore()
                 self._current = self._find()
                 if self._current is not None:
                     self._current.write()
 
-    def _end(self, key: Hashable) -> None:
+    def _end(self, key: tuple) -> None:
         with WRITING:
-            self._running.discard(key)
+            self._over([key])
             if self._running:
                 return
             self.restore()
@@ -238,6 +254,17 @@ class WriteAhead:
                 self._keep(lambda adapter: adapter is not self._current)
                 self._current = None
             self._missing = False
+
+    def _over(self, keys: Iterable[tuple]) -> None:
+        with WRITING:
+            for key in keys:
+                self._running.pop(key, None)
+            self._threads.intersection_update(self._running.values())
+
+    def _forget_dead_threads(self) -> None:
+        """End forward passes of threads that an interrupt has ended."""
+        alive = sys._current_frames()
+        self._over([key for key, thread in self._running.items() if key[0] == thread and thread not in alive])
 
     def _deltas(self) -> int:
         return sum([len(layer._deltas) for _, _, layer in self._places])
@@ -256,7 +283,7 @@ class WriteAhead:
             return max(due, key=lambda adapter: len(adapter.known))
         # so that tensors that nothing else uses any more are not kept alive
         self._keep(lambda adapter: adapter.all(_Known.is_where_it_was))
-        found = [known for known in map(_known, self.layers) if known is not None]
+        found = [known for layer in self.layers if (known := _known(layer, self._threads)) is not None]
         if not found:
             return None
         adapter = self._adapters[tuple(known.names for known in found)] = _Adapter(found, self._deltas())
@@ -264,6 +291,11 @@ class WriteAhead:
 
     def _keep(self, condition: Callable[[_Adapter], bool]) -> None:
         self._adapters = {names: adapter for names, adapter in self._adapters.items() if condition(adapter)}
+
+
+def passes_ended(ahead: WriteAhead | None) -> AbstractContextManager[None]:
+    """See `WriteAhead.ended`; nothing where nothing writes ahead, as in a model that torch compiles."""
+    return nullcontext() if ahead is None or torch.compiler.is_compiling() else ahead.ended()
 
 
 def _key(owner: object) -> tuple[int, int]:
@@ -286,16 +318,16 @@ def _may_be_written(layer: SparseLayer, names: tuple[str, ...]) -> bool:
     )
 
 
-def _known(layer: SparseLayer) -> _Known | None:
+def _known(layer: SparseLayer, threads: set[int]) -> _Known | None:
     names = layer._filled_active_adapters()
     delta = layer._deltas.get(names)
     if len(names) != 1 or delta is None or not _may_be_written(layer, names):
         return None
     base_layer, weights = layer._modules["base_layer"], layer.get_base_layer()._parameters
-    parameters, mask = layer.spft_values._parameters, delta[0].mask
+    parameters, mask = layer.spft_values._parameters, delta.delta.mask
     values = parameters[names[0]].detach()
     if "weight" not in weights or not can_collect(weights["weight"], values):
         return None
     weight = weights["weight"].detach()
-    held = Written(values, mask, weight.take(layer.storage_positions(mask)))
+    held = Written(values, mask, weight.take(layer.storage_positions(mask)), threads)
     return _Known(layer, held, names, delta, base_layer, weights, weight.data_ptr(), parameters, values.data_ptr())

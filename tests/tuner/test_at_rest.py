@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -216,6 +217,59 @@ def test_an_interrupted_pass_does_not_keep_old_values(two):
     twin.base_model._stop_writing_ahead()
     assert torch.equal(got, twin(x))
     assert all(map(torch.equal, base, bases(two)))
+
+
+@pytest.mark.parametrize("way", ["model", "tuner", "many passes"])
+def test_an_interrupt_leaves_nothing_in_the_weights(two, way):
+    base, x = bases(two), torch.randn(4, 5, device=DEVICE)
+    [two(x), two(x)]
+    second = two.base_model.model[1]
+    held = []
+
+    def interrupt(*_):
+        held.append(second._written is not None)
+        raise KeyboardInterrupt
+
+    handle = second.register_forward_pre_hook(interrupt)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        two.base_model._ahead.running(two) if way == "many passes" else nullcontext(),
+    ):
+        (two if way == "model" else two.base_model)(x)
+    handle.remove()
+    assert held == [True]
+    assert all(map(torch.equal, base, bases(two)))
+    with torch.no_grad():
+        for layer in adapted_layers(two).values():
+            layer.spft_values["default"].mul_(-2)
+    got = []
+    thread = threading.Thread(target=lambda: got.append(two(x)))
+    thread.start()
+    thread.join()
+    assert torch.equal(got[0], two(x))
+    assert all(map(torch.equal, base, bases(two)))
+
+
+def test_a_thread_that_was_interrupted_and_is_gone_holds_nothing(two):
+    """A pass of the inner model, around which only torch's hooks run, and those not when it is interrupted."""
+    base, x = bases(two), torch.randn(4, 5, device=DEVICE)
+    [two(x), two(x)]
+
+    def breaks_off():
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(two, x)
+
+    thread = threading.Thread(target=breaks_off)
+    thread.start()
+    thread.join()
+    with torch.no_grad():
+        for layer in adapted_layers(two).values():
+            layer.spft_values["default"].mul_(-2)
+    got = two(x)
+    assert all(map(torch.equal, base, bases(two)))
+    twin = copy.deepcopy(two)
+    twin.base_model._stop_writing_ahead()
+    assert torch.equal(got, twin(x))
 
 
 def gradients(model, loss):
