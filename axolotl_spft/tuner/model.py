@@ -22,6 +22,7 @@ from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.expert_targets import inject_parameters
 from axolotl_spft.tuner.experts import SpftExperts
+from axolotl_spft.tuner.fused_reading import stop_fused_reading
 from axolotl_spft.tuner.holders import release
 from axolotl_spft.tuner.layer import SpftLinear, mark_shared_inputs
 from axolotl_spft.tuner.load import take_state
@@ -130,6 +131,7 @@ class SpftModel(BaseTuner):
             hold_biases(self, adapter_name, trained=not config.inference_mode)
         mark_shared_weights(model)
         mark_shared_inputs(model)
+        stop_fused_reading(model)
         self._write_ahead(model)
         self._refuse_training_without_mask(model)
         # on the meta device, values are about to be loaded
