@@ -28,6 +28,7 @@ from axolotl_spft.ops.mask.csr import Mask, positions
 from axolotl_spft.ops.weight.dequantize import dequantize_4bit
 from axolotl_spft.ops.weight.scatter import add_at_, assign_sum_, restore_, write_sum_
 from axolotl_spft.ops.weight.stacked import as_matrix
+from axolotl_spft.tuner.holders import holds_alone, is_in_shared_memory
 from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded
 
 # held while weights are written or put back: a second thread must not take W + S for W
@@ -134,6 +135,12 @@ class BaseWeight:
         self.shared_weight = shared
         self._in_place = None
 
+    def stop_writing(self) -> None:
+        """Put W back, and write W + S into the weight no more: another model holds it too."""
+        with WRITING:
+            self.revert()
+            self._in_place = False
+
     def _may_hold_delta(self) -> bool:
         if self.quantization_backend is not None or self.shared_weight or is_deepspeed_zero3_enabled():
             return False
@@ -148,6 +155,8 @@ class BaseWeight:
             and not weight.is_meta
             # transformers does not yet know of ZeRO-3 while a saved adapter is loaded
             and not is_partitioned(weight)
+            and not is_in_shared_memory(weight)
+            and holds_alone(self)
         )
 
     def brought_in(self) -> AbstractContextManager[None]:

@@ -24,6 +24,8 @@ from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.expert_targets import inject_parameters
 from axolotl_spft.tuner.experts import SpftExperts
+from axolotl_spft.tuner.fused_reading import stop_fused_reading
+from axolotl_spft.tuner.holders import release
 from axolotl_spft.tuner.layer import SpftLinear, mark_shared_inputs
 from axolotl_spft.tuner.load import take_state
 from axolotl_spft.tuner.mixed_batch import adapters_by_row
@@ -36,7 +38,7 @@ from axolotl_spft.tuner.targets import check_target, settle_targets, whole_names
 from axolotl_spft.tuner.tied import TiedLayer, mark_shared_weights, refuse_to_part, tied_modules
 from axolotl_spft.tuner.weighted_sum import add_weighted_adapter
 from axolotl_spft.tuner.without_mask import refuse_training_without_mask
-from axolotl_spft.tuner.write_ahead import WriteAhead, passes_ended
+from axolotl_spft.tuner.write_ahead import WriteAhead
 
 _SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.", ".spft_originals.")
 
@@ -132,6 +134,7 @@ class SpftModel(BaseTuner):
             hold_biases(self, adapter_name, trained=not config.inference_mode)
         mark_shared_weights(model)
         mark_shared_inputs(model)
+        stop_fused_reading(model)
         self._write_ahead(model)
         self._refuse_training_without_mask(model)
         # on the meta device, values are about to be loaded
@@ -189,13 +192,14 @@ class SpftModel(BaseTuner):
         let_go_of_biases(self, adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # as PEFT has it since 0.21: the model's own hooks run whichever way leads to it
-        with passes_ended(self._ahead):
+        if self._ahead is None or torch.compiler.is_compiling():
+            return self.model(*args, **kwargs)
+        with self._ahead.ended():
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, in which the weights are written once for all tokens."""
-        with nullcontext() if self._ahead is None else self._ahead.running(self):
+        with self._ahead.running(self) if self._ahead else nullcontext():
             return self.model.generate(*args, **kwargs)
 
     def _write_ahead(self, model: nn.Module) -> None:
@@ -230,8 +234,8 @@ class SpftModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
         with ExitStack() as stack:
-            if not torch.compiler.is_compiling():
-                stack.enter_context(passes_ended(self._ahead))
+            if self._ahead is not None and not torch.compiler.is_compiling():
+                stack.enter_context(self._ahead.ended())
             if adapter_names is not None:
                 stack.enter_context(adapters_by_row(self, spft_layers(self.model), adapter_names, args, kwargs))
                 if self._ahead is not None:
@@ -310,6 +314,7 @@ class SpftModel(BaseTuner):
             handle.remove()
         for layer in spft_layers(self.model).values():
             layer.revert()
+            release(layer)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @classmethod

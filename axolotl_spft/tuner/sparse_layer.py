@@ -88,6 +88,8 @@ class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
     def __getstate__(self) -> dict:
         # reached by copy.deepcopy and pickling: a copy holds W, and is written by nothing that writes for this layer
         self.revert()
+        # pickling for another process moves the weight into memory that both have
+        self._in_place = None
         return {**self.__dict__, "_writer": None}
 
     def __setstate__(self, state: dict) -> None:

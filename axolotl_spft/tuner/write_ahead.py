@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -293,11 +293,6 @@ class WriteAhead:
         self._adapters = {names: adapter for names, adapter in self._adapters.items() if condition(adapter)}
 
 
-def passes_ended(ahead: WriteAhead | None) -> AbstractContextManager[None]:
-    """See `WriteAhead.ended`; nothing where nothing writes ahead, as in a model that torch compiles."""
-    return nullcontext() if ahead is None or torch.compiler.is_compiling() else ahead.ended()
-
-
 def _key(owner: object) -> tuple[int, int]:
     return threading.get_ident(), id(owner)
 
@@ -319,6 +314,8 @@ def _may_be_written(layer: SparseLayer, names: tuple[str, ...]) -> bool:
 
 
 def _known(layer: SparseLayer, threads: set[int]) -> _Known | None:
+    # the memory may be another than when the layer was asked last, which another model may hold too
+    layer.__dict__["_in_place"] = None
     names = layer._filled_active_adapters()
     delta = layer._deltas.get(names)
     if len(names) != 1 or delta is None or not _may_be_written(layer, names):
