@@ -26,7 +26,7 @@ gradient of the loss summed over the sample, `w` the weight, dequantized where i
 _CHOOSING = """
 ## Choosing
 
-**Density.** Start at 0.005 on a 7B model. A larger budget was better in the trial below, on Gemma (2%: by 0.010) and for `gradient`, hardly for `random` on SmolLM2, and costs little time: from 0.05% to 5% a step on a CPU went
+**Density.** Start at 0.005 on a 7B model. A larger budget was better in the trial below, on Gemma (2%: by 0.004) and for `gradient`, hardly for `random` on SmolLM2, and costs little time: from 0.05% to 5% a step on a CPU went
 from 1.04 to 1.15 of the limit, memory takes about 20 bytes a value ([records](../../integration/bench/README.md)). `axolotl spft plan config.yml` tells the bytes before a run.
 
 **Rate.** It decides more than the mask, and belongs to the metric. Its unit is rms(W) (0.005 / density)^0.75, with rms(W) the root mean square of the
@@ -35,13 +35,13 @@ rates a factor of three apart) the best rates of `random` are 0.05 to 0.16 of it
 costs more than too little: of `random` 0.5% on SmolLM2 three times the best rate 0.136 of loss, a third of it 0.029. `relative_step: true` reads `learning_rate` in this unit, so that
 0.1 or 0.01 is where to begin; try a third and three times of it. On a Llama that was pretrained for minutes (`make evidence`) both metrics want the same rate. Without the option the log says at the start how many units the rate is. Other rates
 (`embedding_lr`, `min_lr` of a schedule) stay absolute. In a loop of your own: `lr=0.1 * axolotl_spft.step_unit(model)`. A unit for each matrix instead of one for
-all made no difference (0.809 against 0.810 of loss, one seed). A comparison at LoRA's rate says little.
+all made little difference (0.823 against 0.827 of loss over three seeds, which differ by more). A comparison at LoRA's rate says little.
 
-**Metric and scope.** Each at its best rate, `random` has the lowest loss on the task of the masks of as many values on either model; on SmolLM2 `magnitude`, `balanced`, `lift` and `scope: row` are
-behind by 0.010 to 0.018, which is about what seeds differ by, then `fisher`, `gradient` and `scope: global`; on Gemma `gradient` is behind by 0.034. Gradient masks sit on few rows and columns.
+**Metric and scope.** Each at its best rate and over three seeds, `random` has the lowest loss on the task of the masks of as many values on either model; on SmolLM2 `magnitude` and `lift` are
+behind by 0.003 to 0.005, `scope: row`, `fisher` and `balanced` by 0.010 to 0.013, which is about what seeds differ by, then `gradient` and `scope: global` (0.021); on Gemma `gradient`, by layers or rows, is behind by 0.034. Gradient masks sit on few rows and columns.
 Beside LoRA of as many values `random` is level: ahead by 0.008 on SmolLM2 (on each of five seeds), on Gemma by 0.003 and by nothing without the seed that rates were chosen by; in 4 bits ahead by 0.008 on
-SmolLM2, behind by 0.005 on Gemma (three seeds). SHiRA, a random mask too, is level with both; PiSSA is ahead by 0.005 on SmolLM2 (three seeds) and behind by 0.030 on Gemma (one). At 2% LoRA of rank 8 is ahead by
-0.006 on SmolLM2 (three seeds) and behind by 0.018 on Gemma (one). Full fine-tuning of SmolLM2 ends at 0.812, where `random` is at 0.810 with this seed: more was not to be had. Of other text, for one and the same gain, `magnitude`,
+SmolLM2, behind by 0.005 on Gemma (three seeds). SHiRA, a random mask too, is level with both; PiSSA is ahead by 0.005 on SmolLM2 and behind by 0.030 on Gemma; DoRA was no better than LoRA. At 2% LoRA of rank 8 is ahead by
+0.006 on either model. Full fine-tuning of SmolLM2 ends at 0.819, `random` at 0.827: not much more was to be had. Of other text, for one and the same gain, `magnitude`,
 `lift`, `random` and LoRA forget nothing on SmolLM2 and `random` least on Gemma; masks by gradients pay on Python, on both models.
 `random` needs no salience pass, so no memory for it either. The examples for one GPU and the front page therefore write `salience: random` with its rate. `gradient`, the
 paper's choice, remains what a block without the key means, since its rates are ten times smaller: another default would silently train
@@ -68,7 +68,7 @@ docstrings of Python functions, 225 steps, one seed, rates tuned over four; held
 - A matrix that no gradient reached on the sample, that nothing calls, or that the run freezes gets nothing. Its share goes to the others, and the
   report names it once with the remedy: more `samples` for experts, `exclude_modules` for towers and poolers. Saliences that need no sample
   (`magnitude`, `lift`, `random`) read of it as much as shows that every matrix is used, mostly one batch.
-- `score_after: N` computes the salience after N optimizer steps of a throw-away warm-up of a random mask, of which nothing stays. Not under
+- `score_after: N` computes the salience after N optimizer steps of a throw-away warm-up of a random mask, of which nothing stays, however the pass ends. Not under
   ZeRO-3, and not with `grasp` and `synflow`, which are defined at the pretrained weights.
 - The sums of the pass are kept on the GPU where half of its free memory holds them, else on the host. `salience_memory_gib` sets another
   limit; for more than that, several passes over the same batches are made, with the same mask to the bit. Under `scope: global` and with

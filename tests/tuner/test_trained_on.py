@@ -52,12 +52,12 @@ def test_an_adapter_that_is_only_read_keeps_its_record_and_one_that_is_trained_o
 
 def test_a_sum_was_trained_on_what_all_of_its_adapters_were(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
-    for seed, kind in enumerate(("nf4", "nf4", "int8")):
-        with_adapter(load_quantized(tmp_path / "base", kind), seed, **OPTIONS).save_pretrained(tmp_path / f"{seed}")
-    model = PeftModel.from_pretrained(load_quantized(tmp_path / "base", "fp4"), tmp_path / "0", adapter_name="0")
-    for name in "12":
+    for seed, (name, kind) in enumerate({"a": "nf4", "b": "nf4", "c": "int8"}.items()):
+        with_adapter(load_quantized(tmp_path / "base", kind), seed, **OPTIONS).save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(load_quantized(tmp_path / "base", "fp4"), tmp_path / "a", adapter_name="a")
+    for name in "bc":
         model.load_adapter(tmp_path / name, name)
-    for names, expected in (("01", recorded(tmp_path / "0")), ("02", {})):
+    for names, expected in (("ab", recorded(tmp_path / "a")), ("ac", {})):
         model.add_weighted_adapter(list(names), [1.0, 0.5], names)
         model.save_pretrained(tmp_path, selected_adapters=[names])
         assert recorded(tmp_path / names) == expected
