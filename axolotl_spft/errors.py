@@ -44,3 +44,8 @@ def listed(names: Iterable[str]) -> str:
     """Names as a sentence has them: in order, the last two with "and"."""
     *first, last = sorted(names)
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, which may have many, or none."""
+    return str(error).strip().split("\n")[0]

@@ -18,7 +18,7 @@ from axolotl_spft.bench.contestant import Contestant, reason_to_leave_out, set_t
 from axolotl_spft.bench.methods import LeftOut
 from axolotl_spft.bench.options import Options
 from axolotl_spft.bench.shapes import model_config
-from axolotl_spft.errors import SpftError
+from axolotl_spft.errors import SpftError, first_line
 
 
 def compare(options: Options) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -78,7 +78,7 @@ def _in_this_process(name: str, options: Options) -> Contestant:
 
 
 def _does_not_fit(error: torch.OutOfMemoryError) -> str:
-    return f"it does not fit ({str(error).splitlines()[0]}); fewer methods, --isolate, --sequential or a 4-bit base may"
+    return f"it does not fit ({first_line(error)}); fewer methods, --isolate, --sequential or a 4-bit base may"
 
 
 @contextmanager

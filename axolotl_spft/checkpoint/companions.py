@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -75,7 +74,6 @@ def merged_config(
         tokenizer: the folder of the merged model's tokenizer, whose padding a new head needs where the base has none.
     """
     config = read_json_object(base / CONFIG, "copy the base model again")
-    config = copy.deepcopy(config)
     text, rows = _text_part(config, model), _rows_of_embeddings(model, shapes)
     for part in (config, text):
         if rows is not None and (part is text or "vocab_size" in part):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from axolotl_spft.checkpoint.adapter import read_json_object
-from axolotl_spft.errors import SpftFileError
+from axolotl_spft.errors import SpftFileError, first_line
 from axolotl_spft.files import check_safetensors
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -196,7 +196,7 @@ def find_checkpoint(
                 snapshot_download(str(name), revision=revision, allow_patterns=wanted, local_files_only=only_local)
             )
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             continue
         if not only_local or not weights or _has_weights(folder):
             if only_local and companions:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from axolotl_spft.errors import SpftFileError
+from axolotl_spft.errors import SpftFileError, first_line
 from axolotl_spft.ops.weight.stacked import shape_of
 from axolotl_spft.tuner.expert_targets import stacked_parameters
 from axolotl_spft.tuner.expert_weight import stores_transposed
@@ -44,13 +44,13 @@ def skeleton(
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise SpftFileError(f"{folder}: its config cannot be read ({str(error).splitlines()[0]})") from error
+        raise SpftFileError(f"{folder}: its config cannot be read ({first_line(error)})") from error
     missing, reason = list(modules), None
     for kind in _kinds(config, task_type):
         try:
-            model = _on_meta(getattr(transformers, kind), config, trust_remote_code)
+            model = on_meta(getattr(transformers, kind), config, trust_remote_code)
         except (ValueError, AttributeError, ImportError) as error:
-            reason = reason or str(error).splitlines()[0]
+            reason = reason or first_line(error)
             continue
         names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
         missing = [name for name in modules if name not in names]
@@ -77,7 +77,7 @@ def _with_labels(
     for labels in dict.fromkeys(trained[name][0] for name in wrong):
         other = copy.deepcopy(config)
         other.num_labels = labels
-        made = _on_meta(getattr(transformers, kind), other, trust_remote_code)
+        made = on_meta(getattr(transformers, kind), other, trust_remote_code)
         if len(found := _misfits(made, trained)) < len(wrong):
             best, wrong = made, found
     return best
@@ -89,7 +89,8 @@ def _misfits(model: nn.Module, trained: Mapping[str, tuple[int, ...]]) -> list[s
     return [name for name, shape in trained.items() if shape and shapes.get(name, shape) != shape]
 
 
-def _on_meta(kind: Any, config: Any, trust_remote_code: bool) -> nn.Module:
+def on_meta(kind: Any, config: Any, trust_remote_code: bool) -> nn.Module:
+    """A model of a class, or of the one that an auto class has for the config, without weights."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from axolotl_spft.errors import SpftError
+from axolotl_spft.errors import SpftError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,13 +42,15 @@ def make_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Mod
     """
     from transformers import AutoModelForCausalLM
 
+    from axolotl_spft.checkpoint.skeleton import on_meta
+
     text = config.get_text_config(decoder=True)
     remarks: tuple[str, ...] = ()
     if (kind := model_class(config)) is not None:
         try:
-            model = _on_meta(kind, config, trust_remote_code)
+            model = on_meta(kind, config, trust_remote_code)
         except (ImportError, ValueError) as error:
-            remarks = (f"Planned is the text model alone, as the whole cannot be made here ({_first_line(error)}).",)
+            remarks = (f"Planned is the text model alone, as the whole cannot be made here ({first_line(error)}).",)
         else:
             own = model.config.get_text_config(decoder=True)
             part = next((each for each in model.modules() if getattr(each, "config", None) is own), model)
@@ -59,17 +61,13 @@ def make_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Mod
     if type(text) not in AutoModelForCausalLM._model_mapping and not of_code:
         raise SpftError(f"the base model's configuration, a {type(text).__name__}, is not a causal language model's")
     try:
-        model = _on_meta(AutoModelForCausalLM, text, trust_remote_code)
+        model = on_meta(AutoModelForCausalLM, text, trust_remote_code)
     except (ImportError, ValueError) as error:
         raise SpftError(
-            f"the model of a {type(text).__name__} cannot be made here ({_first_line(error)}): install what it needs, "
+            f"the model of a {type(text).__name__} cannot be made here ({first_line(error)}): install what it needs, "
             "or pass `--shape` with a model of its size"
         ) from error
     return Model(model, model, text, remarks)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def model_class(config: PretrainedConfig) -> type | None:
@@ -84,12 +82,3 @@ def model_class(config: PretrainedConfig) -> type | None:
     if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return transformers.AutoModelForImageTextToText
     return getattr(transformers, _OTHERS.get(config.model_type, ""), None)
-
-
-def _on_meta(kind: Any, config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
-    import torch
-
-    with torch.device("meta"):
-        if hasattr(kind, "from_config"):
-            return kind.from_config(config, trust_remote_code=trust_remote_code)
-        return kind(config)

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import yaml
 
 from axolotl_spft.errors import SpftConfigError, SpftError
-from axolotl_spft.planning.bits import bits_of, method_of
+from axolotl_spft.planning.bits import base_bits
 from axolotl_spft.plugin.args import ADAPTER, check_run
 from axolotl_spft.plugin.deepspeed_json import read_deepspeed_json, zero_stage
 from axolotl_spft.plugin.quantization import run_dtype
 from axolotl_spft.plugin.salience_rules import asked_quantization, has_its_mask
 from axolotl_spft.plugin.target_rules import has_cut_cross_entropy
 from axolotl_spft.trainer.prepare import OPTIMIZERS
+from axolotl_spft.tuner.trained_on import method_of
 
 # keys with which the logits of a whole batch never exist
 _FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
@@ -152,7 +153,7 @@ def quantized(run: Settings, settings: Any) -> Settings:
     if settings is None:
         return run
     settings = settings if isinstance(settings, Mapping) else settings.to_dict()
-    bits, remarks = bits_of(settings), run.remarks
+    bits, remarks = base_bits(settings), run.remarks
     if bits is None:
         told = f"How many bits the base has, quantized by {method_of(settings)}, is not known: planned are "
         remarks = (*remarks, f"{told}{8 * run.dtype_bytes}.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from axolotl_spft.bench.shapes import SHAPES as BENCH_SHAPES
-from axolotl_spft.errors import SpftError
+from axolotl_spft.errors import SpftError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,7 +120,7 @@ def find_config(base_model: str, shape: str | None, trust_remote_code: bool = Fa
         try:
             return AutoConfig.from_pretrained(shape, trust_remote_code=trust_remote_code), shape
         except (OSError, ValueError) as error:
-            told = f"`--shape {shape}` is no model's config.json ({_first_line(error)})"
+            told = f"`--shape {shape}` is no model's config.json ({first_line(error)})"
             raise SpftError(told + (_TRUST if _is_of_code(error) else "")) from error
     try:
         found = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
@@ -129,7 +129,7 @@ def find_config(base_model: str, shape: str | None, trust_remote_code: bool = Fa
         if base_model in _HUB_NAMES:
             name = _HUB_NAMES[base_model]
             return _named(name), f"shape {name}, as {base_model}'s config.json cannot be had here"
-        told = f"`base_model: {base_model}`: its config.json cannot be had ({_first_line(error)})"
+        told = f"`base_model: {base_model}`: its config.json cannot be had ({first_line(error)})"
         if _is_of_code(error):
             raise SpftError(f"{told}{_TRUST}, or pass `--shape` with one of {', '.join(SHAPES)}") from error
         raise SpftError(f"{told}: pass `--shape` with the path of that file, or one of {', '.join(SHAPES)}") from error
@@ -137,10 +137,6 @@ def find_config(base_model: str, shape: str | None, trust_remote_code: bool = Fa
 
 def _is_of_code(error: Exception) -> bool:
     return "trust_remote_code" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _named(name: str) -> PretrainedConfig:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from accelerate.utils.memory import should_reduce_batch_size
 
 from axolotl_spft.engine.ranks import Ranks
-from axolotl_spft.errors import SpftError, SpftMemoryError
+from axolotl_spft.errors import SpftError, SpftMemoryError, first_line
 
 _MESSAGE = (
     "the salience pass ran out of memory ({}): lower `micro_batch_size` (or the rows of each batch), or "
@@ -36,9 +36,9 @@ def run_on_all_ranks(step: Callable[[], None], ranks: Ranks, sharded: bool) -> N
         failure = error
     if sharded:
         if failure is not None:
-            raise SpftError(_MESSAGE.format(_first_line(failure))) from failure
+            raise SpftError(_MESSAGE.format(first_line(failure))) from failure
     elif ranks.sum_numbers(int(failure is not None))[0]:
-        raise SpftMemoryError(_MESSAGE.format(_first_line(failure) if failure else "on another rank")) from failure
+        raise SpftMemoryError(_MESSAGE.format(first_line(failure) if failure else "on another rank")) from failure
 
 
 @contextmanager
@@ -50,8 +50,4 @@ def named_out_of_memory(ranks: Ranks) -> Iterator[None]:
         if not should_reduce_batch_size(error):
             raise
         kind = SpftError if ranks.world > 1 else SpftMemoryError
-        raise kind(_MESSAGE.format(_first_line(error))) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+        raise kind(_MESSAGE.format(first_line(error))) from error

@@ -90,13 +90,13 @@ def command(
 def _of_run(path: Path, base: str | None) -> dict:
     import yaml
 
-    from axolotl_spft.errors import SpftFileError
+    from axolotl_spft.errors import SpftFileError, first_line
     from axolotl_spft.plugin.streamed_merge import merge_arguments
 
     try:
         cfg = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpftFileError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+        raise SpftFileError(f"{path} is not YAML: {first_line(error)}") from error
     if not isinstance(cfg, dict):
         raise SpftFileError(f"{path} must be an Axolotl configuration, or name the folder of an adapter")
     return merge_arguments(cfg, str(path), base=base)

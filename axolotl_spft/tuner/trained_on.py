@@ -64,12 +64,17 @@ def bits_of(quantization: Mapping[str, Any] | None) -> int | None:
     return 4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else None
 
 
+def method_of(settings: Mapping[str, Any]) -> str:
+    """The name of the method of a ``quantization_config``, such as ``gptq``."""
+    method = settings.get("quant_method")
+    return str(getattr(method, "value", method)).lower()
+
+
 def _plain(settings: Any) -> dict[str, Any] | None:
     if settings is None:
         return None
     settings = settings if isinstance(settings, Mapping) else settings.to_dict()
-    method = settings.get("quant_method")
-    method = str(getattr(method, "value", method)).lower()
+    method = method_of(settings)
     if method != "bitsandbytes":
         return {"quant_method": method}
     plain = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
