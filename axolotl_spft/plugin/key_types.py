@@ -40,7 +40,13 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         (_is_name, "one name or folder: write it as a text, in quotes where it is a number"),
     ),
     **dict.fromkeys(
-        ("bnb_config_kwargs", "model_kwargs", "overrides_of_model_kwargs", "gradient_checkpointing_kwargs"),
+        (
+            "bnb_config_kwargs",
+            "model_kwargs",
+            "overrides_of_model_kwargs",
+            "overrides_of_model_config",
+            "gradient_checkpointing_kwargs",
+        ),
         (_is_block, "a block of keys, such as {key: value}"),
     ),
     "plugins": (_is_list, "a list, such as [axolotl_spft.SpftPlugin]"),

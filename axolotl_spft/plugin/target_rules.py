@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import AutoConfig
@@ -31,7 +31,7 @@ def problems_of_targets(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> l
             f"`bias: all` trains the base model's own biases, and `rl: {cfg['rl']}` compares with that base, which "
             "would change as they do: leave `bias` out, or set `precompute_ref_log_probs: true`"
         )
-    if (loss := fused_loss_of(cfg)) and (head := _targeted_head(cfg, options.get("target_modules"))):
+    if (loss := fused_loss_of(cfg)) and (head := _targeted_head(cfg, options)):
         problems.append(
             f"`{loss}` multiplies by the head's weight without calling the head, so that the values of "
             f"`target_modules: {head}` would miss the head's part of their gradient: leave one of the two out"
@@ -64,12 +64,26 @@ def has_cut_cross_entropy(cfg: Mapping[str, Any]) -> bool:
     return cfg.get("cut_cross_entropy") is not False and any("CutCrossEntropy" in plugin for plugin in plugins)
 
 
-def _targeted_head(cfg: Mapping[str, Any], targets: Any) -> str | None:
+def _targeted_head(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
     """The name or pattern in ``target_modules`` that takes the head, or an embedding that is tied to it."""
-    names = [*_HEADS, *(_EMBEDDINGS if _ties(cfg) else ())]
+    targets = options.get("target_modules") or ()
+    # of each group a model has one, which is the one that is left out if any is
+    groups = [_HEADS, _EMBEDDINGS] if _ties(cfg) else [_HEADS]
+    names = [name for group in groups if not any(_is_left_out(name, options) for name in group) for name in group]
     if isinstance(targets, str):
-        return targets if any(re.fullmatch(targets, name) for name in names) else None
-    return next((target for target in targets or () if any(f".{name}".endswith(f".{target}") for name in names)), None)
+        return targets if any(_takes(targets, name) for name in names) else None
+    return next((target for target in targets if any(_takes([target], name) for name in names)), None)
+
+
+def _is_left_out(name: str, options: Mapping[str, Any]) -> bool:
+    return any(_takes(options.get(key) or (), name) for key in ("exclude_modules", "modules_to_save"))
+
+
+def _takes(wanted: str | Iterable[str], name: str) -> bool:
+    """As PEFT matches: a pattern takes whole names, an entry of a list their ends."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(f".{name}".endswith(f".{entry}") for entry in wanted)
 
 
 def _ties(cfg: Mapping[str, Any]) -> bool:
@@ -77,7 +91,7 @@ def _ties(cfg: Mapping[str, Any]) -> bool:
     try:
         # with the defaults of the kind of model, which its file leaves out
         config = AutoConfig.for_model(**found)
-    except (TypeError, ValueError):
-        # of no kind that is known here: told when the model trains
+    except Exception:
+        # whatever is wrong with it is told when the model loads
         return bool(found.get("tie_word_embeddings"))
     return bool(getattr(config, "tie_word_embeddings", False))

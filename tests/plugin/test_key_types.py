@@ -24,6 +24,7 @@ WRONG = [
     ({"bnb_config_kwargs": "nf4", "load_in_4bit": True}, "`bnb_config_kwargs: nf4` must be a block of keys"),
     ({"model_kwargs": ["a"]}, "`model_kwargs: ['a']` must be a block of keys"),
     ({"model_kwargs": {"quantization_config": 4}}, "`model_kwargs: {quantization_config: 4}` must be a block of keys"),
+    ({"overrides_of_model_config": ["a"]}, "`overrides_of_model_config: ['a']` must be a block of keys"),
     ({"gradient_checkpointing_kwargs": True}, "`gradient_checkpointing_kwargs: True` must be a block of keys"),
     (
         {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}},

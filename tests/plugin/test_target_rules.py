@@ -68,3 +68,38 @@ def test_other_losses_and_targets_pass(tmp_path, config, loss, targets):
 def test_the_override_of_a_tie_counts(tmp_path):
     untied = {"overrides_of_model_config": {"tie_word_embeddings": False}}
     assert problems(tmp_path, TIED, LIGER, ["embed_tokens"], **untied) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "left_out", "refused"),
+    [
+        (UNTIED, r".*(_proj|lm_head)", {"exclude_modules": ["lm_head"]}, False),
+        (UNTIED, r".*(_proj|lm_head|embed_out)", {"exclude_modules": r"lm_\w+"}, False),
+        (UNTIED, r".*(_proj|lm_head)", {"modules_to_save": ["lm_head"]}, False),
+        (TIED, ["embed_tokens", "q_proj"], {"exclude_modules": ["model.embed_tokens"]}, False),
+        (TIED, r".*(_proj|embed_tokens)", {"exclude_modules": [], "modules_to_save": None}, True),
+        (UNTIED, ["lm_head"], {"exclude_modules": ["head", "my_lm_head", "embed_tokens"]}, True),
+        (UNTIED, ["lm_head"], {"exclude_modules": "head"}, True),
+        # a delta of the embedding is one of the head that is tied to it
+        (TIED, ["embed_tokens"], {"exclude_modules": ["lm_head"]}, True),
+        (TIED, ["lm_head"], {"exclude_modules": ["embed_tokens"]}, True),
+    ],
+)
+def test_a_head_that_is_left_out_is_not_targeted(tmp_path, config, targets, left_out, refused):
+    found = problems(tmp_path, config, LIGER, targets, spft={"target_modules": targets, **left_out})
+    assert len(found) == refused
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama", "hidden_size": "big"},
+        {"model_type": "llama", "num_hidden_layers": 2, "layer_types": ["x"]},
+        {"model_type": "llama", "rope_parameters": 3},
+        {"model_type": ["llama"]},
+    ],
+)
+def test_a_broken_config_of_the_model_is_left_to_its_loader(tmp_path, config):
+    assert problems(tmp_path, config, LIGER, ["embed_tokens"]) == []
+    tied = {**config, "tie_word_embeddings": True}
+    assert len(problems(tmp_path, tied, LIGER, ["embed_tokens"])) == 1
