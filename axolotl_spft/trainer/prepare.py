@@ -23,6 +23,7 @@ from axolotl_spft.trainer.fused_loss import refuse_fused_loss
 from axolotl_spft.trainer.learning_rate import absolute_learning_rate
 from axolotl_spft.trainer.memory import memory_of_run
 from axolotl_spft.trainer.model_card import keep_section_of_card
+from axolotl_spft.trainer.put_back import put_back_on_failure
 from axolotl_spft.trainer.reselection import add_reselections, check_reselect
 from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of, select_mask_with_trainer
 from axolotl_spft.trainer.saved_adapter import (
@@ -95,19 +96,20 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     say(f"Sparse mask: checksum {check_same_mask(model, ranks)[:16]} on all {ranks.world} ranks")
     if engine == "zero3":
         gather_what_layers_read(model)
-    if rate != trainer.args.learning_rate:
-        # of its own: other trainers may have been given the same ones
-        trainer.args = copy.copy(trainer.args)
-        trainer.args.learning_rate = rate
-    trainer.add_callback(RunRecord(ranks.world, engine, reselect))
-    if optimizer in OPTIMIZERS:
-        slots = slots_of(layers, model.active_adapter)
-        trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args, OPTIMIZERS[optimizer], slots)
-    watch_training(trainer, model, ranks, squares)
-    if reselect:
-        add_reselections(trainer, model, checkpoint, say)
-    keep_section_of_card(trainer)
-    _prepared.add(trainer)
+    with put_back_on_failure(trainer):
+        if rate != trainer.args.learning_rate:
+            # of its own: other trainers may have been given the same ones
+            trainer.args = copy.copy(trainer.args)
+            trainer.args.learning_rate = rate
+        trainer.add_callback(RunRecord(ranks.world, engine, reselect))
+        if optimizer in OPTIMIZERS:
+            slots = slots_of(layers, model.active_adapter)
+            trainer.optimizer_cls_and_kwargs = _optimizer(trainer.args, OPTIMIZERS[optimizer], slots)
+        watch_training(trainer, model, ranks, squares)
+        if reselect:
+            add_reselections(trainer, model, checkpoint, say)
+        keep_section_of_card(trainer)
+        _prepared.add(trainer)
 
 
 def is_prepared(trainer: Any) -> bool:
