@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import yaml
 from axolotl.utils.logging import get_logger
 
@@ -70,9 +71,12 @@ def merge_arguments(
 def _adapter_of(cfg: Mapping[str, Any]) -> str | None:
     """The folder of the adapter that the run has trained; before it has, of the one that it goes on from."""
     own, first = cfg.get("output_dir"), cfg.get("lora_model_dir")
+    return own if own and _is_finished(own) else first or own
+
+
+def _is_finished(folder: str) -> bool:
     # the configuration alone is there as soon as training begins
-    trained = own and all(Path(own, name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
-    return own if trained else first or own
+    return all(Path(folder, name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
 
 
 def _base_of(
@@ -124,6 +128,9 @@ def merge_instead(cfg: Any) -> bool:
 
     Returns:
         False where the base can only be merged in memory: files of another format, or a base that was saved quantized.
+
+    Raises:
+        SpftFileError: as `merge_arguments` says, or it is not told which of two adapters is to be merged.
     """
     from axolotl_spft.checkpoint.merge import merge
     from axolotl_spft.checkpoint.report import describe_merge
@@ -131,9 +138,7 @@ def merge_instead(cfg: Any) -> bool:
     # Axolotl has put both off for its merge in memory, and remembers one
     put_off = {"load_in_4bit": bool(cfg.get("_original_load_in_4bit"))}
     put_off["load_in_8bit"] = not put_off["load_in_4bit"] and _file_of(cfg).get("load_in_8bit") is True
-    # named for this merge, or put there by Axolotl because the file names none
-    named = cfg.lora_model_dir if cfg.lora_model_dir != _file_of(cfg).get("lora_model_dir") else None
-    arguments = merge_arguments({**cfg, **put_off}, "the configuration", adapter=named)
+    arguments = merge_arguments({**cfg, **put_off}, "the configuration", adapter=_named_for_the_merge(cfg))
     cfg.lora_model_dir = arguments["adapter_folder"]
     try:
         check_unquantized(Shards(find_checkpoint(arguments["base"], arguments["revision"])))
@@ -143,6 +148,23 @@ def merge_instead(cfg: Any) -> bool:
     # as Axolotl's own merge does, whose earlier ones have no mark
     LOG.info("%s", describe_merge(merge(**arguments, overwrite=True)))
     return True
+
+
+def _named_for_the_merge(cfg: Any) -> str | None:
+    """The adapter's folder that this merge, and not the run, names; None where there is none."""
+    first, own = _file_of(cfg).get("lora_model_dir"), cfg.output_dir
+    if cfg.lora_model_dir != first:
+        # an option, or put there by Axolotl because the file names none
+        return cfg.lora_model_dir
+    call = click.get_current_context(silent=True)
+    if call is not None and "lora_model_dir" in call.params:
+        return call.params["lora_model_dir"]
+    if first and own and Path(first).resolve() != Path(own).resolve() and _is_finished(first) and _is_finished(own):
+        raise SpftFileError(
+            f"{first} (`lora_model_dir`) and {own} (`output_dir`) both hold an adapter, and only the command line of "
+            f"`axolotl merge-lora` tells which is meant: run `axolotl spft merge {first}` or `axolotl spft merge {own}`"
+        )
+    return None
 
 
 def _file_of(cfg: Any) -> Mapping[str, Any]:
