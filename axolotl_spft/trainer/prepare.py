@@ -45,6 +45,8 @@ from axolotl_spft.tuner.tied import TiedLayer
 OPTIMIZERS = {"sparse_adamw": 32, "sparse_adamw_8bit": 8}
 
 _prepared: weakref.WeakSet[Any] = weakref.WeakSet()
+# whose adapter had no mask when they were first asked to train; a try that then failed may have given it one
+_began_empty: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say: Callable[[str], None]) -> None:
@@ -69,14 +71,16 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     refuse_fused_loss(trainer, model)
     check_reference(trainer, model)
     is_saved = has_mask(model)
+    if not is_saved:
+        _began_empty.add(trainer)
     reselect = model.peft_config[model.active_adapter].reselect is not None
     if reselect:
         check_reselect(trainer, model.peft_config[model.active_adapter], engine, optimizer in OPTIMIZERS)
-    if is_saved and compares_with_a_copy(trainer, model):
+    if trainer not in _began_empty and compares_with_a_copy(trainer, model):
         copy_to_reference(model)
     if checkpoint:
         install_checkpoint_mask(model, checkpoint)
-        if not is_saved:
+        if trainer in _began_empty:
             compare_with_repaired_start(trainer, model)
         if has_reference(model):
             # beside adapters in folders of their own transformers does not load the one that is trained
@@ -92,6 +96,7 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         say("Sparse mask: the one of the adapter that was loaded")
     else:
         say(str(select_mask_with_trainer(trainer, model, rate)))
+    if not checkpoint and trainer in _began_empty:
         compare_with_repaired_start(trainer, model)
     say(f"Sparse mask: checksum {check_same_mask(model, ranks)[:16]} on all {ranks.world} ranks")
     if engine == "zero3":

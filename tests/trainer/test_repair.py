@@ -121,3 +121,11 @@ def test_a_reference_that_would_be_another_one_is_refused(base, tmp_path):
     with pytest.raises(SpftError, match="compares with the base without any adapter"):
         compare_with_repaired_start(without, model)
     compare_with_repaired_start(SimpleNamespace(ref_model=None, beta=0.0, args=SimpleNamespace()), model)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_was_refused_once_is_refused_again(base, tmp_path, wrapped):
+    trainer = make("dpo", base, tmp_path, wrapped, precompute_ref_log_probs=True, max_steps=1, save_strategy="no")
+    for _ in range(2):
+        with pytest.raises(SpftError, match="has asked the reference before the base was repaired"):
+            trainer.train()
