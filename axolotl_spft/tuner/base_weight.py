@@ -31,7 +31,7 @@ from axolotl_spft.ops.weight.stacked import as_matrix
 from axolotl_spft.tuner.holders import holds_alone, is_in_shared_memory
 from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded
 
-# held while weights are written or put back: a second thread must not take W + S for W
+# held while weights are written or put back, and while experts compute: a second thread must not take W + S for W
 WRITING = threading.RLock()
 
 
@@ -263,12 +263,16 @@ class BaseWeight:
 
     def revert(self) -> None:
         """Put W back, bit for bit, where it holds W + S."""
-        written = self._written
-        if written is not None:
-            weight = self.stored_weight.data
-            # the weight may have been cast by itself
-            restore_(weight, written.mask, written.originals.to(weight.dtype), self.transposed)
-            self.__dict__["_written"] = None
+        if self._written is None:
+            return
+        # not while another thread multiplies by it
+        with WRITING:
+            written = self._written
+            if written is not None:
+                weight = self.stored_weight.data
+                # the weight may have been cast by itself
+                restore_(weight, written.mask, written.originals.to(weight.dtype), self.transposed)
+                self.__dict__["_written"] = None
 
     def _fresh_weight(self) -> Tensor:
         """A new tensor with W, in the layout of storage."""

@@ -140,7 +140,7 @@ class ExpertMatrix(SparseLayer):
             watched = bool(self._watchers)
             with self._given(values, where, self.stored_weight.detach(), one_by_one) if watched else nullcontext():
                 # of another forward pass the same backward pass may have left W + S
-                yield self._revert_for_backward if self.in_place else None
+                yield self.revert if self.in_place else None
         elif not self.in_place:
             with self._given(values, where, self._fresh_sum(values, where.mask), one_by_one):
                 yield None
@@ -200,10 +200,6 @@ class ExpertMatrix(SparseLayer):
                 held.passes.discard(backward)
                 if not held.passes:
                     self.revert()
-
-    def _revert_for_backward(self) -> None:
-        with WRITING:
-            self.revert()
 
     def _check_held(self, values: Tensor, mask: Mask) -> None:
         # a weight that was put back and written again since is held for other passes

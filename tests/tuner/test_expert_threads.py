@@ -166,6 +166,28 @@ def test_a_backward_pass_that_fails_leaves_w():
     assert same_weights(model, start)
 
 
+def test_weights_that_another_thread_saves_in_the_midst_of_a_forward_pass():
+    model = adapted("in place")
+    start, expected, saved = weights_of(model), logits(model), {}
+    over = threading.Event()
+
+    def saves():
+        saved.update(weights_of(model))
+        over.set()
+
+    other = threading.Thread(target=saves, daemon=True)
+
+    def save(_):
+        other.start()
+        over.wait(SOON)
+
+    with noted(model, save):
+        got = logits(model)
+    other.join(30)
+    assert torch.equal(got, expected)
+    assert saved.keys() == start.keys() and all(torch.equal(saved[name], start[name]) for name in start)
+
+
 def test_weights_that_another_thread_saves_in_the_midst_of_a_backward_pass():
     """Which are W: the backward pass has lost W + S then, and says so."""
     model = adapted("in place")
