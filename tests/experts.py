@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -95,3 +96,12 @@ EXPERT_MODELS: dict[str, Callable[..., nn.Module]] = {
     "gpt_oss": tiny_gpt_oss,
     "deepseek_v3": tiny_deepseek,
 }
+
+
+def four_bit_experts(model: nn.Module) -> nn.Module:
+    """The model, whose experts' weights bitsandbytes holds in 4 bits."""
+    bnb = pytest.importorskip("bitsandbytes.nn.parametrize")
+    for experts in [module for module in model.modules() if type(module).__name__.endswith("Experts")]:
+        for parameter in PARAMETERS:
+            bnb.replace_parameter_4bit(experts, parameter.removeprefix("experts."), quant_type="nf4")
+    return model

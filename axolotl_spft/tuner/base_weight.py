@@ -31,7 +31,7 @@ from axolotl_spft.ops.weight.stacked import as_matrix
 from axolotl_spft.tuner.holders import holds_alone, is_in_shared_memory
 from axolotl_spft.tuner.offloading import brought_in, execution_device, is_offloaded
 
-# held while weights are written or put back: a second thread must not take W + S for W
+# held while weights are written or put back, and while experts compute: a second thread must not take W + S for W
 WRITING = threading.RLock()
 
 
@@ -40,12 +40,18 @@ class Written(NamedTuple):
 
     Attributes:
         threads: those for whose passes it is held until they are over; to any other thread it may be lost at once.
+        passes: autograd's numbers of the backward passes that it is held for; None for as long as a block runs.
     """
 
     values: Tensor
     mask: Mask
     originals: Tensor
     threads: Collection[int] = ()
+    passes: set[int] | None = None
+
+    def is_for(self, backward: int) -> bool:
+        """Whether it is held until a backward pass is over."""
+        return self.passes is None or backward in self.passes
 
 
 class Writer(Protocol):
@@ -124,10 +130,12 @@ class BaseWeight:
     @property
     def in_place(self) -> bool:
         """Whether the weight may hold W + S itself."""
-        if self._in_place is None:
-            self._in_place = self._may_hold_delta()
+        # another thread may forget it at any time
+        in_place = self._in_place
+        if in_place is None:
+            in_place = self._in_place = self._may_hold_delta()
         # accelerate's hooks may come later, and what they bring in may be the only copy of W
-        return self._in_place and not is_offloaded(self.get_base_layer())
+        return in_place and not is_offloaded(self.get_base_layer())
 
     def share_weight(self, shared: bool) -> None:
         """Say whether another module uses the weight too."""
@@ -242,10 +250,12 @@ class BaseWeight:
                 if held is not None:
                     self._write(held.values, held.mask, held)
 
-    def _write(self, values: Tensor, mask: Mask, again: Written | None = None, threads: Collection[int] = ()) -> Tensor:
+    def _write(
+        self, values: Tensor, mask: Mask, again: Written | None = None, passes: set[int] | None = None
+    ) -> Tensor:
         # .data: autograd need not see a change that is gone before it looks; it sees one of the values by their version
         weight = self.stored_weight.data
-        written = again or Written(values, mask, weight.new_empty(values.numel()), threads)
+        written = again or Written(values, mask, weight.new_empty(values.numel()), passes=passes)
         write_sum_(weight, mask, written.originals, values, self.transposed)
         # past torch.nn.Module's own assignment, which takes as long as launching a kernel
         self.__dict__["_written"] = written
@@ -253,12 +263,16 @@ class BaseWeight:
 
     def revert(self) -> None:
         """Put W back, bit for bit, where it holds W + S."""
-        written = self._written
-        if written is not None:
-            weight = self.stored_weight.data
-            # the weight may have been cast by itself
-            restore_(weight, written.mask, written.originals.to(weight.dtype), self.transposed)
-            self.__dict__["_written"] = None
+        if self._written is None:
+            return
+        # not while another thread multiplies by it
+        with WRITING:
+            written = self._written
+            if written is not None:
+                weight = self.stored_weight.data
+                # the weight may have been cast by itself
+                restore_(weight, written.mask, written.originals.to(weight.dtype), self.transposed)
+                self.__dict__["_written"] = None
 
     def _fresh_weight(self) -> Tensor:
         """A new tensor with W, in the layout of storage."""

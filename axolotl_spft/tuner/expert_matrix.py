@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.ops.experts import ExpertMask, ExpertUse, Watcher, weight_in_graph
@@ -17,7 +15,14 @@ from axolotl_spft.ops.mask.csr import Mask
 from axolotl_spft.ops.weight.scatter import positions_in
 from axolotl_spft.tuner.base_weight import WRITING
 from axolotl_spft.tuner.end_of_backward import at_end_of_backward
-from axolotl_spft.tuner.expert_weight import is_parametrized, quantized_part, shape_in, stores_transposed
+from axolotl_spft.tuner.expert_weight import (
+    is_parametrized,
+    quantized_part,
+    replaced,
+    shape_in,
+    stores_transposed,
+    weight_in,
+)
 from axolotl_spft.tuner.offloading import execution_device
 from axolotl_spft.tuner.sparse_layer import SparseLayer
 
@@ -63,10 +68,7 @@ class ExpertMatrix(SparseLayer):
 
     @property
     def stored_weight(self) -> Tensor:
-        # past the property that torch's parametrization makes: within a forward pass it keeps what it is asked for
-        if is_parametrized(self.base_layer, self.parameter_name):
-            return self.base_layer.parametrizations[self.parameter_name]()
-        return super().stored_weight
+        return weight_in(self.base_layer, self.parameter_name)
 
     @property
     def weight_device(self) -> torch.device:
@@ -138,17 +140,13 @@ class ExpertMatrix(SparseLayer):
             watched = bool(self._watchers)
             with self._given(values, where, self.stored_weight.detach(), one_by_one) if watched else nullcontext():
                 # of another forward pass the same backward pass may have left W + S
-                yield self._revert_for_backward if self.in_place else None
+                yield self.revert if self.in_place else None
         elif not self.in_place:
             with self._given(values, where, self._fresh_sum(values, where.mask), one_by_one):
                 yield None
-        elif self._holds_for_this_pass(values, where.mask):
-            # a part of the model that runs again in its backward pass
-            with self._given(values, where, self.stored_weight.data, one_by_one):
-                yield partial(self._write_for_backward, values.detach(), where.mask, self.stored_weight.data_ptr())
         else:
             with self._written_for_now(values, where.mask) as weight, self._given(values, where, weight, one_by_one):
-                yield partial(self._write_for_backward, values.detach(), where.mask, weight.data_ptr())
+                yield partial(self._hold_for_backward, values.detach(), where.mask, weight.data_ptr())
 
     def _make_delta(self, names: tuple[str, ...]) -> tuple[ExpertMask, tuple[Tensor, ...]]:
         with torch.inference_mode(False), torch.no_grad():
@@ -170,57 +168,44 @@ class ExpertMatrix(SparseLayer):
             # the parameter itself holds W + S
             yield
             return
-        with _replaced(self.base_layer, self.parameter_name, given):
+        with replaced(self.base_layer, self.parameter_name, given):
             yield
 
-    def _write_for_backward(self, values: Tensor, mask: Mask, address: int) -> None:
+    def _hold_for_backward(self, values: Tensor, mask: Mask, address: int) -> None:
+        """Let the weight hold W + S until the backward pass that runs is over, and every other that needs it too."""
+        backward = torch._C._current_graph_task_id()
         with WRITING:
-            if self._holds(values, mask):
+            if self._holds_for(backward, values, mask):
                 return
-            if self._undo_merge or self.stored_weight.data_ptr() != address:
-                raise SpftError(
-                    f"{self.parameter_name} of the experts was merged or moved between a forward pass and its backward "
-                    "pass, which multiplies by what it held then: merge and move after backward()"
-                )
-            self.revert()
-            self._write(values, mask, threads=(threading.get_ident(),))
-            written = self._written
-        at_end_of_backward(lambda: self._revert_if(written))
-
-    def _revert_for_backward(self) -> None:
-        with WRITING:
-            self.revert()
-
-    def _revert_if(self, written: object) -> None:
-        with WRITING:
-            if self._written is written:
+            # first: whoever is interrupted here leaves W
+            at_end_of_backward(lambda: self._end_backward(backward))
+            if not self._holds(values, mask):
+                if self._undo_merge or self.stored_weight.data_ptr() != address:
+                    raise SpftError(
+                        f"{self.parameter_name} of the experts was merged or moved between a forward pass and its "
+                        "backward pass, which multiplies by what it held then: merge and move after backward()"
+                    )
                 self.revert()
+                self._write(values, mask, passes=set())
+            self._written.passes.add(backward)
+
+    def _holds_for(self, backward: int, values: Tensor, mask: Mask) -> bool:
+        held = self._written
+        return held is not None and held.is_for(backward) and self._holds(values, mask)
+
+    def _end_backward(self, backward: int) -> None:
+        with WRITING:
+            held = self._written
+            if held is not None and held.passes is not None:
+                held.passes.discard(backward)
+                if not held.passes:
+                    self.revert()
 
     def _check_held(self, values: Tensor, mask: Mask) -> None:
-        if not self._holds(values, mask):
+        # a weight that was put back and written again since is held for other passes
+        if not self._holds_for(torch._C._current_graph_task_id(), values, mask):
             raise SpftError(
                 f"{self.parameter_name} of the experts did not hold W + S while a backward pass multiplied by it: run "
-                "the backward passes of different adapters one after the other"
+                "the backward passes of different adapters one after the other, and choose, save, merge or move no "
+                "weights while another thread trains"
             )
-
-
-@contextmanager
-def _replaced(module: nn.Module, name: str, weight: object) -> Iterator[None]:
-    """Within the block the module's attribute is ``weight``; its parameter stays where it is."""
-    owner, kept = module, (id(module), name)
-    if is_parametrized(module, name):
-        # a property of the class, which asks this submodule
-        owner, name, weight = module.parametrizations[name], "forward", lambda held=weight: held
-    # torch keeps what a parametrized weight was as long as anybody asks it to
-    parametrize._cache.pop(kept, None)
-    # an attribute of the instance comes before torch's look-up of parameters, and before a method of the class
-    before = owner.__dict__.get(name)
-    owner.__dict__[name] = weight
-    try:
-        yield
-    finally:
-        parametrize._cache.pop(kept, None)
-        if before is None:
-            del owner.__dict__[name]
-        else:
-            owner.__dict__[name] = before

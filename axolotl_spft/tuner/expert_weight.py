@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 # classes of transformers that store (experts, in_features, out_features) without saying so
 _TRANSPOSED = ("Llama4TextExperts", "AriaGroupedExpertsGemm")
@@ -26,6 +28,52 @@ def is_parametrized(module: nn.Module, name: str) -> bool:
 def quantized_part(module: nn.Module, name: str) -> Tensor | None:
     """What is held of a parametrized parameter; None for a plain one."""
     return module.parametrizations[name].original if is_parametrized(module, name) else None
+
+
+def weight_in(module: nn.Module, name: str) -> Tensor:
+    """A parameter, computed if it is parametrized, whatever stands in its place (`replaced`)."""
+    if not is_parametrized(module, name):
+        return module._parameters[name]
+    # past the property that torch's parametrization makes: within a forward pass it keeps what it is asked for
+    parametrization = module.parametrizations[name]
+    given = parametrization.__dict__.get("forward")
+    return given.compute() if isinstance(given, _Given) else parametrization()
+
+
+@contextmanager
+def replaced(module: nn.Module, name: str, weight: object) -> Iterator[None]:
+    """Within the block the module finds ``weight`` in the place of a parameter, which itself stays where it is.
+
+    So do all threads that use the module: one at a time may.
+    """
+    owner, kept = module, (id(module), name)
+    if is_parametrized(module, name):
+        # a property of the class, which asks this submodule
+        owner, name = module.parametrizations[name], "forward"
+        weight = _Given(weight, owner.forward)
+    # torch keeps what a parametrized weight was as long as anybody asks it to
+    parametrize._cache.pop(kept, None)
+    # an attribute of the instance comes before torch's look-up of parameters, and before a method of the class
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = weight
+    try:
+        yield
+    finally:
+        parametrize._cache.pop(kept, None)
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+class _Given:
+    """In the place of a parametrization's own forward pass, ``compute``."""
+
+    def __init__(self, weight: object, compute: Callable[[], Tensor]):
+        self._weight, self.compute = weight, compute
+
+    def __call__(self) -> object:
+        return self._weight
 
 
 def shape_in(module: nn.Module, name: str) -> torch.Size:

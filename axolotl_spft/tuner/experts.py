@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_spft.errors import SpftError
+from axolotl_spft.tuner.base_weight import WRITING
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 
 # transformers' ways to compute experts, which are made of torch's functions and have every gradient
@@ -20,7 +20,8 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 class SpftExperts(nn.Module):
     """A module of experts, with a child of each targeted parameter's name that holds its sparse deltas.
 
-    The experts compute as their class does and as the model's ``experts_implementation`` says.
+    The experts compute as their class does and as the model's ``experts_implementation`` says. Forward passes of
+    several threads run one after the other.
 
     Args:
         base_layer: the module of the experts.
@@ -57,13 +58,10 @@ class SpftExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         matrices = self.matrices
         before_backward: list[Callable[[], None]] = []
-        thread = threading.get_ident()
-        with ExitStack() as stack:
+        # what stands in the place of the weights, and whether bitsandbytes keeps them, all threads see
+        with WRITING, ExitStack() as stack:
 
             def begin(module: nn.Module, _: Any) -> None:
-                if threading.get_ident() != thread:
-                    # the pass of another thread, which has a hook of its own
-                    return
                 if torch.is_grad_enabled() and any(matrix.is_used for matrix in matrices):
                     _check_implementation(module)
                 one_by_one = _takes_one_by_one(module)

@@ -18,7 +18,15 @@ from axolotl_spft.ops.weight.stacked import as_matrix
 from axolotl_spft.plugin.module_names import check_module_names
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
-from tests.experts import EXPERT_MODELS, N_EXPERTS, PARAMETERS, tiny_gpt_oss, tiny_mixtral, tiny_qwen2_moe
+from tests.experts import (
+    EXPERT_MODELS,
+    N_EXPERTS,
+    PARAMETERS,
+    four_bit_experts,
+    tiny_gpt_oss,
+    tiny_mixtral,
+    tiny_qwen2_moe,
+)
 from tests.models import logits, same_weights, tiny_llama, token_batch, weights_of, with_adapter
 
 
@@ -209,18 +217,9 @@ def test_a_frozen_adapter_lets_gradients_through():
 
 
 def test_four_bit_experts():
-    bnb = pytest.importorskip("bitsandbytes.nn.parametrize")
-
-    def quantized(make):
-        model = make()
-        for found in [m for m in model.modules() if type(m).__name__.endswith("Experts")]:
-            for name in ("gate_up_proj", "down_proj"):
-                bnb.replace_parameter_4bit(found, name, quant_type="nf4")
-        return model
-
     for make in (tiny_mixtral, tiny_gpt_oss):
-        dense = quantized(make)
-        model = adapted(lambda make=make: quantized(make))
+        dense = four_bit_experts(make())
+        model = adapted(lambda make=make: four_bit_experts(make()))
         layers = experts_of(model)
         assert len(layers) == 4
         with_delta = logits(model)

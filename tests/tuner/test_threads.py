@@ -11,12 +11,8 @@ from torch import nn
 
 from axolotl_spft import SpftConfig
 from axolotl_spft.salience.install import adapted_layers
-from tests.experts import PARAMETERS, tiny_mixtral
 from tests.interpreter import DEVICE
-from tests.models import logits, same_weights, weights_of, with_adapter
-
-# how long a thread may take for what it should not do at all
-SOON = 0.2
+from tests.threads import SOON, in_threads
 
 
 @pytest.fixture
@@ -24,15 +20,6 @@ def model():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     return get_peft_model(net, SpftConfig(density=0.4, target_modules=["0", "1"], init_weights=False)).to(DEVICE)
-
-
-def in_threads(*functions) -> None:
-    threads = [threading.Thread(target=function, daemon=True) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def reading(layer):
@@ -96,20 +83,6 @@ def test_outside_a_pass_a_thread_does_not_lose_what_the_pass_of_another_has_writ
 
     in_threads(passes, reads)
     assert torch.equal(got[0], expected)
-
-
-def test_experts_in_two_threads():
-    model = with_adapter(tiny_mixtral(num_hidden_layers=1), target_modules=[], target_parameters=PARAMETERS)
-    start, expected, got = weights_of(model), logits(model), []
-    ready = threading.Barrier(2)
-
-    def passes():
-        ready.wait(30)
-        got.extend(logits(model) for _ in range(10))
-
-    in_threads(passes, passes)
-    assert len(got) == 20 and all(torch.equal(each, expected) for each in got)
-    assert same_weights(model, start)
 
 
 def test_a_thread_that_trains_and_one_that_evaluates(model):
