@@ -20,8 +20,9 @@ from axolotl_spft.checkpoint.exactness import total
 from axolotl_spft.checkpoint.merged_weights import MergedWeights
 from axolotl_spft.checkpoint.output import MARK, MergeOutput
 from axolotl_spft.checkpoint.quantized import Quantizer
+from axolotl_spft.checkpoint.revision import find_base
 from axolotl_spft.checkpoint.shard_writer import is_written, write_shard
-from axolotl_spft.checkpoint.shards import INDEX_FILE, NAMES, Shards, find_checkpoint, size_bytes
+from axolotl_spft.checkpoint.shards import INDEX_FILE, NAMES, Shards, size_bytes
 from axolotl_spft.checkpoint.skeleton import module_shapes, skeleton
 from axolotl_spft.checkpoint.trained_base import choose_onto, trained_base
 from axolotl_spft.errors import SpftFileError
@@ -53,6 +54,7 @@ def merge(
         quantization: settings of the ``BitsAndBytesConfig`` that the base had in training, empty for none; by default
             those that the adapter records.
         dtype: that a base that was quantized was loaded in; see `trained_base`.
+        revision: of a base on the hub; see `find_base`.
         overwrite: whether the merged model may replace another one in ``output``, which is no earlier merge.
 
     Returns:
@@ -71,7 +73,8 @@ def merge(
     quantization, dtype = trained.quantization, trained.dtype
     repairs = count_entries(adapter_folder / WEIGHTS_FILE, f".{ORIGINALS}") > 0
     onto = choose_onto(onto, trained, repairs, adapter_folder)
-    base_folder = find_checkpoint(base_name, revision, companions=True)
+    found_base = find_base(adapter_folder, base_name, revision)
+    base_folder = found_base.folder
     target.check({"base model": base_folder})
     adapter, model = read_for(adapter_folder, base_folder, trust_remote_code)
     checkpoint = BaseCheckpoint(base_folder, model)
@@ -84,6 +87,7 @@ def merge(
     return {
         "output": str(output),
         "adapter": str(adapter_folder),
+        "base": found_base.summary(),
         "onto": onto,
         "files": list(checkpoint.shards.headers),
         "files_written": written,

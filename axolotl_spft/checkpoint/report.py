@@ -27,6 +27,9 @@ def describe_merge(report: dict) -> str:
                 + (", the quantization error of the base" if report["onto"] == "base" else "")
             )
     lines += _not_known(report["trained_on"])
+    commit, trained = (report["base"][key] for key in ("commit", "trained_commit"))
+    if trained and commit != trained:
+        lines.append(f"The adapter records the commit {trained} of its base; this is merged onto {commit}")
     return "\n".join(lines)
 
 

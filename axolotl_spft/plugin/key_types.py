@@ -40,8 +40,14 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         (_is_name, "one name or folder: write it as a text, in quotes where it is a number"),
     ),
     **dict.fromkeys(
-        ("bnb_config_kwargs", "gradient_checkpointing_kwargs", "model_kwargs", "overrides_of_model_kwargs",
-         "model_config", "overrides_of_model_config"),
+        (
+            "bnb_config_kwargs",
+            "gradient_checkpointing_kwargs",
+            "model_kwargs",
+            "overrides_of_model_kwargs",
+            "model_config",
+            "overrides_of_model_config",
+        ),
         (_is_block, "a block of keys, such as {key: value}"),
     ),
     "plugins": (_is_list, "a list, such as [axolotl_spft.SpftPlugin]"),

@@ -15,6 +15,7 @@ from axolotl.utils.schemas.model import ModelOutputConfig
 from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, read_json_object
 from axolotl_spft.checkpoint.base import check_unquantized
 from axolotl_spft.checkpoint.companions import CONFIG
+from axolotl_spft.checkpoint.revision import OtherCommitError, find_base
 from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
 from axolotl_spft.checkpoint.trained_base import recorded_base
 from axolotl_spft.errors import SpftFileError
@@ -136,7 +137,10 @@ def merge_instead(cfg: Any) -> bool:
     arguments = merge_arguments({**cfg, **put_off}, "the configuration", adapter=named)
     cfg.lora_model_dir = arguments["adapter_folder"]
     try:
-        check_unquantized(Shards(find_checkpoint(arguments["base"], arguments["revision"])))
+        base = find_base(arguments["adapter_folder"], arguments["base"], arguments["revision"])
+        check_unquantized(Shards(base.folder))
+    except OtherCommitError:
+        raise
     except SpftFileError as error:
         LOG.warning("Merging in memory: %s", error)
         return False
