@@ -112,5 +112,5 @@ def test_a_base_in_a_folder_has_no_commit(tmp_path):
 
 def test_a_damaged_record_of_a_commit_is_an_error(tmp_path, commits, monkeypatch):
     monkeypatch.setattr("axolotl_spft.tuner.load.trained_on", lambda *_: {"dtype": "float32", "commit": 3})
-    with pytest.raises(SpftFileError, match="record .* is damaged"):
+    with pytest.raises(SpftFileError, match=r"record .* is damaged"):
         recorded_base(_run_on(tmp_path, None))
