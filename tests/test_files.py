@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from axolotl_spft.errors import SpftFileError
-from axolotl_spft.files import atomic_path, check_safetensors
+from axolotl_spft.files import atomic_path, check_safetensors, write_json
 
 
 def test_the_file_appears_complete_in_a_new_folder(tmp_path):
@@ -40,3 +42,12 @@ def test_check_safetensors(tmp_path):
             check_safetensors(path)
     with pytest.raises(SpftFileError):
         check_safetensors(tmp_path / "absent")
+
+
+def test_json_is_written_whole(tmp_path):
+    path = tmp_path / "config.json"
+    write_json(path, {"a": "é"})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é"}
+    assert [each.name for each in tmp_path.iterdir()] == ["config.json"]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from axolotl_spft.checkpoint.adapter import CONFIG_FILE, read_json_object
-from axolotl_spft.checkpoint.tokenizer_files import PROCESSOR, TOKENIZER, tokenizer_of
-from axolotl_spft.files import atomic_path, copy_files
+from axolotl_spft.checkpoint.generation import GENERATION_CONFIG
+from axolotl_spft.checkpoint.run_config import CONFIG, with_changes
+from axolotl_spft.checkpoint.tokenizer_files import PROCESSOR, TOKENIZER, padding_of, tokenizer_of
+from axolotl_spft.files import copy_files
 
-CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
@@ -51,7 +52,7 @@ def remove_stale(folder: Path, names: Collection[str]) -> None:
     Args:
         names: what the new one has beside its weights.
     """
-    for name in {*TOKENIZER, *PROCESSOR, "generation_config.json", CONFIG_FILE}.difference(names):
+    for name in {*TOKENIZER, *PROCESSOR, GENERATION_CONFIG, CONFIG_FILE}.difference(names):
         if (folder / name).is_file():
             (folder / name).unlink()
 
@@ -63,8 +64,9 @@ def merged_config(
     untied: bool,
     heads: Collection[str],
     tokenizer: Path,
+    changes: Mapping[tuple[str, ...], Any] = {},
 ) -> dict:
-    """The ``config.json`` of a merged model: the base's, with what the adapter changed.
+    """The ``config.json`` of a merged model: the base's, with what the run and its adapter changed.
 
     Args:
         model: the model on the meta device, which has as many labels as were trained.
@@ -72,8 +74,9 @@ def merged_config(
         untied: whether weights that were tied have become different ones.
         heads: names of added parameters that are no untied weights.
         tokenizer: the folder of the merged model's tokenizer, whose padding a new head needs where the base has none.
+        changes: of the run's `axolotl_spft.checkpoint.run_config.RunConfig`.
     """
-    config = read_json_object(base / CONFIG, "copy the base model again")
+    config = with_changes(read_json_object(base / CONFIG, "copy the base model again"), changes)
     text, rows = _text_part(config, model), _rows_of_embeddings(model, shapes)
     for part in (config, text):
         if rows is not None and (part is text or "vocab_size" in part):
@@ -82,7 +85,7 @@ def merged_config(
             part["tie_word_embeddings"] = False
     if heads:
         config["architectures"] = [type(model).__name__]
-        padding = _padding(tokenizer, model)
+        padding = padding_of(tokenizer, model.config)
         if text.get("pad_token_id") is None and padding is not None:
             text["pad_token_id"] = padding
     if heads or model.config.num_labels != len(config.get("id2label") or PretrainedConfig().id2label):
@@ -107,21 +110,7 @@ def _text_part(config: dict, model: nn.Module) -> dict:
     return config
 
 
-def _padding(folder: Path, model: nn.Module) -> int | None:
-    """The number of the padding token of the tokenizer in a folder, if it has one that can be read."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False).pad_token_id
-    except Exception:
-        return None
-
-
 def _rows_of_embeddings(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     embeddings = model.get_input_embeddings()
     name = next((name for name, module in model.named_modules() if module is embeddings), None)
     return shapes.get(f"{name}.weight", (None,))[0]
-
-
-def write_json(path: Path, content: Mapping) -> None:
-    """Write a JSON object, complete or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -15,17 +15,20 @@ from tqdm import tqdm
 
 from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, read_adapter, read_config
 from axolotl_spft.checkpoint.base import BaseCheckpoint
-from axolotl_spft.checkpoint.companions import CONFIG, copy_companions, merged_config, write_json
+from axolotl_spft.checkpoint.companions import CONFIG, copy_companions, merged_config
 from axolotl_spft.checkpoint.exactness import total
+from axolotl_spft.checkpoint.generation import give_tokens
 from axolotl_spft.checkpoint.merged_weights import MergedWeights
 from axolotl_spft.checkpoint.output import MARK, MergeOutput
 from axolotl_spft.checkpoint.quantized import Quantizer
+from axolotl_spft.checkpoint.revision import find_base
+from axolotl_spft.checkpoint.run_config import RunConfig, config_of_run
 from axolotl_spft.checkpoint.shard_writer import is_written, write_shard
-from axolotl_spft.checkpoint.shards import INDEX_FILE, NAMES, Shards, find_checkpoint, size_bytes
+from axolotl_spft.checkpoint.shards import INDEX_FILE, NAMES, Shards, size_bytes
 from axolotl_spft.checkpoint.skeleton import module_shapes, skeleton
 from axolotl_spft.checkpoint.trained_base import choose_onto, trained_base
 from axolotl_spft.errors import SpftFileError
-from axolotl_spft.files import count_entries
+from axolotl_spft.files import count_entries, write_json
 from axolotl_spft.tuner.state import ORIGINALS
 
 _THREADS, _PIECE_BYTES, _PIECES = 4, 4096, 64
@@ -53,6 +56,7 @@ def merge(
         quantization: settings of the ``BitsAndBytesConfig`` that the base had in training, empty for none; by default
             those that the adapter records.
         dtype: that a base that was quantized was loaded in; see `trained_base`.
+        revision: of a base on the hub; see `find_base`.
         overwrite: whether the merged model may replace another one in ``output``, which is no earlier merge.
 
     Returns:
@@ -71,19 +75,24 @@ def merge(
     quantization, dtype = trained.quantization, trained.dtype
     repairs = count_entries(adapter_folder / WEIGHTS_FILE, f".{ORIGINALS}") > 0
     onto = choose_onto(onto, trained, repairs, adapter_folder)
-    base_folder = find_checkpoint(base_name, revision, companions=True)
+    found_base = find_base(adapter_folder, base_name, revision)
+    base_folder = found_base.folder
     target.check({"base model": base_folder})
     adapter, model = read_for(adapter_folder, base_folder, trust_remote_code)
+    of_run = config_of_run(adapter_folder, base_folder, model)
+    model = of_run.model
     checkpoint = BaseCheckpoint(base_folder, model)
     quantizer = Quantizer(quantization, model, dtype) if quantization else None
     merged = MergedWeights(checkpoint, adapter, quantizer, onto == "quantized")
-    mark = {MARK: _fingerprint(adapter_folder, checkpoint.shards, onto, quantization, dtype)}
+    mark = {MARK: _fingerprint(adapter_folder, checkpoint.shards, onto, quantization, dtype, of_run)}
     written = _write_files(checkpoint.shards, merged, target, mark)
-    _finish(checkpoint, merged, adapter, model, adapter_folder, target)
+    _finish(checkpoint, merged, adapter, of_run, adapter_folder, target)
     exactness = merged.exactness
     return {
         "output": str(output),
         "adapter": str(adapter_folder),
+        "base": found_base.summary(),
+        "config_of_run": of_run.summary(),
         "onto": onto,
         "files": list(checkpoint.shards.headers),
         "files_written": written,
@@ -147,7 +156,7 @@ def _finish(
     checkpoint: BaseCheckpoint,
     merged: MergedWeights,
     adapter: SavedAdapter,
-    model: torch.nn.Module,
+    of_run: RunConfig,
     adapter_folder: Path,
     output: MergeOutput,
 ) -> None:
@@ -157,7 +166,8 @@ def _finish(
         names = copy_companions(shards.folder, adapter_folder, staging)
         given = adapter.embeddings | adapter.whole | merged.additional
         shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
-        config = merged_config(shards.folder, model, shapes, merged.unties, merged.new, staging)
+        config = merged_config(shards.folder, of_run.model, shapes, merged.unties, merged.new, staging, of_run.changes)
+        give_tokens(staging, of_run.changes)
         write_json(staging / CONFIG, config)
         if shards.has_index:
             write_json(staging / INDEX_FILE, _index(shards, merged))
@@ -179,11 +189,19 @@ def _index(shards: Shards, merged: MergedWeights) -> dict:
 
 
 def _fingerprint(
-    adapter_folder: Path, shards: Shards, onto: str, quantization: Mapping, dtype: torch.dtype | None
+    adapter_folder: Path,
+    shards: Shards,
+    onto: str,
+    quantization: Mapping,
+    dtype: torch.dtype | None,
+    of_run: RunConfig,
 ) -> str:
     """SHA-256 over all that a merge depends on; of the base, the headers and samples of the data."""
     settings = sorted((key, str(value)) for key, value in quantization.items())
     digest = hashlib.sha256(json.dumps([1, onto, str(dtype), settings]).encode())
+    if of_run.changes:
+        # what is tied may be among them
+        digest.update(repr(sorted(of_run.changes.items())).encode())
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         with (adapter_folder / name).open("rb") as file:
             while piece := file.read(2**20):

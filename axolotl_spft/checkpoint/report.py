@@ -27,6 +27,13 @@ def describe_merge(report: dict) -> str:
                 + (", the quantization error of the base" if report["onto"] == "base" else "")
             )
     lines += _not_known(report["trained_on"])
+    if report["config_of_run"]["changed"]:
+        lines.append(f"As in the run: {', '.join(report['config_of_run']['changed'])} of the config")
+    if other := report["config_of_run"]["of_another_model"]:
+        lines.append(f"{other} is of another model than this, and was not read")
+    commit, trained = (report["base"][key] for key in ("commit", "trained_commit"))
+    if trained and commit != trained:
+        lines.append(f"The adapter records the commit {trained} of its base; this is merged onto {commit}")
     return "\n".join(lines)
 
 

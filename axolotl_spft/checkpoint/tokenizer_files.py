@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer, PretrainedConfig
+
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.files import copy_files
 
@@ -25,6 +27,18 @@ def tokenizer_of(folder: Path) -> dict[str, Path]:
     if not (folder / "tokenizer_config.json").is_file():
         return {}
     return {name: folder / name for name in (*TOKENIZER, *PROCESSOR) if (folder / name).is_file()}
+
+
+def padding_of(folder: Path, config: PretrainedConfig) -> int | None:
+    """The number of the padding token of the tokenizer in a folder, if it has one that can be read.
+
+    Args:
+        config: of the tokenizer's model.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False).pad_token_id
+    except Exception:
+        return None
 
 
 def hand_on_tokenizer(folders: Sequence[Path], target: Path) -> dict[str, Any]:

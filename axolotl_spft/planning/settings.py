@@ -12,6 +12,7 @@ from axolotl_spft.errors import SpftConfigError, SpftError
 from axolotl_spft.planning.bits import base_bits
 from axolotl_spft.plugin.args import ADAPTER, check_run
 from axolotl_spft.plugin.deepspeed_json import read_deepspeed_json, zero_stage
+from axolotl_spft.plugin.key_names import of_two_names, revision_of
 from axolotl_spft.plugin.quantization import run_dtype
 from axolotl_spft.plugin.salience_rules import asked_quantization, has_its_mask
 from axolotl_spft.plugin.target_rules import has_cut_cross_entropy
@@ -29,6 +30,8 @@ class Settings(NamedTuple):
 
     Attributes:
         base_model: the name or folder of the base model.
+        revision: the branch, tag or commit that it is of, on the hub.
+        overrides: what the run changes of its configuration.
         options: the block ``spft``.
         bits: of the base's linear weights: 16 (the run's dtype), 8 or 4.
         bits_are_fixed: whether the keys ``load_in_4bit`` and ``load_in_8bit`` change nothing about them.
@@ -75,6 +78,8 @@ class Settings(NamedTuple):
     chooses_mask: bool = True
     trust_remote_code: bool = False
     remarks: tuple[str, ...] = ()
+    revision: str | None = None
+    overrides: Mapping[str, Any] = {}
 
 
 def read_settings(path: Path, gpus: int | None) -> Settings:
@@ -139,6 +144,8 @@ def settings_of(cfg: Mapping[str, Any], gpus: int | None) -> Settings:
         offload_base=bool(zero.get("offload_param")),
         chooses_mask=not has_its_mask(cfg, options),
         trust_remote_code=bool(cfg.get("trust_remote_code")),
+        revision=revision_of(cfg),
+        overrides=of_two_names(cfg, "overrides_of_model_config") or {},
     )
     return quantized(run, asked_quantization(cfg))
 

@@ -99,13 +99,16 @@ class ModelShape(NamedTuple):
     remarks: tuple[str, ...] = ()
 
 
-def find_config(base_model: str, shape: str | None, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str]:
+def find_config(
+    base_model: str, shape: str | None, trust_remote_code: bool = False, revision: str | None = None
+) -> tuple[PretrainedConfig, str]:
     """The configuration of a base model, and where it came from.
 
     Args:
         base_model: a folder, or a name on the hub.
         shape: a name of `SHAPES`, or a ``config.json`` (the file or its folder), to be taken instead.
         trust_remote_code: whether code that comes with it may run.
+        revision: of ``base_model``, on the hub.
 
     Raises:
         SpftError: there is none.
@@ -123,7 +126,7 @@ def find_config(base_model: str, shape: str | None, trust_remote_code: bool = Fa
             told = f"`--shape {shape}` is no model's config.json ({first_line(error)})"
             raise SpftError(told + (_TRUST if _is_of_code(error) else "")) from error
     try:
-        found = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+        found = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code, revision=revision)
         return found, f"config.json of {base_model}"
     except (OSError, ValueError) as error:
         if base_model in _HUB_NAMES:

@@ -36,16 +36,17 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         (_is_whole, "a whole number, such as 2"),
     ),
     **dict.fromkeys(
-        ("base_model", "output_dir", "lora_model_dir", "revision_of_model"),
+        ("base_model", "output_dir", "lora_model_dir", "revision_of_model", "model_revision"),
         (_is_name, "one name or folder: write it as a text, in quotes where it is a number"),
     ),
     **dict.fromkeys(
         (
             "bnb_config_kwargs",
+            "gradient_checkpointing_kwargs",
             "model_kwargs",
             "overrides_of_model_kwargs",
+            "model_config",
             "overrides_of_model_config",
-            "gradient_checkpointing_kwargs",
         ),
         (_is_block, "a block of keys, such as {key: value}"),
     ),

@@ -100,7 +100,7 @@ class SpftPlugin(BasePlugin):
 
         from axolotl_spft.plugin.module_names import check_module_names
         from axolotl_spft.plugin.quantization import prepare_for_training
-        from axolotl_spft.plugin.saved_adapter import options_not_read
+        from axolotl_spft.plugin.saved_adapter import commit_not_trained_on, options_not_read
 
         config = _adapter_config(cfg, model)
         if not cfg.lora_model_dir:
@@ -116,11 +116,14 @@ class SpftPlugin(BasePlugin):
         if cfg.lora_model_dir:
             model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **autocast)
             saved = model.peft_config[model.active_adapter]
-            for warning in options_not_read(cfg.spft or {}, saved):
+            of_base = commit_not_trained_on(cfg, saved, getattr(model.config, "_commit_hash", None))
+            for warning in [*options_not_read(cfg.spft or {}, saved), *of_base]:
                 LOG.warning("%s", warning)
             # how it goes on is this run's choice, and what that reads is where this run has it
             saved.reselect, saved.repair_from = config.reselect, config.repair_from or saved.repair_from
             saved.relative_step = config.relative_step
+            if saved.base_model_name_or_path == cfg.base_model:
+                saved.revision = config.revision
         else:
             model = get_peft_model(model, config, **autocast)
         if cfg.merge_lora and getattr(model.base_model.model, "generation_config", None) is None:
@@ -195,4 +198,5 @@ def _adapter_config(cfg: Any, model: nn.Module):
     if task_type == TaskType.TOKEN_CLS:
         # PEFT trains the head whole, but says so only after it has chosen the targets, and the head among them
         options["modules_to_save"] = [*(options.get("modules_to_save") or []), *SEQ_CLS_HEAD_NAMES]
-    return SpftConfig(task_type=task_type, **options)
+    # PEFT's key of the base's branch, tag or commit, which its loaders read
+    return SpftConfig(task_type=task_type, revision=cfg.revision_of_model or None, **options)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from axolotl_spft.errors import SpftError
+from axolotl_spft.plugin.key_names import of_two_names
 
 
 def request_quantization(cfg: MutableMapping[str, Any]) -> None:
@@ -18,7 +19,7 @@ def request_quantization(cfg: MutableMapping[str, Any]) -> None:
     differs by the kind of model, which is not known yet, is left to `make_exceptions`.
     """
     wanted = "4bit" if cfg.get("load_in_4bit") else "8bit" if cfg.get("load_in_8bit") else None
-    model_kwargs = dict(cfg.get("model_kwargs") or cfg.get("overrides_of_model_kwargs") or {})
+    model_kwargs = dict(of_two_names(cfg, "overrides_of_model_kwargs") or {})
     if wanted is None or "quantization_config" in model_kwargs:
         return
     settings: dict[str, Any] = {"quant_method": "bitsandbytes", f"load_in_{wanted}": True}

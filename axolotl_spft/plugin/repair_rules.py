@@ -8,7 +8,8 @@ from typing import Any
 from axolotl_spft.checkpoint.base import check_unquantized
 from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
 from axolotl_spft.errors import SpftFileError
-from axolotl_spft.plugin.salience_rules import NOT_READABLE, config_of, kind_of_base
+from axolotl_spft.plugin.key_names import revision_of
+from axolotl_spft.plugin.salience_rules import NOT_READABLE, config_of_base, kind_of_base
 
 
 def problems_of_repair(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
@@ -34,7 +35,7 @@ def problems_of_repair(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> li
             f"{key} replaces entries of the weights, and those of a base quantized by {kind.upper()} cannot be read or "
             "replaced: leave it out, or name the unquantized model in `base_model` and set `load_in_4bit: true`"
         )
-    elif config_of(str(cfg.get("base_model") or "")).get("quantization_config") and not options.get("repair_from"):
+    elif config_of_base(cfg).get("quantization_config") and not options.get("repair_from"):
         problems.append(
             f"{key} reads the unquantized weights, and `base_model: {cfg['base_model']}` was saved quantized: name the "
             "model before it was quantized in `repair_from`"
@@ -61,9 +62,7 @@ def check_unquantized_weights(cfg: Mapping[str, Any]) -> None:
         return
     source = options.get("repair_from")
     try:
-        check_unquantized(
-            Shards(find_checkpoint(source or cfg["base_model"], None if source else cfg.get("revision_of_model")))
-        )
+        check_unquantized(Shards(find_checkpoint(source or cfg["base_model"], None if source else revision_of(cfg))))
     except SpftFileError as error:
         raise SpftFileError(
             f"`repair: {options['repair']}` reads the unquantized weights, but {error} (`repair_from`)"

@@ -9,6 +9,7 @@ from typing import Any
 
 from axolotl_spft.errors import SpftError
 from axolotl_spft.plugin.deepspeed_json import read_deepspeed_json, zero_stage
+from axolotl_spft.plugin.key_names import of_two_names, revision_of
 from axolotl_spft.salience.metrics.metric import OF_ALL_MATRICES, OF_WEIGHT, load_metric, problem_with_experts
 
 # kinds of quantized weights that can be multiplied but not read
@@ -77,23 +78,24 @@ def kind_of_base(cfg: Mapping[str, Any]) -> str | None:
     """How the base is quantized, as far as the keys and a config.json on this machine tell."""
     if cfg.get("gptq"):
         return "gptq"
-    found = asked_quantization(cfg) or config_of(str(cfg.get("base_model") or "")).get("quantization_config")
+    found = asked_quantization(cfg) or config_of_base(cfg).get("quantization_config")
     return str(found.get("quant_method")).lower() if isinstance(found, Mapping) else None
 
 
 def asked_quantization(cfg: Mapping[str, Any]) -> Any:
     """The settings that the model is loaded with, by Axolotl's general keys; None where it is not told."""
-    return (cfg.get("model_kwargs") or cfg.get("overrides_of_model_kwargs") or {}).get("quantization_config")
+    return (of_two_names(cfg, "overrides_of_model_kwargs") or {}).get("quantization_config")
 
 
-def config_of(base_model: str) -> Mapping[str, Any]:
-    """The config.json of a model on this machine; empty where there is none."""
+def config_of_base(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of the run's base model; empty where this machine has none."""
     from huggingface_hub import try_to_load_from_cache
 
+    base_model = str(cfg.get("base_model") or "")
     path: Any = Path(base_model, "config.json")
     try:
         if not path.is_file():
-            path = try_to_load_from_cache(base_model, "config.json")
+            path = try_to_load_from_cache(base_model, "config.json", revision=revision_of(cfg))
         found = json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, (str, Path)) else {}
     except (OSError, ValueError):
         # no name of a model, or no such file: said when the model loads

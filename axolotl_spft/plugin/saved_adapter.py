@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from axolotl.utils.schemas.enums import RLType
 
+from axolotl_spft.checkpoint.adapter import WEIGHTS_FILE
+from axolotl_spft.checkpoint.trained_base import recorded_base
 from axolotl_spft.config import SpftConfig
 from axolotl_spft.config_rules import BUDGETS
 from axolotl_spft.errors import SpftError
@@ -40,4 +43,22 @@ def options_not_read(options: Mapping[str, Any], saved: SpftConfig) -> list[str]
         f"`spft.{name}: {options[name]}` is not read beside `lora_model_dir`, whose adapter has {getattr(saved, name)}"
         for name in (*BUDGETS, *MASK_OPTIONS)
         if options.get(name) is not None and options[name] != getattr(saved, name)
+    ]
+
+
+def commit_not_trained_on(cfg: Any, saved: SpftConfig, commit: str | None) -> list[str]:
+    """A sentence where the base was loaded at another commit of the hub than the one of the adapter's training.
+
+    Args:
+        saved: the config of the adapter in ``lora_model_dir``.
+        commit: the one that was loaded, where that is known.
+    """
+    if saved.base_model_name_or_path != cfg.base_model or not Path(cfg.lora_model_dir, WEIGHTS_FILE).is_file():
+        return []
+    trained = recorded_base(cfg.lora_model_dir).get("commit")
+    if None in (trained, commit) or trained == commit:
+        return []
+    return [
+        f"the adapter in `lora_model_dir` was trained on the commit {trained} of {cfg.base_model}, and this is "
+        f"{commit}: set `revision_of_model: {trained}`, unless the weights are the same"
     ]

@@ -11,17 +11,20 @@ from typing import Any
 import click
 import yaml
 from axolotl.utils.logging import get_logger
+from axolotl.utils.schemas.model import ModelOutputConfig
 
 from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, read_json_object
 from axolotl_spft.checkpoint.base import check_unquantized
 from axolotl_spft.checkpoint.companions import CONFIG
+from axolotl_spft.checkpoint.revision import OtherCommitError, find_base
 from axolotl_spft.checkpoint.shards import Shards, find_checkpoint
 from axolotl_spft.checkpoint.trained_base import recorded_base
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.plugin.args import ADAPTER
+from axolotl_spft.plugin.key_names import revision_of
 from axolotl_spft.plugin.key_types import problems_of_kinds
 from axolotl_spft.plugin.quantization import make_exceptions, request_quantization, run_dtype
-from axolotl_spft.plugin.salience_rules import asked_quantization, config_of
+from axolotl_spft.plugin.salience_rules import asked_quantization, config_of_base
 from axolotl_spft.tuner.trained_on import DTYPES, SETTINGS, bits_of
 
 LOG = get_logger(__name__)
@@ -39,8 +42,7 @@ def merge_arguments(
         base: the unquantized base model, where it is not to be the one that ``cfg`` names.
 
     Raises:
-        SpftFileError: it is that of no sparse fine-tuning, does not say the adapter's folder or the base model, or a
-            value is of a wrong kind.
+        SpftFileError: it is that of no sparse fine-tuning, does not say the base model, or a value is of a wrong kind.
     """
     if cfg.get("adapter") != ADAPTER:
         raise SpftFileError(
@@ -52,9 +54,7 @@ def merge_arguments(
     if not cfg.get("base_model"):
         raise SpftFileError(f"{source}: `base_model` is missing: name the model that was trained")
     folder = adapter or _adapter_of(cfg)
-    if not folder:
-        raise SpftFileError(f"{source}: neither `lora_model_dir` nor `output_dir` says where the adapter is")
-    saved = config_of(str(cfg["base_model"])).get("quantization_config")
+    saved = config_of_base(cfg).get("quantization_config")
     saved = saved if isinstance(saved, Mapping) and saved.get("quant_method") == "bitsandbytes" else None
     # what an adapter repairs is told by the unquantized weights
     unquantized = base or (saved and (cfg.get("spft") or {}).get("repair_from"))
@@ -63,15 +63,16 @@ def merge_arguments(
         "output": Path(cfg.get("output_dir") or folder) / "merged",
         "base": unquantized or cfg["base_model"],
         **_base_of(cfg, source, folder, saved, base),
-        "revision": None if unquantized else cfg.get("revision_of_model"),
+        "revision": None if unquantized else revision_of(cfg),
         "trust_remote_code": bool(cfg.get("trust_remote_code")),
     }
 
 
-def _adapter_of(cfg: Mapping[str, Any]) -> str | None:
+def _adapter_of(cfg: Mapping[str, Any]) -> str:
     """The folder of the adapter that the run has trained; before it has, of the one that it goes on from."""
-    own, first = cfg.get("output_dir"), cfg.get("lora_model_dir")
-    return own if own and _is_finished(own) else first or own
+    own = cfg.get("output_dir") or ModelOutputConfig.model_fields["output_dir"].default
+    first = cfg.get("lora_model_dir")
+    return own if _is_finished(own) else first or own
 
 
 def _is_finished(folder: str) -> bool:
@@ -109,7 +110,7 @@ def _quantization(cfg: Mapping[str, Any], base: str | os.PathLike | None) -> dic
     if not settings:
         return {}
     settings = dict(settings)
-    folder = find_checkpoint(base or cfg["base_model"], None if base else cfg.get("revision_of_model"), weights=False)
+    folder = find_checkpoint(base or cfg["base_model"], None if base else revision_of(cfg), weights=False)
     model_config = read_json_object(folder / CONFIG, "copy it again")
     make_exceptions(
         SimpleNamespace(
@@ -141,7 +142,10 @@ def merge_instead(cfg: Any) -> bool:
     arguments = merge_arguments({**cfg, **put_off}, "the configuration", adapter=_named_for_the_merge(cfg))
     cfg.lora_model_dir = arguments["adapter_folder"]
     try:
-        check_unquantized(Shards(find_checkpoint(arguments["base"], arguments["revision"])))
+        base = find_base(arguments["adapter_folder"], arguments["base"], arguments["revision"])
+        check_unquantized(Shards(base.folder))
+    except OtherCommitError:
+        raise
     except SpftFileError as error:
         LOG.warning("Merging in memory: %s", error)
         return False

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from axolotl_spft.plugin.salience_rules import config_of
+from axolotl_spft.plugin.key_names import of_two_names
+from axolotl_spft.plugin.salience_rules import config_of_base
 
 # of Axolotl's kinds of training, those that ask the base model, without the adapter, what to compare with
 _COMPARING = ("dpo", "ipo", "kto")
@@ -87,7 +88,7 @@ def _takes(wanted: str | Iterable[str], name: str) -> bool:
 
 
 def _ties(cfg: Mapping[str, Any]) -> bool:
-    found = {**config_of(str(cfg.get("base_model") or "")), **(cfg.get("overrides_of_model_config") or {})}
+    found = {**config_of_base(cfg), **(of_two_names(cfg, "overrides_of_model_config") or {})}
     try:
         # with the defaults of the kind of model, which its file leaves out
         config = AutoConfig.for_model(**found)

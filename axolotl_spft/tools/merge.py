@@ -24,6 +24,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 @click.command()
 @click.argument("source", metavar="CONFIG_OR_ADAPTER", type=click.Path(exists=True, path_type=Path))
 @click.option("--base", help="The unquantized base model: a folder, or a name of the hub. The adapter records one.")
+@click.option(
+    "--revision", help="Branch, tag or commit of the base on the hub. The adapter records the commit, if it had one."
+)
 @click.option("--output", type=_FOLDER, help="Folder of the merged model. By default `merged` in the adapter's folder.")
 @click.option(
     "--onto",
@@ -51,7 +54,17 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that the base model brings.")
 @json_option
 def command(
-    source, base, output, onto, quantization, double_quantization, dtype, overwrite, trust_remote_code, as_json
+    source,
+    base,
+    revision,
+    output,
+    onto,
+    quantization,
+    double_quantization,
+    dtype,
+    overwrite,
+    trust_remote_code,
+    as_json,
 ) -> None:
     """Merge an adapter into its base model, file by file.
 
@@ -82,7 +95,7 @@ def command(
             arguments["dtype"] = DTYPES[dtype]
         arguments["trust_remote_code"] = trust_remote_code or arguments.get("trust_remote_code", False)
         arguments["overwrite"] = overwrite
-        given = {"base": base, "output": output, "onto": onto}
+        given = {"base": base, "revision": revision, "output": output, "onto": onto}
         report = merge(**arguments | {key: value for key, value in given.items() if value is not None})
     click.echo(json.dumps(report, indent=1) if as_json else describe_merge(report))
 

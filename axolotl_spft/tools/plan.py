@@ -39,7 +39,10 @@ def command(config: Path, gpus: int | None, gpu_memory: float, shape: str | None
     from axolotl_spft.planning.shapes import find_config, read_shape
 
     run = read_settings(config, gpus)
-    model_config, source = find_config(run.base_model, shape, run.trust_remote_code)
+    model_config, source = find_config(run.base_model, shape, run.trust_remote_code, run.revision)
+    for name, value in run.overrides.items():
+        # as Axolotl does before the model is made
+        setattr(model_config, name, value)
     run = quantized(run, getattr(model_config, "quantization_config", None))
     found_shape = read_shape(model_config, run.options, run.trust_remote_code)
     gpu_bytes = round(gpu_memory * GIB)

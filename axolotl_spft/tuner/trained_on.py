@@ -1,4 +1,4 @@
-"""What the values of an adapter are added to while they are trained: the dtype of the base, and how it is quantized."""
+"""What the values of an adapter are added to in training: the dtype of the base, its quantization and its commit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def trained_on(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     Returns:
         ``dtype``: the name of the one that the targeted weights have, or had before they were quantized;
         ``quantization``: those of `SETTINGS` that are set, of another method than bitsandbytes ``quant_method`` alone,
-        None of a base that is not quantized. Empty where the layers do not tell it.
+        None of a base that is not quantized; ``commit``: the one of the hub that was loaded, where that is known. Empty
+        where the layers do not tell it.
     """
     layers = [layer for layer in spft_layers(model).values() if adapter_name in layer.spft_values]
     quantized = [layer for layer in layers if layer.quantization_backend is not None]
@@ -34,19 +35,27 @@ def trained_on(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         return {}
     # of 8 bits a weight does not tell it
     dtypes = Counter(layer.loaded_dtype or getattr(config, "dtype", None) for layer in quantized or layers)
-    return base_of(next((each for each, _ in dtypes.most_common(1)), None), _plain(settings))
+    dtype = next((each for each, _ in dtypes.most_common(1)), None)
+    return base_of(dtype, _plain(settings), getattr(config, "_commit_hash", None))
 
 
-def base_of(dtype: torch.dtype | None, quantization: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def base_of(
+    dtype: torch.dtype | None, quantization: Mapping[str, Any] | None = None, commit: str | None = None
+) -> dict[str, Any]:
     """These as `trained_on` tells them; empty of a dtype that is none of `DTYPES`."""
     name = dtype_name(dtype)
-    return {"dtype": name, "quantization": quantization} if name in DTYPES else {}
+    if name not in DTYPES:
+        return {}
+    return {"dtype": name, "quantization": quantization} | ({"commit": commit} if commit else {})
 
 
 def common(found: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several adapters were trained on, if that is the same for all; else empty."""
-    first, *others = found
-    return dict(first) if all(each == first for each in others) else {}
+    """What several adapters were trained on, if that is the same for all but for the commit; else empty."""
+    first, *others = ({"commit": None, **each} for each in found)
+    same = {key: value for key, value in first.items() if all(each.get(key) == value for each in others)}
+    if first.keys() - same.keys() - {"commit"}:
+        return {}
+    return {key: value for key, value in same.items() if key != "commit" or value}
 
 
 def is_possible(recorded: object) -> bool:
@@ -54,7 +63,9 @@ def is_possible(recorded: object) -> bool:
     if not isinstance(recorded, Mapping):
         return False
     return not recorded or (
-        recorded.get("dtype") in DTYPES and isinstance(recorded.get("quantization"), (Mapping, type(None)))
+        recorded.get("dtype") in DTYPES
+        and isinstance(recorded.get("quantization"), (Mapping, type(None)))
+        and isinstance(recorded.get("commit"), (str, type(None)))
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification, VoxtralConfig, VoxtralForConditionalGeneration
 
-from axolotl_spft.checkpoint.companions import CONFIG, copy_companions, merged_config, write_json
+from axolotl_spft.checkpoint.companions import CONFIG, copy_companions, merged_config
 from tests.models import VOCABULARY, tiny_llama
 
 
@@ -103,12 +103,3 @@ def test_a_new_head_gives_the_config_its_class_and_labels(tmp_path):
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
     assert config["label2id"]["LABEL_2"] == 2
-
-
-def test_json_is_written_whole(tmp_path):
-    path = tmp_path / "config.json"
-    write_json(path, {"a": "é"})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é"}
-    assert [each.name for each in tmp_path.iterdir()] == ["config.json"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from axolotl.utils.dict import DictDefault
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
 
 from axolotl_spft import SpftConfig, SpftPlugin, select_mask
 from axolotl_spft.errors import SpftConfigError, SpftError
 from axolotl_spft.plugin.args import check_run
 from axolotl_spft.salience.install import adapted_layers
-from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
+from tests.hub import fill_cache
+from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, with_adapter
 
 
 def config(**changes) -> DictDefault:
@@ -97,6 +98,28 @@ def test_options_that_a_saved_adapter_does_not_have_are_named(tmp_path, caplog):
     assert warnings_of(**made) == warnings_of() == []
     (text,) = warnings_of(**(made | {"density": 0.2}))
     assert text == "`spft.density: 0.2` is not read beside `lora_model_dir`, whose adapter has 0.05"
+
+
+def test_the_branch_of_the_base_is_recorded_where_peft_has_it():
+    for revision, config_only in (("v2", False), ("v2", True), (None, False)):
+        cfg = config(spft={"density": 0.05}, revision_of_model=revision)
+        assert SpftPlugin().load_adapter(tiny_llama(), cfg, config_only=config_only)[1].revision == revision
+
+
+def test_a_run_that_goes_on_has_the_commit_of_its_own_base(tmp_path, monkeypatch, caplog):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    commits = fill_cache(tmp_path / "hub", "of/us", dict.fromkeys(("main", "v2"), tmp_path / "base"), monkeypatch)
+    base = AutoModelForCausalLM.from_pretrained("of/us", revision="v2")
+    with_adapter(base, revision="v2", density=0.05).save_pretrained(tmp_path / "run")
+    for branch, base_model, told in (("main", "of/us", True), ("v2", "of/us", False), ("main", "other", False)):
+        base = AutoModelForCausalLM.from_pretrained("of/us", revision=branch)
+        caplog.clear()
+        cfg = config(lora_model_dir=str(tmp_path / "run"), base_model=base_model, revision_of_model=branch)
+        with caplog.at_level("WARNING"):
+            model, _ = SpftPlugin().load_adapter(base, cfg)
+        said = f"was trained on the commit {commits['v2']} of of/us, and this is {commits['main']}"
+        assert (said in caplog.text) == told
+        assert model.peft_config["default"].revision == (branch if base_model == "of/us" else "v2")
 
 
 @pytest.mark.parametrize("kind", [LlamaForTokenClassification, LlamaForSequenceClassification])

@@ -65,8 +65,9 @@ def test_other_losses_and_targets_pass(tmp_path, config, loss, targets):
     assert problems(tmp_path, config, loss, targets) == []
 
 
-def test_the_override_of_a_tie_counts(tmp_path):
-    untied = {"overrides_of_model_config": {"tie_word_embeddings": False}}
+@pytest.mark.parametrize("key", ["overrides_of_model_config", "model_config"])
+def test_the_override_of_a_tie_counts(tmp_path, key):
+    untied = {key: {"tie_word_embeddings": False}}
     assert problems(tmp_path, TIED, LIGER, ["embed_tokens"], **untied) == []
 
 

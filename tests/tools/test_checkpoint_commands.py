@@ -75,12 +75,30 @@ def test_a_configuration_tells_how_training_saw_the_base(tmp_path):
     for changed, message in (
         ({"adapter": "lora"}, "config.yml: `adapter: lora` must be spft"),
         ({"base_model": None}, "`base_model` is missing"),
-        ({"output_dir": None}, "neither `lora_model_dir` nor `output_dir`"),
     ):
         path = tmp_path / "config.yml"
         path.write_text(json.dumps(cfg | changed))
         result = _run("merge", path)
         assert result.exit_code == 2 and message in result.stderr
+
+
+def test_a_configuration_without_a_folder_stands_for_the_one_that_axolotl_trains_into(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = save_base(tmp_path / "base", tiny_llama)
+    config = tmp_path / "config.yml"
+    config.write_text(f"base_model: {base}\nadapter: spft\n")
+    result = _run("merge", config)
+    assert result.exit_code == 2 and "model-out" in result.stderr, result.output
+    adapter = save_adapter(tmp_path / "model-out", base)
+    result = _run("merge", config)
+    assert result.exit_code == 0 and "values of model-out merged" in result.stdout, result.output
+    assert (adapter / "merged/model.safetensors.index.json").is_file()
+    # what a run goes on from, as long as it has nothing of its own
+    first = save_adapter(tmp_path / "first", base, 1)
+    config.write_text(f"base_model: {base}\nadapter: spft\nlora_model_dir: {first}\n")
+    assert "values of model-out merged" in _run("merge", config).stdout
+    (adapter / "adapter_model.safetensors").unlink()
+    assert f"values of {first} merged" in _run("merge", config).stdout
 
 
 def _save_with_tokenizer(folder, base, template, seed=0):

@@ -14,6 +14,7 @@ from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.tools.cli import spft
 from tests.experts import N_EXPERTS, PARAMETERS, tiny_mixtral
 from tests.families import FAMILIES
+from tests.hub import fill_cache
 from tests.models import tiny_llama
 
 RUN = """
@@ -80,10 +81,27 @@ def _edit_config(base, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def _estimate(folder, base, more=""):
-    result = plan(folder, "--json", base=base, text=RUN + more)
+def _estimate(folder, base, more="", *arguments):
+    result = plan(folder, "--json", *arguments, base=base, text=RUN + more)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)["estimate"]
+
+
+@pytest.mark.parametrize("key", ["overrides_of_model_config", "model_config"])
+def test_what_the_run_changes_of_the_config_is_planned(tmp_path, base, key):
+    smaller = f"{key}: {{{{num_hidden_layers: 1, intermediate_size: 20}}}}\n"
+    found = [_estimate(tmp_path, base, smaller), _estimate(tmp_path, "absent", smaller, "--shape", base)]
+    tiny_llama(num_hidden_layers=1, intermediate_size=20).config.save_pretrained(base)
+    assert found == [_estimate(tmp_path, base)] * 2
+
+
+@pytest.mark.parametrize("key", ["revision_of_model", "model_revision"])
+def test_the_commit_that_will_be_trained_is_planned(tmp_path, base, key, monkeypatch):
+    tiny_llama(num_hidden_layers=1).config.save_pretrained(tmp_path / "other")
+    commits = {"main": Path(base), "v2": tmp_path / "other"}
+    fill_cache(tmp_path / "hub", "of/us", commits, monkeypatch)
+    assert _estimate(tmp_path, "of/us") == _estimate(tmp_path, base)
+    assert _estimate(tmp_path, "of/us", f"{key}: v2\n") == _estimate(tmp_path, str(tmp_path / "other"))
 
 
 def test_only_a_run_that_has_its_mask_is_planned_without_a_salience_pass(tmp_path, base):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_spft.checkpoint.adapter import WEIGHTS_FILE
 from axolotl_spft.tuner.record import read_record
+from axolotl_spft.tuner.trained_on import common
 from tests.checkpoint.saved import make_older
 from tests.models import tiny_llama, with_adapter
 from tests.quantizers import SETTINGS, load_quantized
@@ -61,3 +62,11 @@ def test_a_sum_was_trained_on_what_all_of_its_adapters_were(tmp_path):
         model.add_weighted_adapter(list(names), [1.0, 0.5], names)
         model.save_pretrained(tmp_path, selected_adapters=[names])
         assert recorded(tmp_path / names) == expected
+
+
+def test_adapters_of_two_commits_have_all_but_the_commit_in_common():
+    first = {"dtype": "float32", "quantization": None}
+    one, other = ({**first, "commit": commit * 40} for commit in "ab")
+    assert common([one, one]) == one and common([first, first]) == first and common([{}, {}]) == {}
+    assert common([one, other]) == common([one, first]) == common([first, one]) == first
+    assert common([one, {**one, "dtype": "bfloat16"}]) == common([one, {}]) == common([{}, one]) == {}
