@@ -72,7 +72,10 @@ class Watch:
             squares[_kind(name)] += own_part(values, self.ranks.rank).to(torch.float32).square().sum()
             if layer.in_place and not layer.merged:
                 layer.revert()
-                originals = layer.stored_weight.take(layer.storage_positions(layer.mask(self.adapter)))
+                weight = layer.stored_weight
+                # which may wait on the host for its next pass, where a layer's tensors are offloaded between two
+                at = layer.storage_positions(layer.mask(self.adapter)).to(weight.device)
+                originals = weight.take(at).to(values.device)
                 rounded.append(((originals + values).to(originals.dtype) == originals).sum())
                 compared += originals.numel()
         # one transfer from the device for all
