@@ -87,5 +87,5 @@ def test_deepspeeds_engine_keeps_its_mask(tmp_path, monkeypatch):
     trainer = plain(tmp_path, one)
     monkeypatch.setattr(resume, "engine_of", lambda accelerator: "zero2")
     resume.resume_begun(trainer, str(tmp_path / "one"), True, print)
-    with pytest.raises(SpftError, match="has another mask than the model now.*make the model and the trainer anew"):
+    with pytest.raises(SpftError, match=r"has another mask than the model now.*make the model and the trainer anew"):
         resume.resume_begun(trainer, str(tmp_path / "other"), True, print)
