@@ -173,7 +173,7 @@ def test_what_is_whole_and_not_the_same_is_named(base, tmp_path):
     other = replace(one, others=one.others | {"lm_head.weight": one.others["lm_head.weight"] + 1})
     small = read_adapter(save_adapter(tmp_path / "small", base, target_modules=["lm_head"]))
     for adapters in ([one, other], [one, small]):
-        with pytest.raises(SpftFileError, match="^lm_head.weight: not the same in all of the adapters"):
+        with pytest.raises(SpftFileError, match=r"^lm_head.weight: not the same in all of the adapters"):
             combine(adapters)
 
 
