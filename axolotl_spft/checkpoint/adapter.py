@@ -31,7 +31,7 @@ from axolotl_spft.tuner.state import ORIGINALS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_UNDER_DELTA = ".base_layer."
+UNDER_DELTA = ".base_layer."
 _VALUES, _COLUMNS, _ROW_OFFSETS = "spft_values", "spft_columns", "spft_row_offsets"
 
 
@@ -74,12 +74,12 @@ class SavedAdapter:
     @property
     def whole(self) -> dict[str, Tensor]:
         """All that is trained whole, by the names of the parameters."""
-        return {name: tensor for name, tensor in self.others.items() if _UNDER_DELTA not in name} | self.biases
+        return {name: tensor for name, tensor in self.others.items() if UNDER_DELTA not in name} | self.biases
 
     @property
     def embeddings(self) -> dict[str, Tensor]:
         """Weights under deltas, by the names of the parameters: embeddings may have grown, so PEFT saves theirs."""
-        return {name.replace(_UNDER_DELTA, "."): tensor for name, tensor in self.others.items() if _UNDER_DELTA in name}
+        return {name.replace(UNDER_DELTA, "."): tensor for name, tensor in self.others.items() if UNDER_DELTA in name}
 
     @property
     def nnz(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from axolotl_spft.checkpoint.adapter import SavedAdapter, SavedDelta
 from axolotl_spft.checkpoint.adapter_config import config_of
 from axolotl_spft.checkpoint.largest import taken, threshold_of
+from axolotl_spft.checkpoint.whole_tensors import common_tensors, modules_to_save
 from axolotl_spft.errors import SpftFileError, listed
 from axolotl_spft.ops.mask.csr import mask_from_positions, positions
 from axolotl_spft.tuner.trained_on import common, dtype_name
@@ -44,6 +45,7 @@ def combine(
     """
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     _check(adapters, weights, density, method)
+    others, biases = common_tensors(adapters)
     modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.deltas))
     deltas: dict[str, SavedDelta] = {}
     table: dict[str, dict[str, int]] = {}
@@ -83,7 +85,7 @@ def combine(
         source,
         first.get("base_model_name_or_path"),
         task_type=first.get("task_type"),
-        modules_to_save=first.get("modules_to_save") or (),
+        modules_to_save=modules_to_save([each.config for each in adapters]),
         target_parameters=[name for a in adapters for name in a.config.get("target_parameters") or ()],
     )
     config["bias"] = first.get("bias", "none")
@@ -92,7 +94,7 @@ def combine(
     # of another mask than the first one's the config tells where it is from
     record = adapters[0].record if len(adapters) == 1 and density is None else _ties(deltas, adapters)
     record = {**record, "trained_on": common(adapter.record.get("trained_on", {}) for adapter in adapters)}
-    return SavedAdapter(config, deltas, adapters[0].others, record, known, adapters[0].biases), {
+    return SavedAdapter(config, deltas, others, record, known, biases), {
         "values": sum(delta.mask.nnz for delta in deltas.values()),
         "modules": table,
     }
@@ -107,11 +109,6 @@ def _check(adapters: Sequence[SavedAdapter], weights: Sequence[float], density: 
         raise SpftFileError(f"`method {method}` must be one of {', '.join(METHODS)}")
     if density is not None and not 0 < density <= 1:
         raise SpftFileError(f"`density {density}` must be in (0, 1]")
-    if len(adapters) > 1 and any(adapter.others or adapter.biases for adapter in adapters):
-        raise SpftFileError(
-            "an adapter holds modules or biases that were trained whole (`modules_to_save`, `bias: all`), which are no "
-            "differences and cannot be added up: merge one of the adapters into the base model instead"
-        )
 
 
 def _originals(module: str, deltas: Sequence[SavedDelta], at: Tensor, in_features: int) -> Tensor | None:

@@ -15,6 +15,7 @@ from axolotl_spft.errors import SpftFileError
 from axolotl_spft.inspection.overlap import Overlap, check_same_model, overlap_of
 from axolotl_spft.inspection.reading import SparseFile, read_sparse_file
 from axolotl_spft.inspection.statistics import Matrix, MatrixFigures, measure
+from axolotl_spft.ops.weight.stacked import as_matrix
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ def inspect_files(paths: Sequence[Path], base: Path | None = None) -> Inspection
 
 def _measured(file: SparseFile, base: BaseCheckpoint | None) -> tuple[MatrixFigures, ...]:
     def weight_of(matrix: Matrix) -> Tensor:
-        weight = base.read_matrix(matrix.name)
+        weight = file.weights.get(base.parameter(matrix.name))
+        # as a merge takes it
+        weight = base.read_matrix(matrix.name) if weight is None else as_matrix(weight, matrix.name in base.transposed)
         if weight.shape != matrix.shape:
             raise SpftFileError(
                 f"{file.path}: {matrix.name} is {matrix.shape}, but in {base.shards.folder} {tuple(weight.shape)}: "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from axolotl_spft.checkpoint.skeleton import linear_shapes, skeleton
@@ -21,12 +23,14 @@ class SparseFile:
     Attributes:
         source: where the mask came from, as the file records it.
         matrices: by name, in the model's order where the file tells it.
+        weights: parameter name -> W of an adapted embedding or head, where the adapter holds it: it may have grown.
     """
 
     path: Path
     kind: str
     source: Mapping[str, Any]
     matrices: dict[str, Matrix]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -65,4 +69,4 @@ def read_sparse_file(path: Path, base: Path | None) -> SparseFile:
     if not saved.has_shapes:
         saved = read_adapter(folder, shapes_of(list(saved.deltas)))
     matrices = {name: Matrix(name, delta.mask, delta.shape[1], delta.values) for name, delta in saved.deltas.items()}
-    return SparseFile(path, "adapter", saved.mask_source, matrices)
+    return SparseFile(path, "adapter", saved.mask_source, matrices, saved.embeddings)

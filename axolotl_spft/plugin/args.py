@@ -45,6 +45,9 @@ _FOREIGN_KEYS = {
             "lora_alpha_pattern",
             "peft",
             "loraplus_lr_ratio",
+            "loraplus_lr_embedding",
+            "lora_on_cpu",
+            "lora_fan_in_fan_out",
             "relora",
             "lora_embedding_kernel",
             "lora_mlp_kernel",
@@ -53,11 +56,14 @@ _FOREIGN_KEYS = {
         ),
         "leave it out: it belongs to LoRA",
     ),
+    "loftq": "set `spft.repair`, which mends what quantization broke",
     "quantize_moe_experts": "leave it out: Axolotl quantizes experts for its LoRA adapters only, and here they stay in "
     "16 bits",
     "peft_ensure_weight_tying": "leave it out: tied weights always share one delta",
     "unfrozen_parameters": "set `spft.modules_to_save`: base weights stay frozen under `adapter: spft`",
 }
+# what keys have that nobody wrote, in a configuration that Axolotl has completed
+_SET_BY_AXOLOTL = {"loraplus_lr_embedding": 1e-6}
 _UNSUPPORTED = {
     **dict.fromkeys(
         ("fsdp", "fsdp_config", "fsdp_version"),
@@ -135,7 +141,7 @@ def check_run(cfg: Mapping[str, Any]) -> list[str]:
     problems += [
         f"`{key}: {cfg[key]}` has no meaning with `adapter: spft`: {remedy}"
         for key, remedy in _FOREIGN_KEYS.items()
-        if cfg.get(key)
+        if cfg.get(key) and cfg[key] != _SET_BY_AXOLOTL.get(key)
     ]
     saved = cfg.get("lora_modules_to_save")
     if saved and saved != options.get("modules_to_save"):

@@ -36,7 +36,7 @@ def command(adapters, weights, density, method, output, as_json) -> None:
 
     A table tells for each type of module how many positions the adapters have together, how many of those are in
     several of them, and at how many of these their signs differ. The tokenizer and the chat template are those of the
-    first adapter that has them. For example:
+    first adapter that has them, before others of one whose embeddings have grown with it. For example:
 
     \b
       axolotl spft combine outputs/maths outputs/code --weights 1,0.5 --output outputs/both
@@ -54,7 +54,8 @@ def command(adapters, weights, density, method, output, as_json) -> None:
         from axolotl_spft.files import check_writable
 
         check_writable(output / WEIGHTS_FILE)
-        adapter, report = combine([read_adapter(each) for each in adapters], numbers, density, method)
+        saved = {folder: read_adapter(folder) for folder in adapters}
+        adapter, report = combine([saved[folder] for folder in adapters], numbers, density, method)
         write_adapter(output, adapter)
-        report |= hand_on_tokenizer(adapters, output)
+        report |= hand_on_tokenizer(sorted(saved, key=lambda folder: not saved[folder].others), output)
     click.echo(json.dumps({"output": str(output), **report}, indent=1) if as_json else describe_combine(output, report))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from axolotl_spft.errors import SpftConfigError, SpftError
 from axolotl_spft.trainer.checkpoints import ADAPTER_FILE, check_checkpoint
 from axolotl_spft.trainer.ending import describe_adapter
 from axolotl_spft.trainer.prepare import OPTIMIZERS, is_prepared, prepare_run
+from axolotl_spft.trainer.resume import resume_begun
 from axolotl_spft.trainer.salience_pass import has_mask, peft_model_of
 
 _REMEDY = (
@@ -55,12 +57,17 @@ class SpftCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = _trainer_that_calls()
         train = trainer.train
+        own_optimizer = True
 
         # not an event: the trainer makes the optimizer, and under DeepSpeed divides the parameters, before the first
         @functools.wraps(train)
         def train_with_mask(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+            nonlocal own_optimizer
             if not is_prepared(trainer):
+                own_optimizer = trainer.optimizer is None
                 self._prepare(trainer, resume_from_checkpoint)
+            elif checkpoint := _checkpoint_of(trainer, resume_from_checkpoint):
+                resume_begun(trainer, checkpoint, own_optimizer, _speaker())
             return train(resume_from_checkpoint, *args, **kwargs)
 
         trainer.train = train_with_mask
@@ -86,17 +93,25 @@ class SpftCallback(TrainerCallback):
             tqdm.write(describe_adapter(checkpoint, commands))
 
     def _prepare(self, trainer: Trainer, resume_from_checkpoint: str | bool | None) -> None:
-        model, ranks = peft_model_of(trainer), Ranks.current()
-        _check_trainer(trainer, model)
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(trainer.args.output_dir)
-        if checkpoint:
-            check_checkpoint(Path(checkpoint), ranks.world, engine_of(trainer.accelerator), _REMEDY)
+        _check_trainer(trainer, peft_model_of(trainer))
+        checkpoint = _checkpoint_of(trainer, resume_from_checkpoint)
         # an optimizer that the user chose by class, or made for an adapter with a mask, stays
         chosen = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
-        say = tqdm.write if ranks.rank == 0 else _say_nothing
-        prepare_run(trainer, checkpoint, None if chosen else self.optimizer, say)
+        prepare_run(trainer, checkpoint, None if chosen else self.optimizer, _speaker())
+
+
+def _checkpoint_of(trainer: Trainer, resume_from_checkpoint: str | bool | None) -> str | None:
+    """The folder that `train` was asked to resume from, which is checked."""
+    checkpoint = resume_from_checkpoint or None
+    if checkpoint is True:
+        checkpoint = get_last_checkpoint(trainer.args.output_dir)
+    if checkpoint:
+        check_checkpoint(Path(checkpoint), Ranks.current().world, engine_of(trainer.accelerator), _REMEDY)
+    return checkpoint
+
+
+def _speaker() -> Callable[[str], None]:
+    return tqdm.write if Ranks.current().rank == 0 else _say_nothing
 
 
 def _check_trainer(trainer: Trainer, model: Any) -> None:

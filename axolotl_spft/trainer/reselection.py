@@ -76,22 +76,20 @@ def add_reselections(trainer: Any, model: torch.nn.Module, checkpoint: str | Non
         checkpoint: the folder that the run resumes from.
         say: takes an announcement.
     """
-    dynamic = DynamicMask(model)
-    if checkpoint and Path(checkpoint, FILE).is_file():
-        dynamic.load(checkpoint)
-    reselect = dynamic.options
+    reselection = Reselection(trainer, _dynamic_mask(model, checkpoint))
+    reselect = reselection.dynamic.options
     say(
         f"Dynamic mask: after every {reselect.every} steps, up to {reselect.until:.0%} of the run, "
-        f"{reselect.fraction:.0%} of each of {len(dynamic.layers)} matrices' values are exchanged"
+        f"{reselect.fraction:.0%} of each of {len(reselection.dynamic.layers)} matrices' values are exchanged"
     )
-    trainer.add_callback(Reselection(trainer, dynamic))
+    trainer.add_callback(reselection)
     save = trainer._save_rng_state
 
     # not an event: the one of saving comes after the file that says that a checkpoint is complete
     @functools.wraps(save)
     def save_with_history(output_dir: str, *args: Any, **kwargs: Any) -> Any:
         if trainer.args.should_save:
-            dynamic.save(output_dir)
+            reselection.dynamic.save(output_dir)
         return save(output_dir, *args, **kwargs)
 
     trainer._save_rng_state = save_with_history
@@ -99,7 +97,7 @@ def add_reselections(trainer: Any, model: torch.nn.Module, checkpoint: str | Non
 
     @functools.wraps(log)
     def log_with_figures(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        figures = dynamic.history.figures
+        figures = reselection.dynamic.history.figures
         if "loss" in logs and figures is not None:
             logs = {
                 **logs,
@@ -110,6 +108,24 @@ def add_reselections(trainer: Any, model: torch.nn.Module, checkpoint: str | Non
         log(logs, *args, **kwargs)
 
     trainer.log = log_with_figures
+
+
+def restart_reselections(trainer: Any, model: torch.nn.Module, checkpoint: str) -> None:
+    """Let a trainer of `add_reselections`, whose model was given a checkpoint's mask, go on from what is known of it.
+
+    Does nothing where the mask does not change.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Reselection):
+            callback.dynamic.collector.stop()
+            callback.dynamic = _dynamic_mask(model, checkpoint)
+
+
+def _dynamic_mask(model: torch.nn.Module, checkpoint: str | None) -> DynamicMask:
+    dynamic = DynamicMask(model)
+    if checkpoint and Path(checkpoint, FILE).is_file():
+        dynamic.load(checkpoint)
+    return dynamic
 
 
 class Reselection(TrainerCallback):
@@ -123,6 +139,8 @@ class Reselection(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._seen = 0
+        # an interrupted step leaves it on
+        self.dynamic.collector.stop()
         self.dynamic.collector.forget()
         self._collect(state)
 

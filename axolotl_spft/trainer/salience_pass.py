@@ -14,6 +14,7 @@ from axolotl_spft.errors import SpftMemoryError
 from axolotl_spft.salience import MaskReport, select_mask
 from axolotl_spft.salience.release import give_back_memory
 from axolotl_spft.salience.untouched import untouched_rng
+from axolotl_spft.trainer.untouched_collator import untouched_collator
 
 # keeps the gradients of a float16 run above its smallest number; a common factor does not change the order of scores
 _FLOAT16_LOSS_SCALE = 2.0**10
@@ -50,7 +51,12 @@ def select_mask_with_trainer(trainer: Any, model: nn.Module, learning_rate: floa
 
 def _select_mask(trainer: Any, model: nn.Module, learning_rate: float) -> MaskReport:
     sample = _TrainerSample(trainer)
-    with untouched_rng(), _untouched_trainer(trainer), _training_mode(trainer, model):
+    with (
+        untouched_rng(),
+        _untouched_trainer(trainer),
+        untouched_collator(trainer.data_collator),
+        _training_mode(trainer, model),
+    ):
         return select_mask(model, sample, sample.loss, learning_rate=learning_rate)
 
 
@@ -77,6 +83,7 @@ class _TrainerSample:
 
     def __iter__(self) -> Iterator[dict]:
         trainer = self.trainer
+        _note_one_shot(trainer.train_dataset)
         batches = iter(trainer.get_train_dataloader())
         while True:
             group, self.num_items_in_batch = trainer.get_batch_samples(
@@ -92,6 +99,17 @@ class _TrainerSample:
         with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=self.num_items_in_batch)
         return loss * _FLOAT16_LOSS_SCALE if trainer.accelerator.mixed_precision == "fp16" else loss
+
+
+def _note_one_shot(dataset: Any) -> None:
+    """Warn of a dataset whose examples may be there once only."""
+    if isinstance(dataset, Iterator) and iter(dataset) is dataset:
+        warnings.warn(
+            f"the training set, a {type(dataset).__name__}, is its own iterator: where it cannot begin anew, the run "
+            "lacks the examples that the salience pass reads; then make the mask in a run of its own, and name it in "
+            "`mask_path`",
+            stacklevel=2,
+        )
 
 
 @contextmanager

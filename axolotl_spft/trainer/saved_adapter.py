@@ -28,6 +28,8 @@ MASK_OPTIONS = ("salience", "scope", "density_pattern", "min_density", "max_dens
 _REFERENCE = "ref"
 # models whose reference is a copy that was made here
 _copied: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# models whose reference is the model as it was repaired, before any training
+_starts: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _ANEW = "leave `resume_from_checkpoint` out and set another `output_dir` to start anew"
 
 
@@ -108,6 +110,13 @@ def compare_with_repaired_start(trainer: Any, model: nn.Module) -> None:
     for layer in adapted_layers(model).values():
         layer.values(_REFERENCE).data.zero_()
     retire_empty_values(model)
+    _starts.add(model)
+
+
+def follow_repaired_start(trainer: Any, model: nn.Module) -> None:
+    """Bring the reference of `compare_with_repaired_start` to another mask that the model was given since."""
+    if model in _starts:
+        compare_with_repaired_start(trainer, model)
 
 
 def has_reference(model: nn.Module) -> bool:

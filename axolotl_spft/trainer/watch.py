@@ -48,31 +48,34 @@ class Watch:
 
     def __init__(self, model: nn.Module, ranks: Ranks, squares: Mapping[str, float]):
         self.adapter, self.ranks = model.active_adapter, ranks
-        self.layers = {
-            name: layer
-            for name, layer in adapted_layers(model).items()
-            if self.adapter in layer.spft_values and layer.mask(self.adapter).nnz
-        }
-        self.kinds = list(dict.fromkeys(map(_kind, self.layers)))
-        self._weight_squares: dict[str, float] = {}
-        for name in filter(squares.__contains__, self.layers):
-            self._weight_squares[_kind(name)] = self._weight_squares.get(_kind(name), 0.0) + squares[name]
+        self.layers, self.weight_squares = adapted_layers(model), squares
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
         """Name -> figure."""
-        if not self.layers:
+        # of the mask of now: another checkpoint's may leave other layers empty
+        layers = {
+            name: layer
+            for name, layer in self.layers.items()
+            if self.adapter in layer.spft_values and layer.mask(self.adapter).nnz
+        }
+        if not layers:
             return {}
-        squares: dict[str, Any] = {kind: 0.0 for kind in self.kinds}
+        squares: dict[str, Any] = dict.fromkeys(map(_kind, layers), 0.0)
+        weight_squares = dict.fromkeys(squares, 0.0)
         rounded, compared = [], 0
         partitioned = False
-        for name, layer in self.layers.items():
+        for name, layer in layers.items():
+            weight_squares[_kind(name)] += self.weight_squares.get(name, 0.0)
             values = layer.spft_values[self.adapter]
             partitioned |= is_partitioned(values)
             squares[_kind(name)] += own_part(values, self.ranks.rank).to(torch.float32).square().sum()
             if layer.in_place and not layer.merged:
                 layer.revert()
-                originals = layer.stored_weight.take(layer.storage_positions(layer.mask(self.adapter)))
+                weight = layer.stored_weight
+                # which may wait on the host for its next pass, where a layer's tensors are offloaded between two
+                at = layer.storage_positions(layer.mask(self.adapter)).to(weight.device)
+                originals = weight.take(at).to(values.device)
                 rounded.append(((originals + values).to(originals.dtype) == originals).sum())
                 compared += originals.numel()
         # one transfer from the device for all
@@ -82,9 +85,9 @@ class Watch:
         result = {f"{PREFIX}values_norm": sum(by_kind) ** 0.5}
         if compared:
             result[f"{PREFIX}rounded_away"] = leftover / compared
-        for kind, total in zip(self.kinds, by_kind):
-            if self._weight_squares.get(kind):
-                result[f"{PREFIX}delta_over_weight/{kind}"] = (total / self._weight_squares[kind]) ** 0.5
+        for kind, total in zip(squares, by_kind):
+            if weight_squares[kind]:
+                result[f"{PREFIX}delta_over_weight/{kind}"] = (total / weight_squares[kind]) ** 0.5
         return result
 
 

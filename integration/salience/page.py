@@ -75,6 +75,8 @@ docstrings of Python functions, 225 steps, one seed, rates tuned over four; held
   `pattern: block`, which need all sums at once, the sums then go to the host. Not with `grasp` and `synflow`.
 - With `auto_find_batch_size: true` a pass that runs out of memory starts anew with half the rows.
 - The pass leaves no trace: the run is the one that it would be with the mask from a file. The adapter records where its mask came from.
+  Only a dataset that cannot be read twice (a socket, a queue, a generator) has lost the examples that the pass read: make its mask in a run of its own
+  (`axolotl spft mask`), and name it in `mask_path`.
 """  # noqa: E501
 
 _OWN = """

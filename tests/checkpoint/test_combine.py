@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from peft import PeftModel, ShiraConfig, get_peft_model
 from peft.utils.merge_utils import ties
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from axolotl_spft.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, read_adapter, write_adapter
 from axolotl_spft.checkpoint.combine import combine
@@ -18,7 +20,7 @@ from axolotl_spft.checkpoint.conversion import convert
 from axolotl_spft.errors import SpftFileError
 from axolotl_spft.tools.cli import spft
 from tests.checkpoint.saved import contents, save_adapter, save_base, tied_llama
-from tests.models import logits, tiny_gpt2, tiny_llama
+from tests.models import logits, tiny_gpt2, tiny_llama, with_adapter
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def test_what_cannot_be_combined_is_one_clear_error(folders, base, tmp_path):
         ((adapters, [1.0]), "3 adapters, but 1 weights"),
         ((adapters, None, 2.0), "`density 2.0` must be in"),
         ((adapters, None, None, "dare"), "`method dare` must be one of linear, ties"),
-        (([adapters[0], whole],), "modules_to_save"),
+        (([adapters[0], whole],), r"^lm_head.weight: not the same in all.*`modules_to_save`"),
         ((adapters, [1.0, float("nan"), 1.0]), r"`weights 1.0, nan, 1.0` must be finite numbers"),
         ((adapters, [1.0, float("inf"), 1.0]), r"`weights 1.0, inf, 1.0` must be finite numbers"),
         ((adapters, [1.0, 1e40, 1.0]), r"up_proj: a value of the sum does not fit into float32: take smaller"),
@@ -127,6 +129,52 @@ def test_what_cannot_be_combined_is_one_clear_error(folders, base, tmp_path):
         with pytest.raises(SpftFileError, match=message):
             combine(*arguments)
     assert combine([whole])[0].others.keys() == whole.others.keys()
+
+
+def grown_llama(base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(70)
+    return model
+
+
+def save_grown(folder, base, seed: int, targets: list[str]):
+    """An adapter of a model with new tokens, of which PEFT saves the embeddings, and the tokenizer."""
+    with_adapter(grown_llama(base), seed, target_modules=targets).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokens": 70}')
+    return folder
+
+
+@pytest.mark.parametrize("other", ["grown", "grown, with a delta on it", "as it was"])
+def test_embeddings_that_have_grown_untrained_are_handed_on(base, folders, tmp_path, other):
+    one = save_grown(tmp_path / "one", base, 1, ["q_proj"])
+    two = tmp_path / "two"
+    if other == "as it was":
+        shutil.copytree(folders[2], two)
+        (two / "tokenizer_config.json").write_text('{"tokens": 67}')
+    else:
+        save_grown(two, base, 2, ["lm_head"] if "delta" in other else ["up_proj"])
+    arguments = ["combine", str(two), str(one), "--output", str(tmp_path / "sum")]
+    result = CliRunner().invoke(spft, arguments)
+    assert result.exit_code == 0, result.output
+    assert "70" in (tmp_path / "sum" / "tokenizer_config.json").read_text()
+    before = grown_llama(base).state_dict()
+    first, second, found = (
+        PeftModel.from_pretrained(grown_llama(base), tmp_path / name).merge_and_unload().state_dict()
+        for name in ("one", "two", "sum")
+    )
+    for name, weight in before.items():
+        torch.testing.assert_close(found[name], first[name] + second[name] - weight, rtol=0, atol=1e-6)
+
+
+def test_what_is_whole_and_not_the_same_is_named(base, tmp_path):
+    one = read_adapter(save_grown(tmp_path / "one", base, 1, ["q_proj"]))
+    assert combine([one, one])[0].others.keys() == one.others.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
+    other = replace(one, others=one.others | {"lm_head.weight": one.others["lm_head.weight"] + 1})
+    small = read_adapter(save_adapter(tmp_path / "small", base, target_modules=["lm_head"]))
+    for adapters in ([one, other], [one, small]):
+        with pytest.raises(SpftFileError, match=r"^lm_head.weight: not the same in all of the adapters"):
+            combine(adapters)
 
 
 @pytest.mark.parametrize("weights", ["nan,1", "1e40,1"])

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.tools.cli import spft
@@ -57,6 +58,24 @@ def test_an_adapter_beside_its_base_equals_the_model(files, name):
     assert told["total"]["selected"] == values.numel()
     assert told["total"]["values"]["quantiles"]["0.5"] == pytest.approx(values.quantile(0.5).item(), rel=1e-6)
     assert set(told["module_types"]) >= ({"q_proj"} if name == "llama" else {"attn.c_proj", "mlp.c_proj"})
+
+
+def test_an_embedding_and_a_head_that_have_grown_are_measured_as_a_merge_takes_them(files, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(files / "llama_base")
+    model.resize_token_embeddings(70)
+    model = with_adapter(model, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    model.save_pretrained(tmp_path / "grown")
+    told = json.loads(run(tmp_path / "grown", "--base", files / "llama_base", "--json"))["files"][0]
+    for module in ("model.embed_tokens", "lm_head"):
+        layer = model.base_model.model.get_submodule(module)
+        weight, delta = layer.get_base_weight().double(), layer.get_delta_weight("default").double()
+        assert told["matrices"][module]["out_features"] == 70
+        figures = told["matrices"][module]["values"]
+        assert figures["relative_norm"] == pytest.approx((delta.norm() / weight.norm()).item(), rel=1e-5)
+        assert figures["largest_change"] == pytest.approx((delta / weight).abs().max().item(), rel=1e-4)
+    result = CliRunner().invoke(spft, ["merge", str(tmp_path / "grown"), "--base", str(files / "llama_base"),
+                                       "--output", str(tmp_path / "merged")])  # fmt: skip
+    assert result.exit_code == 0, result.output
 
 
 def test_tables_of_an_adapter_say_what_they_miss(files):

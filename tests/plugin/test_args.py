@@ -231,6 +231,9 @@ def test_other_adapters_are_left_alone():
         {"lora_rank_pattern": {"q_proj": 4}},
         {"lora_alpha_pattern": {"q_proj": 4}},
         {"lora_embedding_kernel": True},
+        {"lora_on_cpu": True},
+        {"lora_fan_in_fan_out": True},
+        {"loraplus_lr_embedding": 1e-3},
     ],
 )
 def test_axolotls_keys_for_lora_alone_are_refused(keys):
@@ -239,6 +242,18 @@ def test_axolotls_keys_for_lora_alone_are_refused(keys):
     assert keys.keys() <= AxolotlInputConfig.model_fields.keys()
     (problem,) = check_run({**GOOD, **keys})
     assert "has no meaning with `adapter: spft`: leave it out" in problem
+
+
+def test_loftq_is_referred_to_what_mends_quantization_here():
+    (problem,) = check_run({**GOOD, "loftq": {"loftq_config": {"loftq_bits": 4}}})
+    assert "has no meaning with `adapter: spft`: set `spft.repair`" in problem
+
+
+def test_what_axolotl_sets_itself_passes():
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    rate = AxolotlInputConfig.model_fields["loraplus_lr_embedding"].default
+    assert rate and check_run({**GOOD, "loraplus_lr_embedding": rate}) == []
 
 
 def test_keys_that_another_optimizer_or_verb_reads_pass():

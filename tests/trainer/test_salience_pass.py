@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from contextlib import contextmanager
 from itertools import count
@@ -79,6 +80,30 @@ def test_training_afterwards_equals_training_with_the_mask_from_a_file(tmp_path,
     assert equal(masks, other_masks)
     assert all(torch.equal(one, other) for one, other in zip(values, other_values))
     assert any(one.any() for one in values)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Of rows that are there once, as those of a socket are."""
+
+    def __init__(self, kept: list[dict]):
+        self.rows = iter(kept)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        return next(self.rows)
+
+
+def test_a_training_set_that_is_its_own_iterator_is_noted(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset = Stream(rows())
+    with pytest.warns(UserWarning, match="the training set, a Stream, is its own iterator.*`mask_path`"):
+        select_mask_with_trainer(trainer, peft_model_of(trainer))
+    trainer = make_trainer(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        select_mask_with_trainer(trainer, peft_model_of(trainer))
 
 
 class Memory:

@@ -62,6 +62,30 @@ def test_the_figures_are_those_of_the_dense_matrices(kind):
         assert found["spft/rounded_away"] == pytest.approx(lost / total, abs=1e-3)
 
 
+class Elsewhere:
+    """Positions on a device where the weight is not: only a copy of them can be used."""
+
+    def __init__(self, positions: torch.Tensor):
+        self.positions = positions
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        return self.positions.to(device)
+
+
+def test_weights_that_wait_on_another_device_are_read_there(monkeypatch):
+    model = get_peft_model(tiny_llama(), SpftConfig(density=0.1, salience="random"))
+    select_mask(model, None)
+    layers = adapted_layers(model)
+    watch = Watch(model, Ranks(), squares_of_weights(layers))
+    expected = watch.figures()
+    for layer in layers.values():
+        layer.stored_weight.data = layer.stored_weight.data.cpu()
+    kind = type(next(iter(layers.values())))
+    positions = kind.storage_positions
+    monkeypatch.setattr(kind, "storage_positions", lambda *args: Elsewhere(positions(*args)))
+    assert "spft/rounded_away" in expected and watch.figures() == expected
+
+
 def test_the_trainer_logs_them_with_the_loss_alone(tmp_path):
     trainer = plain(tmp_path)
     trainer.train()
