@@ -49,6 +49,7 @@ class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
         readers: layers of other modules that hold the same W, which compute with this one's S.
         mixes_rows: whether the forward pass takes ``adapter_names``, an adapter for each row of a batch.
         writes_ahead: whether a `Writer` may write for it.
+        unrecorded: adapters whose mask is another one than the model has recorded.
     """
 
     adapter_layer_names = ("spft_values",)
@@ -56,6 +57,7 @@ class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
     readers: tuple[TiedLayer, ...] = ()
     mixes_rows = False
     writes_ahead = True
+    unrecorded: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -178,6 +180,7 @@ class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
         mask = Mask(*(tensor.to(device) for tensor in mask))
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
         self.set_originals(adapter_name, originals)
+        self.unrecorded |= {adapter_name}
 
     def add_up(
         self,
