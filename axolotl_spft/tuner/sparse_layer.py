@@ -309,7 +309,15 @@ class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
         Args:
             x: what the base layer is to multiply.
         """
-        return x.requires_grad and torch.is_grad_enabled() and may_hold_sum(self._owner)
+        if not x.requires_grad or not torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling():
+            # the graph stays when masks come and go
+            return is_plain(self._owner)
+        # a layer with S takes part in none of functorch's transforms
+        if torch._C._are_functorch_transforms_active():
+            return False
+        return self.in_place and any(map(self.has_values, self.spft_columns))
 
     def extra_repr(self) -> str:
         counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())
@@ -320,7 +328,6 @@ class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
 
 
 @torch.compiler.assume_constant_result
-def may_hold_sum(owner: int) -> bool:
-    """Whether the weight of a sparse layer holds W + S itself while any of its adapters computes."""
-    layer = owner_of(owner)
-    return layer.in_place and any(map(layer.has_values, layer.spft_columns))
+def is_plain(owner: int) -> bool:
+    """Whether the weight of a sparse layer is of the kind that holds W + S itself while an adapter computes."""
+    return owner_of(owner).is_plain
