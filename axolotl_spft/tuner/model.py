@@ -24,7 +24,7 @@ from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.expert_targets import inject_parameters
 from axolotl_spft.tuner.experts import SpftExperts
-from axolotl_spft.tuner.fused_reading import stop_fused_reading
+from axolotl_spft.tuner.fused_reading import allow_fused_reading, stop_fused_reading
 from axolotl_spft.tuner.holders import release
 from axolotl_spft.tuner.layer import SpftLinear, mark_shared_inputs
 from axolotl_spft.tuner.mixed_batch import adapters_by_row
@@ -314,4 +314,6 @@ class SpftModel(ModelState):
         for layer in spft_layers(self.model).values():
             layer.revert()
             release(layer)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        allow_fused_reading(unloaded)
+        return unloaded
