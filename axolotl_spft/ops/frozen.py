@@ -1,7 +1,8 @@
 """The product with W alone, of a layer whose weight holds W + S at other times.
 
-    y  = x W^T + b
-    dX = dY W
+    y   = x W^T + b
+    dX  = dY W
+    ddY = ddX W^T, where dX itself is differentiated, and so on
 
 autograd would keep the weight for dX, and multiply by whatever it holds when the backward pass comes by: by W + S,
 where that pass is also one of a forward pass with S. As in `axolotl_spft.ops.linear`, the op asks the layer each time.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from axolotl_spft.ops.backends.products import cast, linear, matmul
-from axolotl_spft.ops.linear import bias_gradient, once_differentiable, owner_of
+from axolotl_spft.ops.linear import bias_gradient, owner_of
 
 
 class FrozenOwner(Protocol):
@@ -45,10 +46,26 @@ class _EagerFrozen(torch.autograd.Function):
         return _forward(x, bias, owner)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
         need_x, need_bias = ctx.needs_input_grad[:2]
-        return _backward(grad_y, ctx.owner) if need_x else None, bias_gradient(grad_y) if need_bias else None, None
+        grad_x = None
+        if need_x:
+            backward = _EagerBackward.apply if torch.is_grad_enabled() else _backward
+            grad_x = backward(grad_y, ctx.owner)
+        return grad_x, bias_gradient(grad_y) if need_bias else None, None
+
+
+class _EagerBackward(torch.autograd.Function):
+    """dX, where it is to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, grad_y, owner):
+        ctx.owner = owner
+        return _backward(grad_y, owner)
+
+    @staticmethod
+    def backward(ctx, grad_grad_x):
+        return _EagerFrozen.apply(grad_grad_x, None, ctx.owner), None
 
 
 # --- the same as custom ops, for torch.compile
@@ -92,8 +109,25 @@ def _op_gradients(ctx, grad_y: Tensor) -> tuple:
 torch.library.register_autograd("spft::frozen_linear", _op_gradients, setup_context=_setup_context, lib=_library)
 
 
+def _setup_context_of_backward(ctx, inputs, output) -> None:
+    grad_y, _, ctx.owner = inputs
+    ctx.out_features = grad_y.shape[-1]
+
+
+def _op_gradients_of_backward(ctx, grad_grad_x: Tensor) -> tuple:
+    return torch.ops.spft.frozen_linear(grad_grad_x, None, ctx.out_features, ctx.owner), None, None
+
+
+torch.library.register_autograd(
+    "spft::frozen_linear_backward",
+    _op_gradients_of_backward,
+    setup_context=_setup_context_of_backward,
+    lib=_library,
+)
+
+
 def frozen_linear(x: Tensor, bias: Tensor | None, out_features: int, owner: FrozenOwner, number: int) -> Tensor:
-    """y = x W^T + b.
+    """y = x W^T + b, which can be differentiated any number of times.
 
     Args:
         x: (..., in_features).

@@ -130,12 +130,14 @@ class BaseWeight:
     @property
     def in_place(self) -> bool:
         """Whether the weight may hold W + S itself."""
+        # accelerate's hooks may come later, and what they bring in may be the only copy of W
+        if is_offloaded(self.get_base_layer()):
+            return False
         # another thread may forget it at any time
         in_place = self._in_place
         if in_place is None:
             in_place = self._in_place = self._may_hold_delta()
-        # accelerate's hooks may come later, and what they bring in may be the only copy of W
-        return in_place and not is_offloaded(self.get_base_layer())
+        return in_place
 
     def share_weight(self, shared: bool) -> None:
         """Say whether another module uses the weight too."""
@@ -149,23 +151,24 @@ class BaseWeight:
             self.revert()
             self._in_place = False
 
-    def _may_hold_delta(self) -> bool:
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is of the kind that may hold W + S itself, wherever it lies now."""
         if self.quantization_backend is not None or self.shared_weight or is_deepspeed_zero3_enabled():
             return False
         # what the layer of another method inside multiplies is W
-        if isinstance(self.base_layer, BaseTunerLayer):
+        if isinstance(self.base_layer, BaseTunerLayer) or is_offloaded(self.get_base_layer()):
             return False
         weight = self.stored_weight
-        return (
-            type(weight) in (nn.Parameter, Tensor)
-            and weight.is_floating_point()
-            and weight.is_contiguous()
-            and not weight.is_meta
-            # transformers does not yet know of ZeRO-3 while a saved adapter is loaded
-            and not is_partitioned(weight)
-            and not is_in_shared_memory(weight)
-            and holds_alone(self)
-        )
+        # transformers does not yet know of ZeRO-3 while a saved adapter is loaded
+        return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not is_partitioned(weight)
+
+    def _may_hold_delta(self) -> bool:
+        if not self.is_plain:
+            return False
+        weight = self.stored_weight
+        in_own_memory = weight.is_contiguous() and not weight.is_meta and not is_in_shared_memory(weight)
+        return in_own_memory and holds_alone(self)
 
     def brought_in(self) -> AbstractContextManager[None]:
         """Within the block a base layer that accelerate offloads holds its tensors."""
@@ -216,7 +219,8 @@ class BaseWeight:
     def plain_weight(self) -> AbstractContextManager[Tensor]:
         """W as (out_features, in_features), to be read within the block; afterwards the weight is as before."""
         if not self.in_place:
-            return nullcontext(self._oriented(self._fresh_weight()))
+            # a plain one is written by no layer
+            return nullcontext(self._oriented(self.stored_weight.detach() if self.is_plain else self._fresh_weight()))
         # within a backward pass that is also one of a forward pass with S, it holds that
         return nullcontext(self._oriented(self.stored_weight)) if self._written is None else self._matrix_for_now()
 

@@ -40,6 +40,21 @@ def record_mask(
     record = record_to_tensor(make_record(config, shapes_of(layers), source, tied, base))
     device = next((layer.spft_columns[adapter_name].device for layer in layers.values()), None)
     tuner.spft_record[adapter_name] = record.to(device)
+    for layer in layers.values():
+        layer.unrecorded -= {adapter_name}
+
+
+def record_given_masks(tuner: nn.Module) -> None:
+    """Record anew the masks that layers were given past the `SpftModel`: by a state dict of the model inside, say.
+
+    Where they come from is not known, nor, of an adapter that is only read, what its values were trained on.
+    """
+    for adapter_name, config in tuner.peft_config.items():
+        # a mixed model has adapters of other methods
+        layers = _layers_of(tuner, adapter_name).values()
+        is_new = any(adapter_name in layer.unrecorded for layer in layers)
+        if is_new and any(layer.mask(adapter_name).nnz for layer in layers):
+            record_mask(tuner, adapter_name, None, {} if config.inference_mode else None)
 
 
 def recorded_base(tuner: nn.Module, adapter_name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from axolotl_spft.config import SpftConfig
 from axolotl_spft.errors import SpftError
 from axolotl_spft.peft_type import SPFT
 from axolotl_spft.tuner.biases import let_go_of_biases
+from axolotl_spft.tuner.fused_reading import allow_fused_reading
 from axolotl_spft.tuner.layer import SpftLinear
 from axolotl_spft.tuner.model import SpftModel
 from axolotl_spft.tuner.record import NAME as RECORD
@@ -131,7 +132,9 @@ class SparseMixedModel(mixed.MixedModel, SpftModel):
             self._refuse_to_merge_repaired()
         for handle in self._guards:
             handle.remove()
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        unloaded = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        allow_fused_reading(unloaded)
+        return unloaded
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

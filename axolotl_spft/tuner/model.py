@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING, _get_submodules, get_quantization_kwargs
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -19,21 +19,20 @@ from torch.utils.hooks import RemovableHandle
 from axolotl_spft.config import RECORDED, SpftConfig
 from axolotl_spft.errors import SpftError
 from axolotl_spft.tuner.adapter_names import check_adapter_names
-from axolotl_spft.tuner.biases import hold_biases, let_go_of_biases, named_bias
+from axolotl_spft.tuner.biases import hold_biases, let_go_of_biases
 from axolotl_spft.tuner.embedding import SpftEmbedding
 from axolotl_spft.tuner.expert_matrix import ExpertMatrix
 from axolotl_spft.tuner.expert_targets import inject_parameters
 from axolotl_spft.tuner.experts import SpftExperts
-from axolotl_spft.tuner.fused_reading import stop_fused_reading
+from axolotl_spft.tuner.fused_reading import allow_fused_reading, stop_fused_reading
 from axolotl_spft.tuner.holders import release
 from axolotl_spft.tuner.layer import SpftLinear, mark_shared_inputs
-from axolotl_spft.tuner.load import take_state
 from axolotl_spft.tuner.mixed_batch import adapters_by_row
-from axolotl_spft.tuner.offloading import fill_in
+from axolotl_spft.tuner.model_state import ModelState
 from axolotl_spft.tuner.random_values import fill_randomly
 from axolotl_spft.tuner.record import NAME as RECORD
 from axolotl_spft.tuner.sparse_layer import SparseLayer
-from axolotl_spft.tuner.state import ORIGINALS, TENSORS, spft_layers
+from axolotl_spft.tuner.state import spft_layers
 from axolotl_spft.tuner.targets import check_target, settle_targets, whole_names
 from axolotl_spft.tuner.tied import TiedLayer, mark_shared_weights, refuse_to_part, tied_modules
 from axolotl_spft.tuner.weighted_sum import add_weighted_adapter
@@ -43,7 +42,7 @@ from axolotl_spft.tuner.write_ahead import WriteAhead
 _SAME_ON_ALL_RANKS = (".spft_values.", ".spft_columns.", ".spft_row_offsets.", ".spft_originals.")
 
 
-class SpftModel(BaseTuner):
+class SpftModel(ModelState):
     """A model whose targeted layers carry sparse deltas (Liu et al., ACL 2025, arXiv 2412.13488).
 
     Targets are `torch.nn.Linear`, GPT-2's `Conv1D`, the quantized linear layers that PEFT knows, `torch.nn.Embedding`,
@@ -315,31 +314,6 @@ class SpftModel(BaseTuner):
         for layer in spft_layers(self.model).values():
             layer.revert()
             release(layer)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
-
-    @classmethod
-    def _get_learnable_bias_state_dict(cls, *args: Any, **kwargs: Any) -> dict:
-        # since 0.21 PEFT adds the base layers' biases to a file, where they are already
-        return {}
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
-        # since 0.21 PEFT leaves the keys of modules that are not targeted, and of the record, without the adapter's
-        # name, and then skips them; with the name, they are seen when the adapter's file is checked
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        endings = tuple(f".{tensor}" for tensor in (*TENSORS, ORIGINALS, RECORD))
-        return {
-            f"{key}.{adapter_name}" if key.endswith(endings) else named_bias(key, adapter_name): value
-            for key, value in remapped.items()
-        }
-
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """As torch's, with the record as it is where it is kept, if accelerate offloads it."""
-        state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
-        fill_in(state_dict, f"{prefix}{RECORD}.", self._modules[RECORD])
-        return state_dict
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:
-        """As torch's, after `take_state`; see there for what it raises."""
-        take_state(self, state_dict, prefix, local_metadata.get("assign_to_params_buffers", False))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        allow_fused_reading(unloaded)
+        return unloaded

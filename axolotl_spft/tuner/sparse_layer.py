@@ -49,6 +49,7 @@ class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
         readers: layers of other modules that hold the same W, which compute with this one's S.
         mixes_rows: whether the forward pass takes ``adapter_names``, an adapter for each row of a batch.
         writes_ahead: whether a `Writer` may write for it.
+        unrecorded: adapters whose mask is another one than the model has recorded.
     """
 
     adapter_layer_names = ("spft_values",)
@@ -56,6 +57,7 @@ class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
     readers: tuple[TiedLayer, ...] = ()
     mixes_rows = False
     writes_ahead = True
+    unrecorded: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -178,6 +180,7 @@ class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
         mask = Mask(*(tensor.to(device) for tensor in mask))
         self.spft_columns[adapter_name], self.spft_row_offsets[adapter_name] = mask
         self.set_originals(adapter_name, originals)
+        self.unrecorded |= {adapter_name}
 
     def add_up(
         self,
@@ -306,7 +309,15 @@ class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
         Args:
             x: what the base layer is to multiply.
         """
-        return x.requires_grad and torch.is_grad_enabled() and may_hold_sum(self._owner)
+        if not x.requires_grad or not torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling():
+            # the graph stays when masks come and go
+            return is_plain(self._owner)
+        # a layer with S takes part in none of functorch's transforms
+        if torch._C._are_functorch_transforms_active():
+            return False
+        return self.in_place and any(map(self.has_values, self.spft_columns))
 
     def extra_repr(self) -> str:
         counts = ", ".join(f"{name}: {values.numel()}" for name, values in self.spft_values.items())
@@ -317,7 +328,6 @@ class SparseLayer(LayerState, CalledLayer, Deltas, MergedWeight):
 
 
 @torch.compiler.assume_constant_result
-def may_hold_sum(owner: int) -> bool:
-    """Whether the weight of a sparse layer holds W + S itself while any of its adapters computes."""
-    layer = owner_of(owner)
-    return layer.in_place and any(map(layer.has_values, layer.spft_columns))
+def is_plain(owner: int) -> bool:
+    """Whether the weight of a sparse layer is of the kind that holds W + S itself while an adapter computes."""
+    return owner_of(owner).is_plain

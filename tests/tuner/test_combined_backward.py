@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from axolotl_spft import SpftConfig
+from axolotl_spft.tuner.random_values import fill_randomly
 from tests.experts import PARAMETERS, tiny_gpt_oss, tiny_mixtral
 from tests.interpreter import DEVICE
 from tests.models import same_weights, tiny_gpt2, tiny_llama, token_batch, weights_of, with_adapter
@@ -104,6 +105,31 @@ def test_a_compiled_layer_without_the_adapter_beside_one_with_it():
         torch.testing.assert_close(got, expected)
 
 
+def test_a_layer_that_was_compiled_before_its_adapter_had_a_mask():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = SpftConfig(density=0.3, target_modules=["0", "1"])
+    model = get_peft_model(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), config).to(DEVICE)
+    compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(4, 5, device=DEVICE)
+
+    def plain():
+        with model.disable_adapter():
+            return compiled(x).square().sum()
+
+    def adapted():
+        return model(x).square().sum()
+
+    def gradient(*losses):
+        return torch.autograd.grad(sum(loss() for loss in losses), x)[0]
+
+    x.requires_grad_()
+    gradient(plain)
+    fill_randomly(model.base_model, "default")
+    expected = gradient(plain) + gradient(adapted)
+    for losses in ((plain, adapted), (adapted, plain)):
+        torch.testing.assert_close(gradient(*losses), expected)
+
+
 def test_two_adapters_of_which_one_leaves_layers_as_they_are():
     model = with_adapter(tiny_llama(), adapter_name="few", target_modules=["q_proj", "v_proj"])
     model.add_adapter("all", SpftConfig(density=0.1, init_weights=False))
@@ -120,6 +146,45 @@ def test_two_adapters_of_which_one_leaves_layers_as_they_are():
         return loss
 
     passes.check(with_only("few"), with_only("all"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "conv1d", "tied head"])
+def test_a_gradient_penalty_without_the_adapter(kind):
+    """What is differentiated twice is the base model, also beside a forward pass with S, which is so once."""
+    passes = Passes(MODELS[kind]())
+    base = {"llama": tiny_llama, "conv1d": tiny_gpt2, "tied head": lambda: tiny_llama(tie_word_embeddings=True)}[kind]()
+    x = passes.front(passes.features).detach().requires_grad_()
+    labels = token_batch()["labels"]
+
+    def penalty(model):
+        (gradient,) = torch.autograd.grad(model(inputs_embeds=x, labels=labels).loss, x, create_graph=True)
+        return gradient.square().sum()
+
+    def adapted():
+        return passes.model(inputs_embeds=x, labels=labels).loss
+
+    (expected,) = torch.autograd.grad(penalty(base), x)
+    for _ in range(2):
+        (with_s,) = torch.autograd.grad(adapted(), x)
+        with passes.model.disable_adapter():
+            found = penalty(passes.model)
+        torch.testing.assert_close(torch.autograd.grad(found, x, retain_graph=True)[0], expected)
+        both = torch.autograd.grad(found + adapted(), x)[0]
+        torch.testing.assert_close(both, expected + with_s)
+
+
+def test_torch_func_without_the_adapter():
+    model = with_adapter(tiny_llama())
+    x = torch.randn(2, 5, 36, device=DEVICE)
+
+    def logits(model):
+        return lambda x: model(inputs_embeds=x).logits.square().mean()
+
+    direction = torch.ones_like(x)
+    for transformed in (torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (direction,))[1]):
+        expected = transformed(logits(tiny_llama()))(x)
+        with model.disable_adapter():
+            torch.testing.assert_close(transformed(logits(model))(x), expected)
 
 
 def test_an_evaluation_without_gradients_runs_the_base_layer_itself():

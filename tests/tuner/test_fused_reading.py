@@ -44,3 +44,29 @@ def test_a_loaded_adapter_is_in_the_first_evaluation(tmp_path, stacked, padded):
         with model.disable_adapter():
             torch.testing.assert_close(model(x, padding)[:, seen], base(x, padding)[:, seen])
         assert not torch.allclose(expected, base(x, padding)[:, seen], atol=0.01)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("flags", [(True, True), (False, True)])
+def test_an_encoder_that_is_given_back_reads_as_before(mixed, flags):
+    base = Encoder(True)
+    base.encoder.use_nested_tensor, base.encoder.enable_nested_tensor = flags
+    config = SpftConfig(density=0.1, target_modules=TARGETS, init_weights=False)
+    model = get_peft_model(base, config, mixed=mixed)
+    model.add_adapter("other", config)
+    assert not base.encoder.use_nested_tensor
+    before = set(vars(Encoder(True).encoder))
+    for back in (copy.deepcopy(model).unload(), copy.deepcopy(model).merge_and_unload(), model.unload()):
+        encoder = back.encoder
+        assert (encoder.use_nested_tensor, encoder.enable_nested_tensor) == flags
+        assert set(vars(encoder)) == before
+
+
+def test_an_encoder_that_could_not_be_merged_still_calls_its_layers():
+    config = SpftConfig(density=0.1, target_modules=TARGETS, init_weights=False)
+    model = get_peft_model(Encoder(True), config).eval()
+    with torch.no_grad():
+        model.base_model.model.encoder.layers[0].linear2.spft_values["default"][0] = torch.nan
+    with pytest.raises(ValueError, match="seems to be broken"):
+        model.merge_and_unload(safe_merge=True)
+    assert not model.base_model.model.encoder.use_nested_tensor

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from axolotl_spft import SparseAdamW, SpftConfig
+from axolotl_spft.checkpoint.adapter import WEIGHTS_FILE
 from axolotl_spft.errors import SpftError, SpftFileError
+from axolotl_spft.tuner.load import record_mask, recorded_base
+from axolotl_spft.tuner.record import read_record
 from axolotl_spft.tuner.state import spft_layers
 from tests.experts import PARAMETERS, tiny_mixtral
 from tests.interpreter import DEVICE
@@ -22,12 +25,16 @@ MODELS = {
 }
 
 
-def small(seed: int = 0, **options) -> nn.Module:
+def small_base() -> nn.Module:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+    return nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+
+
+def small(seed: int = 0, **options) -> nn.Module:
+    base = small_base()
     torch.manual_seed(seed)
     options = {"density": 0.05, "target_modules": ["0", "1"], "init_weights": False} | options
-    return get_peft_model(net, SpftConfig(**options)).to(DEVICE)
+    return get_peft_model(base, SpftConfig(**options)).to(DEVICE)
 
 
 def run(model: nn.Module) -> list[torch.Tensor]:
@@ -82,6 +89,47 @@ def test_a_mask_of_another_size():
     run(model)
     by_load_state_dict(model, other)
     assert all(map(torch.equal, run(model), run(other)))
+
+
+def one_layer(model: nn.Module, other: nn.Module) -> None:
+    model.get_base_model()[1].load_state_dict(other.get_base_model()[1].state_dict())
+
+
+@pytest.mark.parametrize("load", [by_load_state_dict, by_assigning, one_layer])
+def test_what_is_saved_records_the_mask_that_came(tmp_path, load):
+    model = small()
+    record_mask(model.base_model, "default", {"salience": "gradient"})
+    load(model, small(1, density=0.1))
+    model.save_pretrained(tmp_path)
+    config = model.peft_config["default"]
+    assert config.nnz == sum(layer.mask("default").nnz for layer in spft_layers(model).values())
+    assert config.mask_source is None
+    assert read_record(tmp_path / WEIGHTS_FILE)["mask_source"] is None
+    loaded = PeftModel.from_pretrained(small_base(), tmp_path).to(DEVICE)
+    x = torch.linspace(-1, 1, 200, device=DEVICE).view(5, 40)
+    assert torch.equal(loaded(x), model(x))
+    # the record of before is no obstacle to what comes next
+    by_load_state_dict(model, small())
+    model.load_state_dict(small().state_dict())
+
+
+def test_the_record_of_a_mask_that_came_again_stays():
+    model = small()
+    record_mask(model.base_model, "default", {"salience": "gradient"})
+    state = weights_of(model)
+    by_load_state_dict(model, small())
+    assert model.peft_config["default"].mask_source == {"salience": "gradient"}
+    assert same_weights(model, state)
+
+
+def test_the_base_of_values_that_came_to_an_adapter_that_is_only_read_is_not_known(tmp_path):
+    small(1, density=0.1).save_pretrained(tmp_path)
+    for trainable in (False, True):
+        model = PeftModel.from_pretrained(small_base(), tmp_path, is_trainable=trainable)
+        assert recorded_base(model.base_model, "default")
+        by_load_state_dict(model, small())
+        model.state_dict()
+        assert bool(recorded_base(model.base_model, "default")) == trainable
 
 
 def test_an_optimizer_refuses_the_moments_of_before():
