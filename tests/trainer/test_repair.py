@@ -106,6 +106,9 @@ def test_a_repaired_run_resumes_to_the_same_bits(base, tmp_path, kind, reselect)
         sum(layer.out_features + 1 for layer in adapted_layers(peft_model_of(trainer)).values()),
     )
     assert memory.indices == 4 * nnz + 4 * rows
+    # the trainer that has been to the end, too
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(figures(trainer), whole)
 
 
 def test_a_reference_that_would_be_another_one_is_refused(base, tmp_path):
