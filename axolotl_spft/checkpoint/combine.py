@@ -89,6 +89,8 @@ def combine(
         target_parameters=[name for a in adapters for name in a.config.get("target_parameters") or ()],
     )
     config["bias"] = first.get("bias", "none")
+    revisions = {adapter.config.get("revision") for adapter in adapters}
+    config["revision"] = revisions.pop() if len(revisions) == 1 else None
     if list(deltas) == list(adapters[0].deltas):
         config["base_shapes"] = first.get("base_shapes")
     # of another mask than the first one's the config tells where it is from

@@ -23,12 +23,12 @@ def give_tokens(folder: Path, changes: Mapping[tuple[str, ...], Any]) -> None:
         changes: of `axolotl_spft.checkpoint.run_config.RunConfig`.
     """
     path = folder / GENERATION_CONFIG
-    tokens = {names[-1]: value for names, value in changes.items() if names[-1] in TOKENS}
+    tokens = {names[-1]: value for names, value in changes.items() if names[-1] in TOKENS and value is not None}
     if not tokens or not path.is_file():
         return
     found = read_json_object(path, "copy the base model again")
     changed = dict(found) | {name: value for name, value in tokens.items() if name != _END}
-    if tokens.get(_END) is not None:
+    if _END in tokens:
         ends, before = _list_of(tokens[_END]), _list_of(found.get(_END))
         if not set(ends) <= set(before):
             changed[_END] = [*ends, *(token for token in before if token not in ends)]

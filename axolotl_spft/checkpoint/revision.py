@@ -51,7 +51,9 @@ def find_base(adapter_folder: str | os.PathLike, name: str | os.PathLike, revisi
     """
     config = read_config(Path(adapter_folder))
     own, commit = None, None
-    if str(name) == config.get("base_model_name_or_path") and not Path(name).expanduser().is_dir():
+    # a path, though it may be one in the hub's cache, is where the base was, and no name of the hub
+    is_of_hub = not Path(name).is_absolute() and not Path(name).expanduser().is_dir()
+    if str(name) == config.get("base_model_name_or_path") and is_of_hub:
         own, commit = config.get("revision"), recorded_base(adapter_folder).get("commit")
     if commit is None or (revision or own) != own:
         folder = find_checkpoint(name, revision or own, companions=True)
@@ -61,10 +63,11 @@ def find_base(adapter_folder: str | os.PathLike, name: str | os.PathLike, revisi
     except SpftFileError as error:
         if _has_config(name, commit):
             raise
+        other = f"another branch than {own}, or a commit by its number" if own else "main, say"
         raise OtherCommitError(
             f"{adapter_folder} was trained on the commit {commit} of {name}, which cannot be had "
-            f"({first_line(error)}): get it, or say with `--revision` ({own or 'main'}, say; in a configuration "
-            "`revision_of_model`) onto what to merge instead"
+            f"({first_line(error)}): get it, or say with `--revision` ({other}; in a configuration "
+            "`revision_of_model`) or `--base` (a folder) onto what to merge instead"
         ) from error
 
 

@@ -72,6 +72,7 @@ def read_shira(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, int]] 
         task_type=config.get("task_type"),
         modules_to_save=config.get("modules_to_save") or (),
     )
+    made["revision"] = config.get("revision")
     return SavedAdapter(made, deltas, tensors, {}, shapes is not None)
 
 

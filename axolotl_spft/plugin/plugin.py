@@ -91,6 +91,9 @@ class SpftPlugin(BasePlugin):
             from axolotl_spft.plugin.quantization import check_quantized
 
             check_quantized(model, bool(cfg.load_in_4bit), bool(cfg.load_in_8bit))
+            if cfg.base_model_config not in (None, cfg.base_model):
+                # of another repository than the weights
+                model.config._commit_hash = None
 
     def load_adapter(self, model: nn.Module, cfg: Any, inference: bool = False, config_only: bool = False):
         if cfg.adapter != ADAPTER:

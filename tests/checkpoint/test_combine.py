@@ -113,6 +113,14 @@ def test_the_record_of_a_sum_is_not_the_first_adapters(folders, tmp_path):
         assert bool(loaded.mask_source) == (name == "sum")
 
 
+def test_a_sum_has_the_branch_that_all_of_them_name(folders):
+    one, other = (read_adapter(folder) for folder in folders[:2])
+    one.config["revision"] = other.config["revision"] = "v2"
+    assert combine([one, other])[0].config["revision"] == "v2"
+    other.config["revision"] = "main"
+    assert combine([one, other])[0].config["revision"] is None
+
+
 def test_what_cannot_be_combined_is_one_clear_error(folders, base, tmp_path):
     adapters = [read_adapter(folder) for folder in folders]
     whole = read_adapter(save_adapter(tmp_path / "whole", base, modules_to_save=["lm_head"], target_modules=["q_proj"]))

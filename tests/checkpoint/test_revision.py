@@ -84,7 +84,8 @@ def test_another_commit_has_to_be_asked_for_and_is_told(tmp_path, commits):
     shutil.rmtree(tmp_path / "hub/models--of--us/snapshots" / commits["v2"])
     result = _merge(tmp_path, run)
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1, result.output
-    assert f"{commits['v2']} of {NAME}, which cannot be had" in result.stderr and "`--revision`" in result.stderr
+    for said in (f"{commits['v2']} of {NAME}, which cannot be had", "`--revision` (another branch than v2"):
+        assert said in result.stderr
     assert _merge(tmp_path, run, "--revision", commits["main"]).exit_code == 0
     # another base has other commits
     result = _merge(tmp_path, run, "--base", str(tmp_path / "main"))

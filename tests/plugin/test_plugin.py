@@ -106,6 +106,14 @@ def test_the_branch_of_the_base_is_recorded_where_peft_has_it():
         assert SpftPlugin().load_adapter(tiny_llama(), cfg, config_only=config_only)[1].revision == revision
 
 
+def test_a_commit_of_another_repository_than_the_weights_is_not_recorded():
+    for base_model_config, commit in ((None, "a" * 40), ("of/us", "a" * 40), ("of/others", None)):
+        model = tiny_llama()
+        model.config._commit_hash = "a" * 40
+        SpftPlugin().post_model_build(config(base_model="of/us", base_model_config=base_model_config), model)
+        assert model.config._commit_hash == commit
+
+
 def test_a_run_that_goes_on_has_the_commit_of_its_own_base(tmp_path, monkeypatch, caplog):
     tiny_llama().save_pretrained(tmp_path / "base")
     commits = fill_cache(tmp_path / "hub", "of/us", dict.fromkeys(("main", "v2"), tmp_path / "base"), monkeypatch)
