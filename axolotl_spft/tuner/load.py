@@ -49,12 +49,27 @@ def record_given_masks(tuner: nn.Module) -> None:
 
     Where they come from is not known, nor, of an adapter that is only read, what its values were trained on.
     """
-    for adapter_name, config in tuner.peft_config.items():
+    for adapter_name in _given(tuner):
+        only_read = tuner.peft_config[adapter_name].inference_mode
+        record_mask(tuner, adapter_name, None, {} if only_read else None)
+
+
+def forget_counts(tuner: nn.Module) -> None:
+    """Forget how many values the masks had before such ones were given: of a state dict that comes it says nothing."""
+    for adapter_name in _given(tuner):
+        tuner.peft_config[adapter_name].nnz = None
+
+
+def _given(tuner: nn.Module) -> list[str]:
+    """The adapters with a mask that is not the recorded one; an empty one awaits its mask, and is none."""
+    found = []
+    for adapter_name in tuner.peft_config:
         # a mixed model has adapters of other methods
         layers = _layers_of(tuner, adapter_name).values()
         is_new = any(adapter_name in layer.unrecorded for layer in layers)
         if is_new and any(layer.mask(adapter_name).nnz for layer in layers):
-            record_mask(tuner, adapter_name, None, {} if config.inference_mode else None)
+            found.append(adapter_name)
+    return found
 
 
 def recorded_base(tuner: nn.Module, adapter_name: str) -> dict[str, Any]:

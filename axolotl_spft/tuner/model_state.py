@@ -7,7 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 
 from axolotl_spft.tuner.biases import named_bias
-from axolotl_spft.tuner.load import record_given_masks, take_state
+from axolotl_spft.tuner.load import forget_counts, record_given_masks, take_state
 from axolotl_spft.tuner.offloading import fill_in
 from axolotl_spft.tuner.record import NAME as RECORD
 from axolotl_spft.tuner.state import ORIGINALS, TENSORS
@@ -41,6 +41,6 @@ class ModelState(BaseTuner):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:
         """As torch's, after `take_state`; see there for what it raises."""
-        record_given_masks(self)
+        forget_counts(self)
         take_state(self, state_dict, prefix, local_metadata.get("assign_to_params_buffers", False))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -140,7 +141,9 @@ def test_files_with_biases_are_merged_combined_and_not_converted(tmp_path):
         assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
     assert torch.equal(merged_in_memory(base, tmp_path / "written")["model.layers.0.self_attn.q_proj.bias"],
                        expected["model.layers.0.self_attn.q_proj.bias"])  # fmt: skip
+    assert combine([adapter, adapter])[0].biases.keys() == adapter.biases.keys()
+    other = replace(adapter, biases={name: bias + 1 for name, bias in adapter.biases.items()})
     with pytest.raises(SpftFileError, match="`bias: all`"):
-        combine([adapter, adapter])
+        combine([adapter, other])
     with pytest.raises(SpftFileError, match="`bias: all`"):
         write_shira(tmp_path / "shira", adapter)
