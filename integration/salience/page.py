@@ -39,7 +39,7 @@ all made little difference (0.823 against 0.827 of loss over three seeds, which 
 
 **Metric and scope.** Each at its best rate and over three seeds, `random` has the lowest loss on the task of the masks of as many values on either model; on SmolLM2 `magnitude` and `lift` are
 behind by 0.003 to 0.005, `scope: row`, `fisher` and `balanced` by 0.010 to 0.013, which is about what seeds differ by, then `gradient` and `scope: global` (0.021); on Gemma `gradient`, by layers or rows, is behind by 0.034. Gradient masks sit on few rows and columns.
-Beside LoRA of as many values, alpha 2 r, `random` is level: ahead by 0.008 on SmolLM2 (on each of five seeds; an alpha of 16 puts LoRA ahead by 0.003, over three), on Gemma by 0.003 and by nothing without the seed that rates were chosen by; in 4 bits ahead by 0.008 on
+Beside LoRA of as many values, alpha 2 r, `random` is level: ahead by 0.008 on SmolLM2 (on each of five seeds; an alpha of 16 puts LoRA ahead by 0.003 there and level on Gemma, over three), on Gemma by 0.003 and by nothing without the seed that rates were chosen by; in 4 bits ahead by 0.008 on
 SmolLM2, behind by 0.005 on Gemma (three seeds). SHiRA, a random mask too, is level with both; PiSSA is ahead by 0.005 on SmolLM2 and behind by 0.030 on Gemma; DoRA was no better than LoRA. At 2% LoRA of rank 8 is ahead by
 0.006 on either model, at 5% rank 16 is level. On ARC-Easy LoRA is ahead, by 3.5 points of accuracy. Full fine-tuning of SmolLM2 ends at 0.819, `random` at 0.827: not much more was to be had. Of other text, for one and the same gain, `magnitude`,
 `lift`, `random` and LoRA forget nothing on SmolLM2 and `random` least on Gemma; masks by gradients pay on Python, on both models.
