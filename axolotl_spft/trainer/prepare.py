@@ -31,8 +31,8 @@ from axolotl_spft.trainer.saved_adapter import (
     compare_with_repaired_start,
     compares_with_a_copy,
     copy_to_reference,
-    has_reference,
     install_checkpoint_mask,
+    load_beside_reference,
 )
 from axolotl_spft.trainer.watch import watch_training
 from axolotl_spft.tuner.experts import SpftExperts
@@ -82,9 +82,7 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
         install_checkpoint_mask(model, checkpoint)
         if trainer in _began_empty:
             compare_with_repaired_start(trainer, model)
-        if has_reference(model):
-            # beside adapters in folders of their own transformers does not load the one that is trained
-            model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
+        load_beside_reference(model, checkpoint)
     say(str(memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(optimizer or "", 32))))
     layers = adapted_layers(model)
     squares = squares_of_weights(layers, show=ranks.rank == 0)

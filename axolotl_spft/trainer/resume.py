@@ -17,7 +17,7 @@ from axolotl_spft.salience.mask_file import load_masks
 from axolotl_spft.trainer.checkpoints import ADAPTER_FILE
 from axolotl_spft.trainer.reselection import restart_reselections
 from axolotl_spft.trainer.salience_pass import peft_model_of
-from axolotl_spft.trainer.saved_adapter import follow_repaired_start, has_reference, install_checkpoint_mask
+from axolotl_spft.trainer.saved_adapter import follow_repaired_start, install_checkpoint_mask, load_beside_reference
 from axolotl_spft.tuner.state import shapes_of, slots_of
 
 _ANEW = "make the model and the trainer anew, and resume with them"
@@ -45,9 +45,7 @@ def resume_begun(trainer: Any, checkpoint: str, own_optimizer: bool, say: Callab
         return
     install_checkpoint_mask(model, checkpoint)
     follow_repaired_start(trainer, model)
-    if has_reference(model):
-        # as in `prepare_run`
-        model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
+    load_beside_reference(model, checkpoint)
     say(f"Sparse mask: the one of the checkpoint {checkpoint}, checksum {check_same_mask(model, ranks)[:16]}")
     if own_optimizer:
         trainer.optimizer = None

@@ -124,6 +124,12 @@ def has_reference(model: nn.Module) -> bool:
     return _REFERENCE in model.peft_config
 
 
+def load_beside_reference(model: nn.Module, checkpoint: str) -> None:
+    """Load a checkpoint's adapter where transformers does not: beside adapters in folders of their own."""
+    if has_reference(model):
+        model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
+
+
 def install_checkpoint_mask(model: nn.Module, checkpoint: str) -> None:
     """Give the adapter the mask of a checkpoint, and what its config records about it; the trainer loads the values.
 
