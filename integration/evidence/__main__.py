@@ -53,7 +53,8 @@ def run_files(files: list[Path], data: Path | None, bases: Path, threads: int, r
                 traceback.print_exc()
                 failed += 1
                 continue
-            append(results / f"{file.stem}.jsonl", {**run, "result": rounded(result)})
+            line = {**run, "result": rounded(result)}
+            append(results / f"{file.stem}.jsonl", line, data="hub" if data is None else "files")
             print(f"    {result}", flush=True)
     return failed
 

@@ -5,8 +5,9 @@
      "steps": 60, "batch": 4, "length": 96, "seeds": [0], "repeats": [1, 2],
      "methods": [{"label": "LoRA r4", "method": "lora", "options": {"r": 4}, "learning_rates": [0.001, 0.003]}]}
 
-``order`` is the experiment's place in the queue, which it is no part of otherwise. Everything but ``question`` to
-``title`` may stand in an entry of ``methods`` too, for that entry alone.
+``order`` is the experiment's place in the queue, which it is no part of otherwise; ``reference`` the method that
+others are compared with, by default the first. Everything but ``question`` to ``title`` may stand in an entry of
+``methods`` too, for that entry alone.
 ``learning_rates`` are where the search for the best rate begins: the grid grows along 1, 3, 10, 30, ... by one rate
 at a time while the best recorded one is its first or last. ``repeats`` are seeds that run at the best rate alone.
 """
@@ -37,7 +38,7 @@ DEFAULTS = {
 _OF_A_RUN = ("base", "task", *DEFAULTS)
 _SEARCH = ("learning_rates", "seeds", "repeats")
 _OF_A_METHOD = {"label", "method", "options", *_SEARCH, *_OF_A_RUN}
-_OF_AN_EXPERIMENT = {"question", "order", "title", "methods", *_SEARCH, *_OF_A_RUN}
+_OF_AN_EXPERIMENT = {"question", "order", "title", "reference", "methods", *_SEARCH, *_OF_A_RUN}
 _RATES = tuple(float(f"{digit}e{exponent}") for exponent in range(-6, 0) for digit in (1, 3))
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -72,6 +73,9 @@ def read_experiment(path: Path) -> dict[str, Any]:
                      for rate in outside]  # fmt: skip
         if not entry.get("label"):
             problems.append(f"{where}: `label` is missing")
+    reference = experiment.get("reference")
+    if reference is not None and reference not in {entry.get("label") for entry in experiment.get("methods", [])}:
+        problems.append(f"`reference: {reference}` is the label of no method")
     if problems:
         raise SystemExit("\n".join(f"{path}: {problem}" for problem in problems))
     return experiment

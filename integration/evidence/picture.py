@@ -11,6 +11,8 @@ from integration.evidence.table import Row, shared_seeds
 
 # share of the largest gain
 _SHOWN = 0.15
+# with 20 colours, enough for every curve of an experiment to have a look of its own
+_MARKERS = "osv^DX"
 
 
 def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> None:
@@ -38,7 +40,7 @@ def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> 
     for number, label in enumerate(dict.fromkeys(row.label for row in trained)):
         curve = sorted((row for row in trained if row.label == label), key=lambda row: row.learning_rate)
         style = {
-            "marker": "o",
+            "marker": _MARKERS[number // len(colors) % len(_MARKERS)],
             "color": colors[number % len(colors)],
             "linestyle": "-" if curve[0].method == "spft" else "--",
         }
@@ -62,7 +64,8 @@ def draw(path: Path, title: str, rows: Sequence[Row], untouched: str | None) -> 
         over_loss.set_xlim(*_with_margin([best, worst]))
         over_loss.set_ylim(*_with_margin([before, *seen]))
     figure.legend(loc="outside right center", fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    seeds = sorted(shared_seeds(trained)) if trained else []
+    figure.suptitle(f"{title} (seed {', '.join(map(str, seeds))})", fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
     plt.close(figure)

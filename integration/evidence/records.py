@@ -49,10 +49,10 @@ def _git(*asked: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line, with the machine, versions, date and commit."""
+def append(path: Path, record: Mapping[str, Any], **made: Any) -> None:
+    """Add one line, with the machine, versions, date and commit, and what else is known of how it was ``made``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({**record, "made": machine() | {"commit": _commit()}}, sort_keys=True) + "\n"
+    line = json.dumps({**record, "made": machine() | {"commit": _commit()} | made}, sort_keys=True) + "\n"
     with path.open("a+b") as file:
         file.seek(0, os.SEEK_END)
         if file.tell():

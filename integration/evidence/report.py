@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from axolotl_spft.files import atomic_path
 from axolotl_spft.tuner.step_unit import unit
+from integration.evidence.comparison import prices, ranking, rises, uncertainty_of_start
 from integration.evidence.experiment import DEFAULTS, Records, queue, read_experiment
 from integration.evidence.picture import draw
 from integration.evidence.plan import plan
 from integration.evidence.records import records_of
-from integration.evidence.table import Row, best_rows, prices_of_gain, rows_of, shared_seeds
+from integration.evidence.table import Row, best_rows, rows_of
 
 _QUESTIONS = {
     "a": "The learning rate against density and rank",
@@ -44,21 +43,32 @@ or with `--data FOLDER` from its files `gsm8k_train.jsonl` (`question`, `answer`
 `answer`) and their like for `test`. A run may be stopped and started again, and several may work side by side. `make
 evidence` repeats a small experiment in minutes.
 
-The models are small, and so are the tests: the line above each table says how many answers are judged, and how long an
-example may be, which leaves most of GSM8K out. Both pretrained models come from packages with about 4 bits a weight:
-"16 bits" is their dequantized form, and NF4 rounds that once more.
+**The models and data are small.** The line above each table says how many answers are judged and how long an example
+may be, which leaves most of GSM8K out. Both pretrained models come from packages with about 4 bits a weight: "16 bits"
+is their dequantized form, and NF4 rounds that once more.
 
-Losses are means over the tokens of answers that were not trained on, after training. `±` is half of the range over the
-seeds; these change the order of the examples and what is drawn (factors, random masks), not the answers that are
-judged. Rates are chosen by the judged answers with the first seed, for all methods alike; what a difference is without
-that seed stands beside it. Differences are between runs of the same seeds. The bold rate is a method's best, and the
-one that has all seeds: a neighbour with one of them may have a lower figure beside it. "edge" says that the best rate
-is the first or last of those tried, so that a better one may lie beyond.
+**How a run is made.** Its learning rate rises over its first tenth and then falls to 0; gradients are clipped to a norm
+of 1. All methods train the linear layers of the blocks (attention and MLP, unless a row says otherwise), full
+fine-tuning too: embeddings and norms stay. Sparse values, LoRA's factors and what full fine-tuning trains are float32,
+the rest of the base is bfloat16 under autocast; in the docstring experiment all is float32. LoRA's alpha is 2 r where
+no other is named. `trained` is how many values that is: methods are compared at similar, not always equal, numbers.
+Masks are chosen by one sample of the rows that are trained.
 
-Masks are chosen by some of the rows that are trained. A run's learning rate rises over its first tenth and then falls
-to 0; gradients are clipped to a norm of 1; LoRA's alpha is 2 r. The column `trained` says how near to LoRA's count of
-values a density comes. Untouched text is of a kind that the task does not train: a method that lowers the task's loss
-and raises this one forgets.
+**How it is judged.** Losses are means over the tokens of answers that were not trained on, their end included.
+`english` and `python` are texts that no run trains: bare questions of another of the data sets (ARC-Easy's beside
+GSM8K, GSM8K's beside ARC and BoolQ), and pieces of the Python standard library. A method that lowers the task's loss
+and raises these forgets. `accuracy` is how often the right choice has the lowest loss a character, its end included;
+the untouched model has never seen that form of an answer.
+
+**Seeds and rates.** A seed is an order of the examples, and what a method draws (factors, a random mask); it changes
+neither the judged answers nor the sample that other masks are chosen by. Behind a loss, `±` is half of the range over
+the seeds. Seeds are easy or hard for all methods alike, so that methods are compared seed by seed: behind a difference
+or a rise, `±` is the standard error of its mean over the seeds. What the answers that happen to be judged add to
+it is not in there. Bold is the rate that was best with the first seed, by the judged answers, for all methods alike;
+only this rate has the other seeds, and a rate beside it may look lower because the first seed is an easy one. So each
+difference stands without that seed too. "edge" says that the best rate is the first or last of those tried, so that a
+better one may lie beyond. `units` are those of `relative_step: true`: rms(W) x (0.005 / density)^0.75, where rms(W) is
+the root mean square of the trained matrices' weights.
 """
 
 
@@ -76,13 +86,13 @@ def write_report(experiments: Path, results: Path, output: Path) -> None:
         parts.append(f"## {question}. {heading}\n")
         if question == "e":
             # a price means something beside another's alone
-            sections = [_forgetting(experiment, rows) for _, experiment, rows in measured if len(best_rows(rows)) > 1]
+            sections = [_forgetting(experiment, rows) for _, experiment, rows in measured if _untouched(rows)]
         else:
             sections = [_section(*each, _targets_of(each[1]["base"], records)) for each in measured
                         if each[1]["question"] == question]  # fmt: skip
         parts += sections or ["Not measured yet.\n"]
     for name, experiment, rows in measured:
-        draw(output / f"{name}.png", experiment["title"], rows, next(iter(_untouched(rows)), None))
+        draw(output / f"{name}.png", experiment["title"], rows, next(reversed(_untouched(rows)), None))
     left = plan(queue(experiments), records)
     parts.append(f"## What is left of the queue\n\n```text\n{left}\n```\n")
     parts.append(f"Recorded so far: {_machines(records)}.\n")
@@ -127,9 +137,11 @@ class _Targets(NamedTuple):
 def _targets_of(base: str, records: Records) -> _Targets | None:
     of_base = [each for each in records.values() if each["base"] == base and "target_modules" not in each["options"]]
     rms = (each["result"].get("weight_rms") for each in of_base)
-    # a sparse method trains this share of all
+    # full fine-tuning trains all of them, a sparse method this share
     entries = (
-        each["result"]["trained"] / each["options"]["density"] for each in of_base if "density" in each["options"]
+        each["result"]["trained"] / each["options"].get("density", 1.0)
+        for each in of_base
+        if each["method"] == "full" or "density" in each["options"]
     )
     found = next(filter(None, rms), None), next(entries, None)
     return None if None in found else _Targets(*found)
@@ -176,67 +188,28 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row], targets: _T
         f"`experiments/{name}.json`"
     )
     if targets:
-        setting += (
-            f". The unit of a rate of sparse values is rms(W) (0.005 / density)^0.75, where rms(W) is {targets.rms:.3f}"
-        )
+        setting += f"; rms(W) is {targets.rms:.3f}"
+    trained_on = next((each for row in rows for each in row.figures.get("train_rows", {}).values()), None)
+    if trained_on is not None:
+        setting += f". {trained_on:,} rows of the training set are that short"
+    if apart := uncertainty_of_start(rows, untouched):
+        setting += f". The untouched model's losses differ by up to {apart:.3f} between the runs' machines and releases"
+    reference = experiment.get("reference")
+    if reference not in best:
+        reference = next(iter(best))
     table = "\n".join(lines)
     picture = f"![{experiment['title']}]({name}.png)"
-    return f"### {experiment['title']}\n\n{setting}.\n\n{_ranking(best)}\n\n{table}\n\n{picture}\n"
-
-
-def _ranking(best: dict[str, tuple[Row, bool]]) -> str:
-    """One or two sentences: who of those with the most seeds has the lowest loss, and how far the others are off."""
-    rows = [row for row, _ in best.values()]
-    most = max(len(row.seeds) for row in rows)
-    first = min((row for row in rows if len(row.seeds) == most), key=lambda row: row.mean("after_task_loss"))
-
-    def off_by(row: Row, seeds: Set[int]) -> float:
-        return row.mean("after_task_loss", seeds) - first.mean("after_task_loss", seeds)
-
-    def doubts(row: Row) -> str:
-        both = row.seeds & first.seeds
-        others = both - row.searched
-        alone = f"; {off_by(row, others):+.3f} without the first" if row is not first and others else ""
-        edge = "" if best[row.label][1] else ", at the edge of its grid"
-        return f"{len(both)} seed{'s' * (len(both) > 1)}{alone}{edge}"
-
-    # by the seeds that both have: the same examples in the same order
-    off = {row.label: off_by(row, row.seeds & first.seeds) for row in rows if row is not first}
-    ordered = sorted(off, key=off.get)
-    behind = [f"{label} by {off[label]:.3f} ({doubts(best[label][0])})" for label in ordered if off[label] >= 0]
-    before = [f"{label} by {-off[label]:.3f} ({doubts(best[label][0])})" for label in ordered if off[label] < 0]
-    among = " of the methods with most seeds" if before else ""
-    sentence = (
-        f"Each at its best rate, {first.label} has the lowest task loss{among}, "
-        f"{first.text('after_task_loss')} at {first.learning_rate:g} ({doubts(first)})"
-    )
-    sentence += ("; behind it are " + ", ".join(behind) if behind else "") + "."
-    return sentence + (f" Before it are {', '.join(before)}." if before else "")
+    return f"### {experiment['title']}\n\n{setting}.\n\n{ranking(best, reference)}\n\n{table}\n\n{picture}\n"
 
 
 def _forgetting(experiment: dict[str, Any], rows: list[Row]) -> str:
-    """What each method pays on untouched text for the same gain."""
+    """What each method does to untouched text."""
     texts = _untouched(rows)
-    found = {text: prices_of_gain(rows, text, _GAIN) for text in texts}
-    target, labels = next(iter(found.values()))
-    head = ["method", *(f"rise on {text}" for text in texts)]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-
-    def total(label: str) -> float:
-        prices = [found[text][1][label] for text in texts]
-        return math.inf if None in prices else sum(price.rise for price in prices)
-
-    for label in sorted(labels, key=total):
-        prices = [found[text][1][label] for text in texts]
-        cells = ["not reached" if each is None else f"{each.rise:+.3f}{' ~' * each.below_grid}" for each in prices]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    table = "\n".join(lines)
-    count = len(shared_seeds([row for row in rows if row.seeds]))
-    return (
-        f"### {experiment['title']}: the price of {_GAIN:.0%} of the largest gain\n\nThe rise over the base's loss on "
-        f"untouched text where a method's curve over its rates first comes down to a task loss of {target:.3f} "
-        f"({count} seed{'s' * (count > 1)}); `~`: read off below the lowest rate tried.\n\n{table}\n"
+    head = (
+        f"### {experiment['title']}: what it does to other text\n\nEach method at its best rate; the rise is over the "
+        f"base's loss, ± its standard error over the seeds."
     )
+    return "\n\n".join([head, rises(best_rows(rows), rows, texts), prices(rows, texts, _GAIN)]) + "\n"
 
 
 def _untouched(rows: list[Row]) -> list[str]:

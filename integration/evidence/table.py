@@ -46,6 +46,21 @@ class Row:
         return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.3f}"
 
 
+# label -> its row at the best rate, and whether that is no edge of its grid
+Best = dict[str, tuple[Row, bool]]
+
+
+class Difference(NamedTuple):
+    """Of one row to another, a mean over the ``seeds`` that both have; ``error``: its standard error."""
+
+    mean: float
+    error: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f}" + ("" if self.error is None else f" ± {self.error:.3f}")
+
+
 class Price(NamedTuple):
     """What a method pays on other text for a gain; ``below_grid``: read off below the lowest rate tried."""
 
@@ -69,6 +84,15 @@ def rows_of(experiment: dict[str, Any], records: Mapping[str, dict[str, Any]]) -
                 trained = int(next(iter(results.values()))["trained"])
                 rows.append(Row(entry["label"], entry["method"], rate, trained, figures, wanted, searched))
     return rows
+
+
+def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+    """``one`` less ``other``, both seed -> figure, by the seeds that both have; None where they share none."""
+    found = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    if not found:
+        return None
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
+    return Difference(statistics.fmean(found), error, len(found))
 
 
 def shared_seeds(rows: Iterable[Row]) -> Set[int]:
@@ -111,7 +135,7 @@ def prices_of_gain(rows: Sequence[Row], text: str, share: float) -> tuple[float,
     return target, prices
 
 
-def best_rows(rows: Iterable[Row]) -> dict[str, tuple[Row, bool]]:
+def best_rows(rows: Iterable[Row]) -> Best:
     """label -> its row of the lowest task loss, by the seeds that all its rates have, and whether it is no edge."""
     grids: dict[str, list[Row]] = {}
     for row in rows:

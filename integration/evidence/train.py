@@ -65,7 +65,7 @@ def train(run: dict[str, Any], data: Path | None, bases: Path) -> dict[str, floa
         unquantized=lambda: load_base(folder, 16, dtype, device),
     )
     ready = METHODS[run["method"]](setting)
-    result = {"trained": ready.trained, "setup_seconds": time.perf_counter() - started}
+    result = {"trained": ready.trained, "train_rows": len(rows), "setup_seconds": time.perf_counter() - started}
     if run["method"] == "none" and run["bits"] == 16:
         result["weight_rms"] = rms_of_projections(ready.model)
     of_base = tuple(run[name] for name in ("base", "task", "bits", "dtype", "judged", "texts", "length"))
@@ -115,16 +115,17 @@ def _encoded(
 
 
 def _with_mask_file(run: dict[str, Any], bases: Path) -> dict[str, Any]:
-    """The options, with the mask's file where there is one: all rates share it, and all seeds unless it is random."""
+    """The options, with the mask's file where there is one: rates share it, and seeds unless it depends on them."""
     if run["method"] not in ("spft", "both"):
         return run["options"]
     options = {"samples": run["samples"], **run["options"]}
     of_a_mask = {name: run[name] for name in ("base", "task", "bits", "dtype", "length", "batch")} | options
     for name in _OF_NO_MASK:
         of_a_mask.pop(name, None)
-    if options.get("salience") == "random":
+    warmed_up = "score_after" in options
+    if warmed_up or options.get("salience") in ("random", "integration.evidence.own_scores:sampled"):
         of_a_mask["seed"] = run["seed"]
-    if options.get("score_after"):
+    if warmed_up:
         of_a_mask["learning_rate"] = run["learning_rate"]
     folder = bases / "masks"
     folder.mkdir(parents=True, exist_ok=True)

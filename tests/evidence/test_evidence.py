@@ -12,13 +12,15 @@ import torch
 
 from integration.evidence import hub, tasks
 from integration.evidence.__main__ import run_files
+from integration.evidence.comparison import ranking, rises, uncertainty_of_start
 from integration.evidence.experiment import key_of, queue, read_experiment, runs_of
 from integration.evidence.judge import IGNORED, batch_of, encode, judge
 from integration.evidence.plan import plan
 from integration.evidence.records import EXPERIMENTS, RESULTS, append, records_of, rounded
-from integration.evidence.report import _ranking, write_report
-from integration.evidence.table import Price, Row, best_rows, prices_of_gain, rows_of
+from integration.evidence.report import write_report
+from integration.evidence.table import Price, Row, best_rows, difference, prices_of_gain, rows_of
 from integration.evidence.tasks import Example, Task, load_task
+from integration.evidence.train import _with_mask_file
 from tests.byte_llama import save_byte_llama
 
 PAGE = Path(RESULTS).parent
@@ -68,13 +70,16 @@ def experiment_of(base: Path, **changes) -> dict:
 def test_what_is_wrong_in_an_experiment_is_said_together(tmp_path):
     path = tmp_path / "e.json"
     path.write_text(
-        json.dumps({"title": "t", "task": "chess", "methods": [{"method": "magic", "rate": 1}], "sedes": []})
+        json.dumps(
+            {"title": "t", "task": "chess", "reference": "no", "methods": [{"method": "magic", "rate": 1}], "sedes": []}
+        )
     )
     with pytest.raises(SystemExit) as error:
         read_experiment(path)
     message = str(error.value)
     for part in ("unknown key `sedes`", "`question` is missing", "methods[0]: unknown key `rate`", "`method: magic`",
-                 "`task: chess`", "`base` is missing", "`learning_rates` is missing", "`label` is"):  # fmt: skip
+                 "`task: chess`", "`base` is missing", "`learning_rates` is missing", "`label` is",
+                 "`reference: no` is the label of no"):  # fmt: skip
         assert part in message
 
 
@@ -176,7 +181,26 @@ def test_a_queue_resumes_and_sums_up(base, data, tmp_path, short_python):
     (rms,) = (json.loads(line)["result"]["weight_rms"] for line in again if "weight_rms" in line)
     units = winner.learning_rate / (rms * (0.005 / experiment["methods"][1]["options"]["density"]) ** 0.75)
     page = (tmp_path / "page" / "README.md").read_text()
+    assert "12 rows of the training set are that short" in page
+    assert {json.loads(line)["made"]["data"] for line in again} == {"files"}
     assert f"| {winner.trained:,} | **{winner.learning_rate:g}** | {units:.2g} |" in page
+
+
+@pytest.mark.parametrize(
+    "options, same_for_all_seeds, same_for_all_rates",
+    [
+        ({}, True, True),
+        ({"salience": "random"}, False, True),
+        ({"salience": "integration.evidence.own_scores:sampled"}, False, True),
+        ({"score_after": 2}, False, False),
+    ],
+)
+def test_a_mask_is_shared_where_it_is_the_same(options, same_for_all_seeds, same_for_all_rates, tmp_path):
+    entry = {"label": "spft", "method": "spft", "options": options, "learning_rates": [0.01, 0.03], "seeds": [0, 1]}
+    runs = {(run["seed"], run["learning_rate"]): run for run in runs_of(experiment_of("b", methods=[entry]))}
+    file = {which: _with_mask_file(run, tmp_path)["mask_path"] for which, run in runs.items()}
+    assert (file[0, 0.01] == file[1, 0.01]) is same_for_all_seeds
+    assert (file[0, 0.01] == file[0, 0.03]) is same_for_all_rates
 
 
 def row_of(label, rate, task, english=3.0, method="spft", before=(2.0, 3.0)) -> Row:
@@ -205,13 +229,54 @@ def test_prices_of_a_method_that_starts_elsewhere_are_over_the_bases_loss():
     assert all(isinstance(price, Price) for price in prices.values())
 
 
-def test_methods_are_compared_by_the_seeds_that_both_have():
+def cells_of(table: str) -> dict[str, list[str]]:
+    """A markdown table's first column -> the others."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
+    return {first: others for first, *others in lines}
+
+
+def test_methods_are_compared_seed_by_seed():
     rows = [row_of("a", rate, loss) for rate, loss in ((0.1, 2.0), (0.3, {0: 1.0, 1: 1.1, 2: 1.2}), (1.0, 2.0))]
     # its second seed was cut off
     rows += [row_of("b", rate, loss) for rate, loss in ((0.1, 2.0), (0.3, {0: 1.3, 2: 1.4}), (1.0, 2.0))]
-    sentence = _ranking(best_rows(rows))
-    assert "a has the lowest task loss, 1.100 ± 0.100 at 0.3 (3 seeds)" in sentence
-    assert "b by 0.250 (2 seeds; +0.200 without the first)" in sentence
+    rows += [row_of("c", 0.1, 1.5), row_of("c", 0.3, 0.9)]
+    table = cells_of(ranking(best_rows(rows), "a"))
+    assert [*table][2:] == ["c", "a", "b"]
+    assert table["a"] == ["1", "0.3", "1.100 ± 0.100", "", ""]
+    assert table["b"] == ["1", "0.3", "1.350 ± 0.050", "+0.250 ± 0.050 (2 seeds)", "+0.200"]
+    assert table["c"] == ["1", "0.3 (edge)", "0.900", "-0.100 (1 seed)", ""]
+
+
+def test_a_difference_has_the_standard_error_of_its_mean():
+    found = difference({0: 1.0, 1: 2.0, 2: 4.0, 7: 9.0}, {0: 0.9, 1: 1.7, 2: 3.8})
+    deviations = [0.1 - 0.2, 0.3 - 0.2, 0.2 - 0.2]
+    assert found.mean == pytest.approx(0.2) and found.seeds == 3
+    assert found.error == pytest.approx(math.sqrt(sum(each**2 for each in deviations) / 2 / 3))
+    assert difference({0: 1.0}, {1: 1.0}) is None and difference({0: 1.0}, {0: 1.5}) == (-0.5, None, 1)
+
+
+def test_rises_are_over_the_base_and_over_a_start_of_its_own():
+    base = Row("base", "none", 0.0, 0, {"before_english_loss": {0: 3.0}}, frozenset({0}))
+    plain, repaired = row_of("plain", 0.1, 1.0, 3.1), row_of("repaired", 0.1, {0: 1.0, 1: 1.0}, 2.9, before=(1.8, 2.8))
+    table = cells_of(rises(best_rows([base, plain]), [base, plain], ["english"]))
+    assert table["method"] == ["task loss", "rise on english"] and table["plain"] == ["1.000", "+0.100"]
+    rows = [base, plain, repaired]
+    table = cells_of(rises(best_rows(rows), rows, ["english"]))
+    assert [*table][2:] == ["repaired", "plain"]
+    assert table["repaired"] == ["1.000 ± 0.000", "-0.100 ± 0.000", "+0.100 ± 0.000"]
+    assert table["plain"] == ["1.000", "+0.100", "+0.100"]
+
+
+def test_the_untouched_model_is_judged_as_nearly_equal_by_all_runs():
+    base = Row(
+        "base", "none", 0.0, 0, {f"before_{name}_loss": {0: 2.0} for name in ("task", "english")}, frozenset({0})
+    )
+    rows = [
+        base,
+        row_of("another machine", 0.1, 1.0, before=(2.003, 2.001)),
+        row_of("moved", 0.1, 1.0, before=(1.8, 2.8)),
+    ]
+    assert uncertainty_of_start(rows, ["english"]) == pytest.approx(0.003)
 
 
 def test_the_plan_counts_what_a_search_will_need(tmp_path):

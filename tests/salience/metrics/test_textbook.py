@@ -28,6 +28,8 @@ WEIGHTLESS = ("random",)
 TOLERANCE = {"float": 1e-4, "4bit": 2e-4, "8bit": 2e-2}
 # a difference instead of a derivative
 OF_GRASP = {"float": 1e-3, "4bit": 5e-3, "8bit": 2e-2}
+# through the attention's keys flows a small difference of large sums, and processors round these differently
+OF_SYNFLOW = TOLERANCE | {"float": 1e-3, "4bit": 1e-3}
 
 
 def sample() -> list:
@@ -64,7 +66,7 @@ def scores(metric: str, *case: str) -> list[torch.Tensor]:
 
 def check(metric: str, *case: str) -> None:
     layers, _, textbook = found(*case)
-    tolerance = (OF_GRASP if metric == "grasp" else TOLERANCE)[case[1]]
+    tolerance = {"grasp": OF_GRASP, "synflow": OF_SYNFLOW}.get(metric, TOLERANCE)[case[1]]
     expected = textbook.score(metric, LIFT_RANK)
     assert any(each.abs().max() > 0 for each in expected)
     for name, got, want in zip(layers, scores(metric, *case), expected, strict=True):
