@@ -18,7 +18,7 @@ def ranking(best: Best, reference: str) -> str:
     beside = best[reference][0]
     lines = []
     for label, (row, inner) in best.items():
-        off = difference(row.figures[_LOSS], beside.figures[_LOSS])
+        off = difference(row.losses, beside.losses)
         unsearched = difference(_without(row), _without(beside))
         cells = [label, f"{row.trained:,}", f"{row.learning_rate:g}" + " (edge)" * (not inner)]
         cells += [row.text(_LOSS), *(["", ""] if row is beside else [_with_seeds(off), _text(unsearched)])]
@@ -73,7 +73,7 @@ def uncertainty_of_start(rows: Sequence[Row], texts: Sequence[str]) -> float:
 
 
 def _without(row: Row) -> dict[int, float]:
-    return {seed: loss for seed, loss in row.figures[_LOSS].items() if seed not in row.searched}
+    return {seed: loss for seed, loss in row.losses.items() if seed not in row.searched}
 
 
 def _off(row: Row, base: Row, text: str) -> float:

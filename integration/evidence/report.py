@@ -14,7 +14,7 @@ from integration.evidence.experiment import DEFAULTS, Records, queue, read_exper
 from integration.evidence.picture import draw
 from integration.evidence.plan import plan
 from integration.evidence.records import records_of
-from integration.evidence.table import Row, best_rows, rows_of
+from integration.evidence.table import Row, best_rows, difference, rows_of
 
 _QUESTIONS = {
     "a": "The learning rate against density and rank",
@@ -157,9 +157,10 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row], targets: _T
         *["units"] * bool(targets),
         "seeds",
         "task loss",
+        "over the best rate",
         *[f"{text} loss" for text in untouched],
+        *["accuracy"] * judged,
     ]
-    head += ["accuracy"] * judged
     best = best_rows(rows)
     # the unit is that of all matrices together
     elsewhere = {each["label"] for each in experiment["methods"] if "target_modules" in each.get("options", {})}
@@ -176,7 +177,9 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row], targets: _T
             cells.append(f"{row.learning_rate / targets.unit(row.trained):.2g}" if known else "")
         seeds, wanted = len(row.seeds) or 1, len(row.wanted)
         cells.append(f"{seeds} of {wanted}" if seeds < wanted else str(seeds))
-        cells += [row.text(f"{when}_{name}_loss") for name in ("task", *untouched)]
+        over = None if chosen in (None, row) else difference(row.losses, chosen.losses)
+        cells += [row.text(f"{when}_task_loss"), "" if over is None else f"{over.mean:+.3f}"]
+        cells += [row.text(f"{when}_{name}_loss") for name in untouched]
         if judged:
             cells.append(row.text(f"{when}_accuracy"))
         lines.append(f"| {' | '.join(cells)} |")

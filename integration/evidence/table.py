@@ -33,9 +33,14 @@ class Row:
         return statistics.fmean(values) if values else None
 
     @property
+    def losses(self) -> Mapping[int, float]:
+        """Seed -> loss on the task after training."""
+        return self.figures.get("after_task_loss", {})
+
+    @property
     def seeds(self) -> Set[int]:
         """Those that have been trained."""
-        return self.figures.get("after_task_loss", {}).keys()
+        return self.losses.keys()
 
     def text(self, name: str) -> str:
         """The mean, and with several seeds half of the range."""
