@@ -144,7 +144,11 @@ class MergedWeights:
                 parameter = self._merged(made[name], name, self._module_of[name], self._deltas.get(name))
             if parameter is not None:
                 flat[places.flatten().to(torch.int64)] = parameter.flatten().to(flat.dtype)
-        return {key: flat[first:last].view(shards.shape(key)) for key, (first, last) in keys.offsets(group).items()}
+        # together they have the widest dtype of the group
+        return {
+            key: flat[first:last].view(shards.shape(key)).to(shards.dtype(key))
+            for key, (first, last) in keys.offsets(group).items()
+        }
 
     def _merged(self, stored: Tensor, name: str, module: str, delta: SavedDelta | None) -> Tensor:
         """The merged parameter ``name``, made from what the base has ``stored`` for it, in the same form."""

@@ -62,8 +62,11 @@ def write_shard(
             def place(key: str) -> None:
                 at = first + places[key]
                 if key in new:
-                    data = make(key).contiguous().flatten().view(torch.uint8).numpy()
-                    _write(file.fileno(), data, at)
+                    tensor, expected = make(key), (DTYPES[new[key][0]], new[key][1])
+                    if (tensor.dtype, tuple(tensor.shape)) != expected:
+                        # its bytes would run over its neighbour's
+                        raise AssertionError(f"{key} was made as {tensor.dtype} {tuple(tensor.shape)}, not {expected}")
+                    _write(file.fileno(), tensor.contiguous().flatten().view(torch.uint8).numpy(), at)
                 else:
                     _copy(given.fileno(), old[key], file.fileno(), at)
                 progress(prod(sizes[key][1]) * DTYPES[sizes[key][0]].itemsize)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 _PLAIN = (bool, int, float, str)
@@ -30,6 +31,9 @@ def untouched_rng() -> Iterator[None]:
 def untouched_model(model: nn.Module) -> Iterator[None]:
     """Freeze every parameter within the block.
 
+    What is trained whole is frozen again whenever it runs: a loss that takes the adapter away and back, as DPO's does
+    for its reference, has PEFT make it trained, and a checkpointed block has to compute the same twice.
+
     At the end requires_grad, gradients and buffers are put back, and what modules hold in plain numbers and words:
     their modes, and how far some have looked (the rotary embeddings that grow with the longest row).
     """
@@ -45,12 +49,16 @@ def untouched_model(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    whole = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    hooks = [module.register_forward_pre_hook(_freeze) for module in whole]
     try:
         for parameter in trained:
             parameter.grad = None
             parameter.requires_grad_(False)
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for parameter, gradient in zip(trained, gradients):
             parameter.requires_grad_(True)
             parameter.grad = gradient
@@ -60,3 +68,7 @@ def untouched_model(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, before in buffers:
                 # a forward pass may have put another in its place
                 module._buffers[name] = buffer.copy_(before)
+
+
+def _freeze(module: nn.Module, _: object) -> None:
+    module.requires_grad_(False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from axolotl_spft.checkpoint.adapter import SavedAdapter, read_adapter
 from axolotl_spft.errors import SpftError, first_of
 from axolotl_spft.ops.mask.csr import row_indices
-from axolotl_spft.serving.places import check_ties, check_trained_whole, find_place
+from axolotl_spft.serving.places import Place, check_ties, check_trained_whole, find_place
 from axolotl_spft.tuner.expert_targets import is_of_experts
 
 _APPLIED = "_spft_applied"
@@ -115,7 +115,7 @@ def apply_adapter(
 
 def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> tuple[list[_Write], list[str]]:
     """Every change, none made yet; and what the model has no place for."""
-    writes, absent, weights = [], [], {}
+    writes, absent, weights, under = [], [], {}, []
     shapes = {name: delta.shape for name, delta in adapter.deltas.items()}
     modules = dict(model.named_modules())
     for name, delta in adapter.deltas.items():
@@ -125,6 +125,7 @@ def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> 
             continue
         weights[name] = place.weight
         device = place.weight.device
+        under += _grown(adapter, name, place)
         rows, columns = row_indices(delta.mask.row_offsets, delta.mask.nnz), delta.mask.columns
         rows, columns = rows.to(device, torch.int64), columns.to(device, torch.int64)
         here = (rows >= place.rows.start) & (rows < place.rows.stop)
@@ -147,7 +148,17 @@ def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> 
             )
         else:
             writes.append(_Write(parameter.data, None, None, tensor.to(parameter)))
-    return writes, absent
+    return under + writes, absent
+
+
+def _grown(adapter: SavedAdapter, name: str, place: Place) -> list[_Write]:
+    """The change under the delta of ``name`` where the adapter's own weight is another: embeddings may have grown."""
+    saved = adapter.embeddings.get(f"{name}.weight")
+    if saved is None:
+        return []
+    present = place.weight[place.first_row : place.first_row + len(place.rows)]
+    part = saved[place.rows.start : place.rows.stop, place.columns.start : place.columns.stop].to(present)
+    return [] if torch.equal(part, present) else [_Write(present, None, None, part)]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -86,6 +86,8 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
     say(str(memory_of_run(model, trainer.args, engine, ranks, OPTIMIZERS.get(optimizer or "", 32))))
     layers = adapted_layers(model)
     squares = squares_of_weights(layers, show=ranks.rank == 0)
+    if optimizer not in OPTIMIZERS:
+        _tell_of_rounding(layers, model.active_adapter, say)
     rate = absolute_learning_rate(trainer, model.peft_config[model.active_adapter], layers, squares, say)
     if checkpoint:
         say(f"Sparse mask: the one of the checkpoint {checkpoint}")
@@ -113,6 +115,16 @@ def prepare_run(trainer: Any, checkpoint: str | None, optimizer: str | None, say
             add_reselections(trainer, model, checkpoint, say)
         keep_section_of_card(trainer)
         _prepared.add(trainer)
+
+
+def _tell_of_rounding(layers: Mapping[str, SparseLayer], adapter: str, say: Callable[[str], None]) -> None:
+    """TRL's trainers make what is trained on a quantized base bfloat16."""
+    dtypes = {layer.spft_values[adapter].dtype for layer in layers.values()}
+    if dtypes & {torch.bfloat16, torch.float16}:
+        say(
+            f"Sparse values: {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}, which rounds "
+            "small updates away: `sparse_adamw`, the default of `SpftCallback()`, keeps a float32 copy of each"
+        )
 
 
 def is_prepared(trainer: Any) -> bool:

@@ -152,3 +152,21 @@ def test_the_published_form_of_gpt_oss_is_refused_as_quantized(tmp_path):
     index.write_text(json.dumps(weight_map))
     with pytest.raises(SpftFileError, match=r"was saved quantized .*down_proj_blocks"):
         merge(adapter, tmp_path / "merged", base)
+
+
+def test_experts_trained_whole_keep_the_dtypes_of_a_mixed_checkpoint(tmp_path):
+    base = save_base(tmp_path / "base", lambda dtype: EXPERT_MODELS["qwen3_moe"]("eager", dtype), torch.bfloat16)
+    file = next(
+        path for path in sorted(base.glob("*.safetensors")) if any(".experts." in key for key in load_file(path))
+    )
+    tensors = load_file(file)
+    widened = next(key for key in tensors if ".experts." in key)
+    tensors[widened] = tensors[widened].float()
+    save_file(tensors, file, metadata={"format": "pt"})
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], modules_to_save=["experts"])
+    merge(adapter, tmp_path / "merged", base)
+    merged = load_file(tmp_path / "merged" / file.name)
+    experts = [key for key in tensors if ".experts." in key]
+    # their values are as they were
+    assert [key for key in experts if merged[key].dtype != tensors[key].dtype] == []
+    assert [key for key in experts if not torch.equal(merged[key], tensors[key])] == []

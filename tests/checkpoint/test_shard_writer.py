@@ -72,3 +72,11 @@ def test_what_fails_leaves_the_file_of_before_and_nothing_beside_it(tmp_path, so
         write(path, source, make={}.__getitem__)
     assert path.read_bytes() == b"before"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["new.safetensors", "source.safetensors"]
+
+
+@pytest.mark.parametrize("made", [NEW["replaced"].float(), NEW["replaced"][:3]])
+def test_a_tensor_of_another_size_than_announced_is_not_written_over_its_neighbour(tmp_path, source, made):
+    path = tmp_path / "new.safetensors"
+    with pytest.raises(AssertionError, match=r"replaced was made as .* not \(torch.float16, \(4, 2\)\)"):
+        write(path, source, (NEW | {"replaced": made}).__getitem__)
+    assert not path.exists()

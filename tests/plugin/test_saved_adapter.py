@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from axolotl_spft import SpftConfig, select_mask
 from axolotl_spft.errors import SpftError, SpftFileError
 from axolotl_spft.inspection.reading import read_sparse_file
-from axolotl_spft.plugin.saved_adapter import check_lora_model_dir
+from axolotl_spft.plugin.saved_adapter import check_lora_model_dir, options_not_read
 from axolotl_spft.salience.install import adapted_layers
 from axolotl_spft.trainer.saved_adapter import copy_to_reference, has_reference, install_checkpoint_mask
 from axolotl_spft.tuner.state import mask_checksum, slots_of
@@ -117,6 +117,30 @@ def test_adapters_of_another_kind_are_no_start(checkpoint, lora):
     check_lora_model_dir(DictDefault(lora_model_dir=checkpoint[1]))
     with pytest.raises(SpftError, match=r"lora holds an adapter of the kind LORA.*in `lora_model_dir`"):
         check_lora_model_dir(DictDefault(lora_model_dir=lora))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"modules_to_save": ["lm_head", "norm"]}, r"`spft.modules_to_save: \['lm_head', 'norm'\]` is not trained by"),
+        ({"bias": "all"}, r"`spft.bias: all` is not trained by the adapter in `lora_model_dir`, which has none"),
+    ],
+)
+def test_what_the_adapter_to_go_on_from_does_not_train_is_refused(checkpoint, options, message):
+    with pytest.raises(SpftError, match=message + r".*merge that adapter first"):
+        check_lora_model_dir(DictDefault(lora_model_dir=checkpoint[1], spft=options))
+    check_lora_model_dir(DictDefault(lora_model_dir=checkpoint[1], spft={"modules_to_save": [], "bias": "none"}))
+
+
+def test_options_that_an_adapter_to_go_on_from_decides_are_named():
+    saved = SpftConfig(target_modules={"q_proj", "v_proj"}, exclude_modules=["x"], **MADE_WITH)
+    same = {"target_modules": ["v_proj", "q_proj"], "exclude_modules": ["x"], "scope": "global", "mask_path": None}
+    assert options_not_read(same | {"target_modules": "all-linear"}, saved) == options_not_read(same, saved) == []
+    other = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"], "exclude_modules": ["y"],
+             "layers_to_transform": [0], "mask_path": "m.safetensors", "lift_rank": 7, "scope": "row"}  # fmt: skip
+    said = options_not_read(other, saved)
+    assert len(said) == len(other) and all(any(f"`spft.{name}: " in each for each in said) for name in other)
+    assert any("['q_proj']` is not read" in each and "has ['q_proj', 'v_proj']" in each for each in said)
 
 
 @pytest.mark.parametrize("rl", [RLType.DPO, RLType.IPO, RLType.KTO])

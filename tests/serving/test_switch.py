@@ -182,3 +182,28 @@ def test_what_does_not_fit_changes_nothing(folders, tmp_path):
     assert same_weights(packed, before)
     with pytest.raises(SpftFileError, match="name the folder of a saved sparse adapter"):
         apply_adapter(packed, tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_embeddings_that_grew_under_a_delta_are_those_of_the_training(tmp_path, ranks):
+    def resized(seed: int) -> nn.Module:
+        model = tiny_llama(tie_word_embeddings=False)
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(72, mean_resizing=False)
+        return model.eval()
+
+    # the new rows are drawn
+    trained = with_adapter(resized(1), target_modules=["q_proj", "embed_tokens", "lm_head"])
+    trained.save_pretrained(tmp_path, save_embedding_layers=True)
+    saved = read_adapter(tmp_path, shapes_of(adapted_layers(trained)))
+    expected, model = trained.merge_and_unload(), resized(2)
+    for rank in range(ranks):
+        part = nn.Module()
+        part.lm_head = Served(model.lm_head.weight.data.chunk(ranks)[rank])
+        before = weights_of(part)
+        applied = apply_adapter(part, saved, rank, ranks, partial=True)
+        assert torch.equal(part.lm_head.weight, expected.lm_head.weight.chunk(ranks)[rank])
+        applied.revert()
+        assert same_weights(part, before)
+    apply_adapter(model, saved)
+    assert torch.equal(logits(model), logits(expected))

@@ -15,11 +15,11 @@ from tests.models import tiny_llama, with_adapter
 from tests.trainer.test_callback import arguments, plain, sentence, tokenizer
 
 
-def dpo_of(model, folder) -> DPOTrainer:
+def dpo_of(model, folder, **changes) -> DPOTrainer:
     pairs = [{"prompt": sentence(i), "chosen": sentence(i + 1), "rejected": sentence(i + 9)} for i in range(4)]
     return DPOTrainer(
         model,
-        args=arguments(DPOConfig, folder, max_length=32, max_steps=1, save_strategy="no"),
+        args=arguments(DPOConfig, folder, max_length=32, max_steps=1, save_strategy="no", **changes),
         train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer(),
         callbacks=[SpftCallback()],
@@ -84,3 +84,16 @@ def test_random_values_that_the_config_asks_for_are_none_of_the_users(tmp_path):
     trainer, start = dpo_of(model, tmp_path), held(model, "default")
     trainer.train()
     assert same(held(model, "ref"), start)
+
+
+@pytest.mark.parametrize("salience", ["gradient", "random"])
+def test_checkpointed_blocks_with_whole_modules_compute_the_same_twice(tmp_path, salience):
+    """The loss takes the adapter away and back between the pass of the policy and that of its gradients."""
+    config = SpftConfig(density=0.05, samples=4, salience=salience, modules_to_save=["norm"])
+    model = get_peft_model(tiny_llama(), config)
+    trainer = dpo_of(model, tmp_path, gradient_checkpointing=True)
+    whole = [parameter for name, parameter in model.named_parameters() if ".modules_to_save.default." in name]
+    before = [parameter.detach().clone() for parameter in whole]
+    trainer.train()
+    assert all(parameter.requires_grad for parameter in whole) and whole
+    assert not any(torch.equal(parameter, old) for parameter, old in zip(whole, before))

@@ -132,3 +132,21 @@ def test_what_was_refused_once_is_refused_again(base, tmp_path, wrapped):
     for _ in range(2):
         with pytest.raises(SpftError, match="has asked the reference before the base was repaired"):
             trainer.train()
+
+
+@pytest.mark.parametrize("callback, told", [(SpftCallback(None), True), (SpftCallback(), False)])
+def test_values_that_trl_makes_half_precision_are_told_where_no_optimizer_keeps_copies(
+    base, tmp_path, capsys, callback, told
+):
+    trainer, config, rows, options = KINDS["sft"]
+    run = trainer(
+        load_quantized(base, "nf4"),
+        args=arguments(config, tmp_path, **(options | {"max_steps": 1, "save_strategy": "no"})),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        peft_config=SpftConfig(density=0.05, samples=8),
+        callbacks=[callback],
+    )
+    run.train()
+    assert {layer.values("default").dtype for layer in adapted_layers(peft_model_of(run)).values()} == {torch.bfloat16}
+    assert ("Sparse values: bfloat16, which rounds small updates away" in capsys.readouterr().out) is told
