@@ -26,36 +26,25 @@ gradient of the loss summed over the sample, `w` the weight, dequantized where i
 _CHOOSING = """
 ## Choosing
 
-**Density.** Start at 0.005 on a 7B model. A larger budget was better in the trial below, on Gemma (2%: by 0.004) and on SmolLM2 (over three seeds `random` goes from 0.862 at 0.05% to 0.815 at 5%, `gradient` from 0.886 to 0.819), and costs little time: from 0.05% to 5% a step on a CPU went
-from 1.04 to 1.15 of the limit, memory takes about 20 bytes a value ([records](../../integration/bench/README.md)). `axolotl spft plan config.yml` tells the bytes before a run.
+**Density.** Start at 0.005 on a 7B model. A larger budget is better ([the evidence](../../integration/evidence/README.md), SmolLM2-135M: `random` goes from 0.862 of loss at 0.05% to 0.815 at 5%, `gradient` from 0.886 to 0.819) and costs little time:
+from 0.05% to 5% a step on a CPU went from 1.04 to 1.15 of the limit, memory takes about 20 bytes a value ([records](../../integration/bench/README.md)). `axolotl spft plan config.yml` tells the bytes before a run.
 
-**Rate.** It decides more than the mask, and belongs to the metric. Its unit is rms(W) (0.005 / density)^0.75, with rms(W) the root mean square of the
-targeted weights. In [the evidence](../../integration/evidence/README.md) (models of 135 and 270 million parameters whose rms(W) differ by a factor of 5.6, 60 steps,
-rates a factor of three apart) the best rates of `random` are 0.05 to 0.16 of it, from 0.05% to 5% and in 16 and 4 bits, those of `gradient` 0.005 to 0.029. Too much
-costs more than too little: of `random` 0.5% on SmolLM2 three times the best rate 0.136 of loss, a third of it 0.029. `relative_step: true` reads `learning_rate` in this unit, so that
-0.1 or 0.01 is where to begin; try a third and three times of it. On a Llama that was pretrained for minutes (`make evidence`) both metrics want the same rate. Without the option the log says at the start how many units the rate is. Other rates
-(`embedding_lr`, `min_lr` of a schedule) stay absolute. In a loop of your own: `lr=0.1 * axolotl_spft.step_unit(model)`. A unit for each matrix instead of one for
-all made little difference (0.823 against 0.827 of loss over three seeds, which differ by more). A comparison at LoRA's rate says little.
+**Rate.** It decides as much as the method, and belongs to the metric. Its unit is rms(W) (0.005 / density)^0.75, with rms(W) the root mean square of the
+targeted weights. In the evidence (models of 135 and 270 million parameters whose rms(W) differ by a factor of 5.6, 60 steps, rates a factor of three apart)
+the best rates of `random` are 0.05 to 0.16 of it, from 0.05% to 5% and in 16 and 4 bits, those of `gradient` 0.005 to 0.03, more at a higher density. A rate three times too high
+costs more than one three times too low: of `random` 0.5% on SmolLM2 0.136 of loss and 0.029. `relative_step: true` reads `learning_rate` in this unit, so that
+0.1 or 0.01 is where to begin; try a third and three times of it. A Llama that was pretrained for minutes (`make evidence`) wants more, and the same rate for both metrics. Without the option the log says at the start how many units
+the rate is. Other rates (`embedding_lr`, `min_lr` of a schedule) stay absolute. In a loop of your own: `lr=0.1 * axolotl_spft.step_unit(model)`. A comparison at LoRA's rate says little.
 
-**Metric and scope.** Each at its best rate and over three seeds, `random` has the lowest loss on the task of the masks of as many values on either model; on SmolLM2 `magnitude` and `lift` are
-behind by 0.003 to 0.005, `scope: row`, `fisher` and `balanced` by 0.010 to 0.013, which is about what seeds differ by, then `gradient` and `scope: global` (0.021); on Gemma `gradient`, by layers or rows, is behind by 0.034. Gradient masks sit on few rows and columns.
-Beside LoRA of as many values, alpha 2 r, `random` is level: ahead by 0.008 on SmolLM2 (on each of five seeds; an alpha of 16 puts LoRA ahead by 0.003 there and level on Gemma, over three), on Gemma by 0.003 and by nothing without the seed that rates were chosen by; in 4 bits ahead by 0.008 on
-SmolLM2, behind by 0.005 on Gemma (three seeds). SHiRA, a random mask too, is level with both; PiSSA is ahead by 0.005 on SmolLM2 and behind by 0.030 on Gemma; DoRA was no better than LoRA. At 2% LoRA of rank 8 is ahead by
-0.006 on either model, at 5% rank 16 is level. On ARC-Easy LoRA is ahead, by 3.5 points of accuracy. Full fine-tuning of SmolLM2 ends at 0.819, `random` at 0.827: not much more was to be had. Of other text, for one and the same gain, `magnitude`,
-`lift`, `random` and LoRA forget nothing on SmolLM2 and `random` least on Gemma; masks by gradients pay on Python, on both models.
-`random` needs no salience pass, so no memory for it either. The examples for one GPU and the front page therefore write `salience: random` with its rate. `gradient`, the
-paper's choice, remains what a block without the key means, since its rates are ten times smaller: another default would silently train
-existing configurations hardly at all. `axolotl spft mask` and `axolotl spft inspect` show a mask [before it is trained](../inspection/README.md). Where the values go, how many samples a mask needs,
-dynamic masks, low rank beside sparse: [in short](../../integration/evidence/README.md#in-short).
-
-`make evidence` repeats a small comparison with the same outcome: all methods within the spread of seeds or little more, `random` forgetting least and `gradient` most. One trial is from before this code, and no command here repeats it (a Llama of 5.4 million parameters,
-docstrings of Python functions, 225 steps, one seed, rates tuned over four; held-out loss, base 4.812, full fine-tuning 4.048).
-
-| values | gradient, global | gradient, layer | gradient, row | balanced, layer | random | LoRA |
-|---|---|---|---|---|---|---|
-| 43 to 49 thousand (1%) | 4.168 | 4.159 | 4.146 | 4.151 | 4.176 | rank 1, 28 thousand: 4.154 |
-| 51 to 56 thousand | | 4.143 | 4.133 | 4.134 | 4.133 | rank 2, 55 thousand: 4.128 |
-| 217 thousand (5%) | 4.124 | 4.104 | 4.089 | 4.092 | 4.080 | rank 7, 194 thousand: 4.116 |
+**Metric and scope.** At 0.5%, each at its best rate (differences by seed, ± their standard error): no mask has a lower loss on the task than `random`. On SmolLM2 `magnitude` (0.003 ± 0.006) and `lift` (0.005 ± 0.008) are level with it, `scope: row` of
+`gradient` is behind by 0.010 ± 0.006, `fisher` and `balanced` by 0.013, `gradient` by 0.017 ± 0.008, `scope: global` by 0.021 ± 0.007; on Gemma `gradient` by 0.034 ± 0.005, by rows or not. Gradient masks sit on few rows and columns, and forget most
+of what was not trained: on Python's source the loss rises by 0.40 on SmolLM2 and 0.52 on Gemma, with `random` by 0.05 and 0.07.
+LoRA of as many values is ahead of `random` by 0.007 ± 0.003 on SmolLM2 where its alpha is tuned as well (16 at rank 2) and level on Gemma (0.000 ± 0.008), and behind with an alpha of 2 r (0.008 ± 0.001 and 0.003 ± 0.005);
+it forgets a little less on SmolLM2, and more than twice as much on Gemma. On ARC-Easy it is ahead, by 3.5 points of accuracy, and with four times the values by 0.006 on either model. In 4 bits [`repair`](../tuner/REPAIR.md) helps `gradient`.
+`random` needs no salience pass, so no memory for it either; its steps take a little longer than those of `gradient`. The front page and the examples of supervised training therefore write `salience: random` with its rate, but where they
+show something that takes the gradient (`dynamic`, `repair`), the paper's own task, preferences, experts, or the quickstart. `gradient`, the paper's choice, remains what a block without the key means: its rates are ten times smaller, so that
+another default would silently train existing configurations hardly at all. `axolotl spft mask` and `axolotl spft inspect` show a mask [before it is trained](../inspection/README.md). Where the values go, how many samples a mask needs,
+dynamic masks, low rank beside sparse: [in short](../../integration/evidence/README.md#in-short). `make evidence` repeats a small comparison: all methods within 0.013, `random` forgetting least and `gradient` most.
 
 ## Budgets
 
