@@ -116,6 +116,7 @@ def apply_adapter(
 def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> tuple[list[_Write], list[str]]:
     """Every change, none made yet; and what the model has no place for."""
     writes, absent, weights, under = [], [], {}, []
+    embeddings = adapter.embeddings
     shapes = {name: delta.shape for name, delta in adapter.deltas.items()}
     modules = dict(model.named_modules())
     for name, delta in adapter.deltas.items():
@@ -125,7 +126,7 @@ def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> 
             continue
         weights[name] = place.weight
         device = place.weight.device
-        under += _grown(adapter, name, place)
+        under += _grown(embeddings.get(f"{name}.weight"), place)
         rows, columns = row_indices(delta.mask.row_offsets, delta.mask.nnz), delta.mask.columns
         rows, columns = rows.to(device, torch.int64), columns.to(device, torch.int64)
         here = (rows >= place.rows.start) & (rows < place.rows.stop)
@@ -151,9 +152,8 @@ def _planned(model: nn.Module, adapter: SavedAdapter, rank: int, ranks: int) -> 
     return under + writes, absent
 
 
-def _grown(adapter: SavedAdapter, name: str, place: Place) -> list[_Write]:
-    """The change under the delta of ``name`` where the adapter's own weight is another: embeddings may have grown."""
-    saved = adapter.embeddings.get(f"{name}.weight")
+def _grown(saved: Tensor | None, place: Place) -> list[_Write]:
+    """The change under a delta where the adapter has a weight of its own, and another: embeddings may have grown."""
     if saved is None:
         return []
     present = place.weight[place.first_row : place.first_row + len(place.rows)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from integration.evidence.table import Best, Difference, Row, difference, prices_of_gain, shared_seeds
+from integration.evidence.table import Best, Difference, Row, difference, markdown, prices_of_gain, shared_seeds
 
 # losses of one model, which processors and releases round differently, lie as near to each other as the first of these;
 # a start that is further from the base than the second is another model's
@@ -24,7 +24,7 @@ def ranking(best: Best, reference: str) -> str:
         cells += [row.text(_LOSS), *(["", ""] if row is beside else [_with_seeds(off), _text(unsearched)])]
         lines.append((0.0 if off is None else off.mean, cells))
     head = ["method", "trained", "best rate", "task loss", f"less that of {reference}", "without the first seed"]
-    return _table(head, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+    return markdown(head, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
 
 def rises(best: Best, rows: Sequence[Row], texts: Sequence[str]) -> str:
@@ -44,7 +44,7 @@ def rises(best: Best, rows: Sequence[Row], texts: Sequence[str]) -> str:
     head = ["method", "task loss"]
     for text in texts:
         head += [f"rise on {text}", *[f"{text}, over its own start"] * moved]
-    return _table(head, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+    return markdown(head, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
 
 def prices(rows: Sequence[Row], texts: Sequence[str], share: float) -> str:
@@ -61,7 +61,7 @@ def prices(rows: Sequence[Row], texts: Sequence[str], share: float) -> str:
         f"The same at equal gain: the point of each method's curve over its rates where the task loss is {target:.3f}, "
         f"{share:.0%} of the largest gain, between two rates on the straight line ({count} seed{'s' * (count > 1)}). "
         f"`~`: it lies below the lowest rate tried.\n\n"
-        + _table(["method", *(f"rise on {text}" for text in texts)], lines)
+        + markdown(["method", *(f"rise on {text}" for text in texts)], lines)
     )
 
 
@@ -86,7 +86,3 @@ def _text(found: Difference | None) -> str:
 
 def _with_seeds(found: Difference | None) -> str:
     return "" if found is None else f"{found} ({found.seeds} seed{'s' * (found.seeds > 1)})"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])

@@ -14,7 +14,7 @@ from integration.evidence.experiment import DEFAULTS, Records, queue, read_exper
 from integration.evidence.picture import draw
 from integration.evidence.plan import plan
 from integration.evidence.records import records_of
-from integration.evidence.table import Row, best_rows, difference, rows_of
+from integration.evidence.table import Row, best_rows, difference, markdown, rows_of
 
 _QUESTIONS = {
     "a": "The learning rate against density and rank",
@@ -85,7 +85,6 @@ def write_report(experiments: Path, results: Path, output: Path) -> None:
     for question, heading in _QUESTIONS.items():
         parts.append(f"## {question}. {heading}\n")
         if question == "e":
-            # a price means something beside another's alone
             sections = [_forgetting(experiment, rows) for _, experiment, rows in measured if _untouched(rows)]
         else:
             sections = [_section(*each, _targets_of(each[1]["base"], records)) for each in measured
@@ -164,7 +163,7 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row], targets: _T
     best = best_rows(rows)
     # the unit is that of all matrices together
     elsewhere = {each["label"] for each in experiment["methods"] if "target_modules" in each.get("options", {})}
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines = []
     for row in rows:
         when = "before" if row.method == "none" else "after"
         chosen, inner = best.get(row.label, (None, True))
@@ -177,12 +176,12 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row], targets: _T
             cells.append(f"{row.learning_rate / targets.unit(row.trained):.2g}" if known else "")
         seeds, wanted = len(row.seeds) or 1, len(row.wanted)
         cells.append(f"{seeds} of {wanted}" if seeds < wanted else str(seeds))
-        over = None if chosen in (None, row) else difference(row.losses, chosen.losses)
+        over = None if chosen is None or row is chosen else difference(row.losses, chosen.losses)
         cells += [row.text(f"{when}_task_loss"), "" if over is None else f"{over.mean:+.3f}"]
         cells += [row.text(f"{when}_{name}_loss") for name in untouched]
         if judged:
             cells.append(row.text(f"{when}_accuracy"))
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
     settings = DEFAULTS | experiment
     texts = f", {settings['texts']} texts of each other kind" if len(untouched) > 1 else ""
     setting = (
@@ -200,9 +199,9 @@ def _section(name: str, experiment: dict[str, Any], rows: list[Row], targets: _T
     reference = experiment.get("reference")
     if reference not in best:
         reference = next(iter(best))
-    table = "\n".join(lines)
     picture = f"![{experiment['title']}]({name}.png)"
-    return f"### {experiment['title']}\n\n{setting}.\n\n{ranking(best, reference)}\n\n{table}\n\n{picture}\n"
+    parts = [f"### {experiment['title']}", f"{setting}.", ranking(best, reference), markdown(head, lines), picture]
+    return "\n\n".join(parts) + "\n"
 
 
 def _forgetting(experiment: dict[str, Any], rows: list[Row]) -> str:

@@ -153,3 +153,8 @@ def best_rows(rows: Iterable[Row]) -> Best:
         winner = min(ordered, key=lambda row: row.mean("after_task_loss", shared))
         best[label] = winner, ordered[0] is not winner is not ordered[-1]
     return best
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])

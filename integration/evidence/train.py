@@ -123,7 +123,9 @@ def _with_mask_file(run: dict[str, Any], bases: Path) -> dict[str, Any]:
     for name in _OF_NO_MASK:
         of_a_mask.pop(name, None)
     warmed_up = "score_after" in options
-    if warmed_up or options.get("salience") in ("random", "integration.evidence.own_scores:sampled"):
+    salience = options.get("salience", "")
+    # a function of one's own may draw
+    if warmed_up or salience == "random" or ":" in salience:
         of_a_mask["seed"] = run["seed"]
     if warmed_up:
         of_a_mask["learning_rate"] = run["learning_rate"]

@@ -29,7 +29,7 @@ TOLERANCE = {"float": 1e-4, "4bit": 2e-4, "8bit": 2e-2}
 # a difference instead of a derivative
 OF_GRASP = {"float": 1e-3, "4bit": 5e-3, "8bit": 2e-2}
 # through the attention's keys flows a small difference of large sums, and processors round these differently
-OF_SYNFLOW = TOLERANCE | {"float": 1e-3, "4bit": 1e-3}
+OF_SYNFLOW = TOLERANCE | {"float": 5e-4}
 
 
 def sample() -> list:
